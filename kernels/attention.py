@@ -1,0 +1,120 @@
+"""The one attention op: dense or block-sparse, at the precision that the GPU has.
+
+    out = attention(q, k, v, block_mask=BlockMask.from_dense(mask, 128, 64))
+
+Backends are chosen by `kernels.dispatch`; `explain` tells which and why. Under torch.compile the op is one opaque node.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends, dispatch
+from .block_mask import BlockMask, num_blocks
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_mask: BlockMask | None = None,
+    key_bias: Tensor | None = None,
+    precision: str = "auto",
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(q k^T * scale + key_bias) v over the kept key blocks.
+
+    q: `(batch, heads, q_len, head_dim)`. k, v: `(batch, kv_heads, k_len, head_dim)`; kv_heads divides heads (GQA).
+        Any strides whose last dimension is contiguous; float16, bfloat16 or float32, all the same.
+    block_mask: which key blocks each query block reads; None for dense.
+    key_bias: float `(batch, k_len)`, added to every score of a key (-inf hides it).
+    precision: "auto", "native", "fp16", "bf16" or "int8" (see `dispatch.PRECISIONS`).
+    scale: defaults to head_dim ** -0.5.
+    Returns `(batch, heads, q_len, head_dim)` in q's dtype, and with return_lse also the natural-log sum of exponentials,
+    float32 `(batch, heads, q_len)`. A query that reads nothing yields zeros and an lse of -inf.
+    Raises ValueError on malformed input, `dispatch.NoBackendError` when no implementation takes it.
+    """
+    problem = describe(q, k, v, block_mask=block_mask, key_bias=key_bias)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    if torch.compiler.is_compiling():
+        indices, counts, block_m, block_n = (
+            (None, None, 0, 0) if block_mask is None else (block_mask.indices, block_mask.counts, block_mask.block_m, block_mask.block_n)
+        )
+        out, lse = _attention_op(q, k, v, indices, counts, block_m, block_n, key_bias, precision, scale, return_lse)
+    else:
+        out, lse = _run(problem, q, k, v, block_mask, key_bias, precision, scale, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def explain(problem: dispatch.Problem, precision: str = "auto") -> dispatch.Choice:
+    """Which implementation `attention` would use for `problem`, and why each earlier one refuses."""
+    backends.register_all()
+    return dispatch.choose(problem, precision)
+
+
+def describe(q: Tensor, k: Tensor, v: Tensor, *, block_mask: BlockMask | None = None, key_bias: Tensor | None = None) -> dispatch.Problem:
+    """The `Problem` of a call. Raises ValueError, naming the input, when shapes or dtypes do not fit together."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.ndim != 4:
+            raise ValueError(f"attention: {name} has shape {tuple(tensor.shape)}; expected (batch, heads, tokens, head_dim)")
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise ValueError(f"attention: {name} is {tensor.dtype} on {tensor.device} but q is {q.dtype} on {q.device}; convert one of them")
+    batch, heads, q_len, head_dim = q.shape
+    kv_heads, k_len = k.shape[1], k.shape[2]
+    if not q.is_floating_point() or 0 in q.shape or 0 in k.shape:
+        raise ValueError(f"attention: q is {q.dtype} {tuple(q.shape)}, k is {tuple(k.shape)}; expected non-empty floating-point tensors")
+    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != head_dim or heads % kv_heads:
+        raise ValueError(
+            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit; "
+            "k and v must share one shape, batch and head_dim must match q, and kv_heads must divide heads"
+        )
+    if key_bias is not None and key_bias.shape != (batch, k_len):
+        raise ValueError(f"attention: key_bias has shape {tuple(key_bias.shape)}; expected (batch, k_len) = {(batch, k_len)}")
+    blocks = None
+    if block_mask is not None:
+        blocks = (block_mask.block_m, block_mask.block_n)
+        mask_batch, mask_heads, query_blocks, _ = block_mask.indices.shape
+        if mask_batch not in (1, batch) or mask_heads not in (1, heads) or query_blocks != num_blocks(q_len, block_mask.block_m):
+            raise ValueError(
+                f"attention: block_mask covers (batch, heads, query blocks) = {(mask_batch, mask_heads, query_blocks)}; expected "
+                f"({batch} or 1, {heads} or 1, {num_blocks(q_len, block_mask.block_m)}) for q_len {q_len} and block_m {block_mask.block_m}"
+            )
+    return dispatch.Problem(q.device, q.dtype, heads, kv_heads, q_len, k_len, head_dim, blocks, key_bias is not None)
+
+
+def _run(problem, q, k, v, block_mask, key_bias, precision, scale, return_lse) -> tuple[Tensor, Tensor | None]:
+    choice = explain(problem, precision)
+    if choice.implementation is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.refusals.items()) or "none is registered for it"
+        raise dispatch.NoBackendError(f"attention: no backend takes this call at precision {precision!r} ({reasons})")
+    return choice.implementation.load()(q, k, v, block_mask, key_bias, scale, return_lse)
+
+
+@torch.library.custom_op("tessera::attention", mutates_args=())
+def _attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor | None,
+    counts: Tensor | None,
+    block_m: int,
+    block_n: int,
+    key_bias: Tensor | None,
+    precision: str,
+    scale: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    mask = None if indices is None or counts is None else BlockMask(indices, counts, block_m, block_n)
+    problem = describe(q, k, v, block_mask=mask, key_bias=key_bias)
+    out, lse = _run(problem, q, k, v, mask, key_bias, precision, scale, return_lse)
+    return out.contiguous(), q.new_empty(0, dtype=torch.float32) if lse is None else lse
+
+
+@_attention_op.register_fake
+def _(q, k, v, indices, counts, block_m, block_n, key_bias, precision, scale, return_lse):
+    lse_shape = q.shape[:3] if return_lse else (0,)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(lse_shape, dtype=torch.float32)

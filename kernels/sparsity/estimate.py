@@ -1,0 +1,72 @@
+"""estimate: a cheap score for each (head, query block, key block).
+
+An estimator is `f(q, k, block, scale, settings) -> scores`: q, k `(batch, heads, tokens, head_dim)` in permuted order (k may have
+fewer heads), scores float32 `(batch, heads, query blocks, key blocks)`. A score of +inf means "must be kept".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from ..block_mask import num_blocks
+
+Estimator = Callable[[Tensor, Tensor, int, float, Mapping[str, float]], Tensor]
+ESTIMATORS: dict[str, Estimator] = {}
+
+
+def estimator(function: Estimator) -> Estimator:
+    ESTIMATORS[function.__name__] = function
+    return function
+
+
+@estimator
+def pooled(q: Tensor, k: Tensor, block: int, scale: float, settings: Mapping[str, float]) -> Tensor:
+    """softmax of block means of q against block means of k: RainFusion2.0, DraftAttention, SpargeAttn."""
+    q_mean = block_mean(q, block)
+    k_mean = _heads_like(block_mean(k, block), q)
+    return torch.softmax(q_mean @ k_mean.transpose(-1, -2) * scale, -1)
+
+
+@estimator
+def pooled_similarity(q: Tensor, k: Tensor, block: int, scale: float, settings: Mapping[str, float]) -> Tensor:
+    """`pooled` with SpargeAttn's guard: blocks whose tokens disagree are not judged by their mean but kept.
+
+    Self-similarity of a block is the squared norm of its mean unit vector, in 0..1; at or below `similarity` it does not count as
+    similar. A threshold of 0 or less switches the guard off.
+    """
+    scores = pooled(q, k, block, scale, settings)
+    threshold = settings["similarity"]
+    if threshold <= 0:
+        return scores
+    alike_q = block_mean(torch.nn.functional.normalize(q, dim=-1), block).square().sum(-1) > threshold
+    smooth = k - k.mean(2, keepdim=True)
+    alike_k = _heads_like(block_mean(torch.nn.functional.normalize(smooth, dim=-1), block).square().sum(-1) > threshold, q)
+    # Columns that the guard keeps anyway take no part in the softmax of the others (SpargeAttn, step 3).
+    logits = scores.log().masked_fill(~alike_k[:, :, None], float("-inf"))
+    scores = torch.softmax(logits, -1).nan_to_num(0.0)
+    return scores.masked_fill(~alike_k[:, :, None] | ~alike_q[..., None], float("inf"))
+
+
+@estimator
+def random(q: Tensor, k: Tensor, block: int, scale: float, settings: Mapping[str, float]) -> Tensor:
+    """Noise, the same for every call: what a selection is worth is measured against it."""
+    shape = (*q.shape[:2], num_blocks(q.shape[2], block), num_blocks(k.shape[2], block))
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(q.device)
+
+
+def block_mean(x: Tensor, block: int) -> Tensor:
+    """Means of blocks of tokens: `(batch, heads, tokens, head_dim)` -> float32 `(batch, heads, blocks, head_dim)`; the last may be ragged."""
+    whole = x.shape[2] - x.shape[2] % block
+    means = x[:, :, :whole].unflatten(2, (-1, block)).mean(3, dtype=torch.float32)
+    if whole == x.shape[2]:
+        return means
+    return torch.cat([means, x[:, :, whole:].mean(2, keepdim=True, dtype=torch.float32)], 2)
+
+
+def _heads_like(k: Tensor, q: Tensor) -> Tensor:
+    """Repeat the kv heads of k for the query heads that share them."""
+    groups = q.shape[1] // k.shape[1]
+    return k if groups == 1 else k.repeat_interleave(groups, 1)

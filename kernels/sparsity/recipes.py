@@ -1,0 +1,98 @@
+"""A sparse method is a recipe of five parts: permute -> estimate -> select -> compensate, and a schedule (`models/patchers`).
+
+Each part is a small function on tensors, registered by name in the module of its kind. A paper is a few declarative lines here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A number that belongs to one method; a node shows a widget for it."""
+
+    default: float
+    minimum: float
+    maximum: float
+    step: float
+    tooltip: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One sparse method. permute, estimate, select and compensate are keys of the registries in the modules of those names.
+
+    protect_text, protect_first_frame: rows and columns of blocks with such tokens are dense. protect_own_block: each query block
+    reads itself. needs_grid: False where the method still makes sense on tokens in their given order. control: for measurements
+    only, not offered to users.
+    """
+
+    name: str
+    title: str
+    source: str
+    estimate: str
+    select: str
+    permute: str | None = None
+    compensate: str = "drop"
+    protect_text: bool = True
+    protect_first_frame: bool = False
+    protect_own_block: bool = True
+    needs_grid: bool = True
+    control: bool = False
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+
+
+_ALL = (
+    Recipe(
+        name="rainfusion2",
+        title="3-D windows, block means, top-k; text and first frame stay dense",
+        source="RainFusion2.0, Ascend/MindIE-SD technical report; LightX2V rainfusion_attn",
+        permute="window3d",
+        estimate="pooled",
+        select="topk",
+        protect_first_frame=True,
+    ),
+    Recipe(
+        name="draft",
+        title="tiles inside a frame, block means, one threshold per head; text stays dense",
+        source="DraftAttention, Shen et al. 2025, shawnricecake/draft-attention",
+        permute="spatial_tiles",
+        estimate="pooled",
+        select="global_quantile",
+    ),
+    Recipe(
+        name="sparge",
+        title="block means with a self-similarity guard, top-k; works without knowing the model family",
+        source="SpargeAttn, Zhang et al. 2025, thu-ml/SpargeAttn; the 3-D windows are ours, the paper suggests a Hilbert curve",
+        permute="window3d",
+        estimate="pooled_similarity",
+        select="topk",
+        needs_grid=False,
+        settings={
+            "similarity": Setting(
+                0.0, 0.0, 1.0, 0.05, "Blocks whose tokens are less alike than this are kept whole. 0: guard off (the authors' -0.1). 0.3: careful."
+            )
+        },
+    ),
+    Recipe(
+        name="random",
+        title="random blocks",
+        source="control for measurements",
+        permute="window3d",
+        estimate="random",
+        select="topk",
+        control=True,
+    ),
+)
+
+RECIPES = {recipe.name: recipe for recipe in _ALL}
+
+
+def get(name: str) -> Recipe:
+    """The recipe of a name. Raises ValueError naming it and the known ones."""
+    if name not in RECIPES:
+        known = ", ".join(recipe.name for recipe in RECIPES.values() if not recipe.control)
+        raise ValueError(f"method is {name!r}, which is not known; use one of {known}")
+    return RECIPES[name]

@@ -1,0 +1,29 @@
+"""DiT families: where the video grid and the text are in a self-attention sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .flux import FLUX
+from .hunyuan_video import HUNYUAN_VIDEO
+from .layout import Family, TokenLayout
+from .ltx_video import LTX_VIDEO
+from .qwen_image import QWEN_IMAGE
+from .wan import WAN
+
+FAMILIES = (WAN, HUNYUAN_VIDEO, FLUX, QWEN_IMAGE, LTX_VIDEO)
+
+__all__ = ["FAMILIES", "Family", "TokenLayout", "find", "layout_of"]
+
+
+def find(network: Any) -> Family | None:
+    """The family of a network, looked up through its class and base classes; None when it is unknown."""
+    modules = [cls.__module__ for cls in type(network).__mro__]
+    return next((family for module in modules for family in FAMILIES if module.startswith(family.modules)), None)
+
+
+def layout_of(network: Any, latent_shape: tuple[int, ...], extras: Mapping[str, Any]) -> TokenLayout | None:
+    """The token layout of one model call; None for an unknown family and for latents without height and width."""
+    family = find(network)
+    return family.layout(network, latent_shape, extras) if family is not None and len(latent_shape) in (4, 5) else None

@@ -1,0 +1,14 @@
+"""HunyuanVideo 1 and 1.5: joint attention. ComfyUI puts the text first (upstream puts it last)."""
+
+from .layout import Family, TokenLayout, patches, tokens
+
+
+def layout(network, latent_shape, extras):
+    """The reference latent of the image-to-video "concat" variant stands directly before the grid."""
+    patch_size = tuple(network.patch_size)
+    reference = extras.get("ref_latent")
+    before = 0 if reference is None else tokens(tuple(reference.shape[:2]) + tuple(reference.shape[-2:]), patch_size[-2:])
+    return TokenLayout(*patches(latent_shape, patch_size), text="first", references_before=before)
+
+
+HUNYUAN_VIDEO = Family("HunyuanVideo", ("comfy.ldm.hunyuan_video.",), layout)

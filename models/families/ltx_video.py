@@ -1,0 +1,13 @@
+"""LTX-Video and LTX-2: self-attention over the latent itself (patch size 1), text by cross-attention.
+
+Calls whose length is not the grid's (dropped or appended keyframe guides, audio streams) are not this layout's self-attention.
+"""
+
+from .layout import Family, TokenLayout, patches
+
+
+def layout(network, latent_shape, extras):
+    return TokenLayout(*patches(latent_shape, (1, 1, 1)))
+
+
+LTX_VIDEO = Family("LTX-Video", ("comfy.ldm.lightricks.",), layout)

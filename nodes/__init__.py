@@ -1,0 +1,26 @@
+"""ComfyUI nodes. The only floor that imports `comfy`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import ComfyExtension, io
+
+from .attention import Accelerate, AttentionReport, SparseAttention
+from .prompt import ShapesPrompt
+
+DEFAULT_WEIGHTS = Path(__file__).parent.parent / "models" / "default"
+
+
+class Tessera(ComfyExtension):
+    async def on_load(self) -> None:
+        for folder in ("diffusion_models", "vae"):  # so that the stock loaders list the built-in weights
+            folder_paths.add_model_folder_path(folder, str(DEFAULT_WEIGHTS / folder))
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [Accelerate, SparseAttention, AttentionReport, ShapesPrompt]
+
+
+async def comfy_entrypoint() -> Tessera:
+    return Tessera()

@@ -1,0 +1,200 @@
+"""Accelerate, Sparse Attention and Attention Report."""
+
+from __future__ import annotations
+
+import json
+
+from comfy_api.latest import io, ui
+
+from ..kernels.dispatch import PRECISIONS
+from ..kernels.sparsity import RECIPES
+from ..models.patchers.attention import BLOCKS, MIN_TOKENS, AttentionSettings
+from ..models.patchers.report import heat_map, summary
+from .host import last_report, patch_attention
+
+CATEGORY = "Tessera/attention"
+MODES = {"quality": 0.5, "balanced": 0.3, "fast": 0.2}
+
+_MODEL_TIP = "Any diffusion model. It is cloned: the model that you connect stays as it was, and bypassing this node removes the patch."
+_MIN_TOKENS_TIP = "Shorter sequences are not made sparse: below about 12k tokens dense attention is as fast. Count: frames x height x width in latent patches."
+
+
+class Accelerate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TesseraAccelerate",
+            display_name="Accelerate",
+            category=CATEGORY,
+            description="Makes the attention of a video or image model sparse and quantized, with settings chosen for you. "
+            "Put it between the model loader and the sampler. After a run the node shows what ran and why.",
+            search_aliases=["sparse attention", "sage attention", "speed up", "fast video"],
+            inputs=[
+                io.Model.Input("model", tooltip=_MODEL_TIP),
+                io.Combo.Input(
+                    "mode",
+                    options=list(MODES),
+                    default="balanced",
+                    tooltip="Share of the attention that is computed after the dense first steps: quality 50 %, balanced 30 %, fast 20 %. "
+                    "Models that sample in 8 steps or fewer keep one dense step and at least 50 %.",
+                ),
+                io.Int.Input("min_tokens", default=MIN_TOKENS, min=0, max=1 << 24, tooltip=_MIN_TOKENS_TIP, advanced=True),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The accelerated clone.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, mode, min_tokens) -> io.NodeOutput:
+        settings = AttentionSettings(density=MODES[mode], gentle_few_steps=True, min_tokens=min_tokens)
+        return io.NodeOutput(patch_attention(model, settings, cls.hidden.unique_id))
+
+
+def _setting_widget(name: str, setting) -> io.Input:
+    return io.Float.Input(name, default=setting.default, min=setting.minimum, max=setting.maximum, step=setting.step, tooltip=setting.tooltip)
+
+
+class SparseAttention(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        methods = [
+            io.DynamicCombo.Option(name, [_setting_widget(key, setting) for key, setting in recipe.settings.items()])
+            for name, recipe in RECIPES.items()
+            if not recipe.control
+        ]
+        return io.Schema(
+            node_id="TesseraSparseAttention",
+            display_name="Sparse Attention",
+            category=CATEGORY,
+            description="Block-sparse self-attention with every setting in your hands. Use Accelerate for settings chosen for you.",
+            search_aliases=["rainfusion", "draft attention", "sparge", "sage attention", "block sparse"],
+            inputs=[
+                io.Model.Input("model", tooltip=_MODEL_TIP),
+                io.DynamicCombo.Input(
+                    "method",
+                    options=methods,
+                    tooltip="How the kept blocks are found. " + " ".join(f"{name}: {recipe.title}." for name, recipe in RECIPES.items() if not recipe.control),
+                ),
+                io.Float.Input(
+                    "density",
+                    default=0.3,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of (query block, key block) pairs that is computed, forced ones included. Lower is faster. 1 = dense: "
+                    "with native precision the result is then exactly that of ComfyUI alone.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=["auto", *PRECISIONS],
+                    default="native",
+                    tooltip="native: the model's own. int8: INT8 q.k with smoothed K (Ampere or newer). auto: int8 where the GPU has it, else native.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.2,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Sampling before this part of the noise schedule stays dense: the first steps decide the composition.",
+                ),
+                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Sampling after this part of the schedule stays dense."),
+                io.String.Input(
+                    "dense_blocks",
+                    default="0",
+                    tooltip="Transformer blocks that stay dense, counted from 0 in the order of execution: 0,1 or 0-3. Empty: none.",
+                ),
+                io.Int.Input("min_tokens", default=MIN_TOKENS, min=0, max=1 << 24, tooltip=_MIN_TOKENS_TIP),
+                io.Combo.Input(
+                    "block",
+                    options=["auto", *map(str, BLOCKS)],
+                    default="auto",
+                    advanced=True,
+                    tooltip="Tokens in a block. auto: the largest of 128, 64, 32, 16 that leaves 16 blocks.",
+                ),
+                io.Int.Input(
+                    "mask_refresh",
+                    default=1,
+                    min=1,
+                    max=100,
+                    advanced=True,
+                    tooltip="Sampling steps that share one selection of blocks. 1: chosen anew at every step.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The patched clone.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, density, dense_blocks):
+        if density <= 0.0:
+            return f"density is {density}; use a value above 0 (0.2 computes a fifth of the attention, 1 is dense)"
+        try:
+            parse_blocks(dense_blocks)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(
+        cls, model, method, density, precision, start_percent, end_percent, dense_blocks, min_tokens, block="auto", mask_refresh=1
+    ) -> io.NodeOutput:
+        settings = AttentionSettings(
+            method=method["method"],
+            method_settings={name: value for name, value in method.items() if name != "method"},
+            density=density,
+            precision=precision,
+            start_percent=start_percent,
+            end_percent=end_percent,
+            dense_blocks=parse_blocks(dense_blocks),
+            min_tokens=min_tokens,
+            block=None if block == "auto" else int(block),
+            mask_refresh=mask_refresh,
+        )
+        return io.NodeOutput(patch_attention(model, settings, cls.hidden.unique_id))
+
+
+def parse_blocks(text: str) -> frozenset[int]:
+    """Block numbers of "0,1" or "0-3, 7". Raises ValueError naming the text."""
+    blocks: set[int] = set()
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        first, dash, last = part.partition("-")
+        if not first.strip().isdecimal() or (dash and not last.strip().isdecimal()):
+            raise ValueError(f"dense_blocks is {text!r}; use block numbers and ranges such as 0,1 or 0-3")
+        blocks.update(range(int(first), int(last or first) + 1))
+    return frozenset(blocks)
+
+
+class AttentionReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TesseraAttentionReport",
+            display_name="Attention Report",
+            category=CATEGORY,
+            description="What the attention patch did in the run that made these samples: a heat map of density by step and layer, and all figures as text.",
+            search_aliases=["sparse attention report", "heat map", "density"],
+            is_output_node=True,
+            not_idempotent=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model that went into the sampler, patched by Accelerate or Sparse Attention."),
+                io.Latent.Input("samples", tooltip="The sampler's output. It passes through unchanged; it makes this node wait for the run."),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="samples", tooltip="The samples, unchanged."),
+                io.Image.Output(display_name="heat map", tooltip="Rows: sampling steps. Columns: layers. Bright: dense."),
+                io.String.Output(display_name="report", tooltip="All figures as JSON."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, samples) -> io.NodeOutput:
+        report = last_report(model)
+        if report is None:
+            raise ValueError(
+                "Attention Report: this model carries no attention patch that has run; connect the model output of Accelerate or "
+                "Sparse Attention to both the sampler and this node"
+            )
+        picture = heat_map(report)
+        preview = ui.PreviewImage(picture, cls=cls).as_dict()
+        return io.NodeOutput(samples, picture, json.dumps(report), ui={**preview, "text": (summary(report),), "tessera": (report,)})

@@ -1,0 +1,172 @@
+"""How anything is put into a ComfyUI model and taken out again. The one room that knows ComfyUI's ModelPatcher and its versions.
+
+Supported: ComfyUI 0.18.1 and newer. Patches live on a clone of the user's model and die with it: nothing global is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+import torch
+from comfy.patcher_extension import CallbacksMP, WrappersMP
+from server import PromptServer
+from torch import Tensor
+
+from ..models.families import find, layout_of
+from ..models.patchers.attention import AttentionPatch, AttentionSettings, ModelCall
+from ..models.patchers.report import summary
+
+KEY = "tessera_attention"
+OVERRIDE = "optimized_attention_override"
+
+try:  # ComfyUI >= 0.34: tensors that outlive a block must be made outside the Comfy Compiler's malloc graph (#16144)
+    from comfy.model_prefetch import pause_malloc_graph
+except ImportError:
+    pause_malloc_graph = contextlib.nullcontext
+
+
+def patch_attention(model: Any, settings: AttentionSettings, node_id: str | None) -> Any:
+    """A clone of `model` whose attention follows `settings`. `node_id` is the node that shows the result line.
+
+    An attention patch of this pack that the model already carries is replaced. The given model is left as it was.
+    """
+    patched = model.clone()
+    patched.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
+    for callback in (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_CLEANUP):
+        patched.remove_callbacks_with_key(callback, KEY)
+    host = _AttentionHost(settings, node_id)
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, host.apply_model)
+    patched.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, host.pre_run)
+    patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, host.cleanup)
+    patched.set_attachments(KEY, host)
+    return patched
+
+
+def last_report(model: Any) -> dict[str, Any] | None:
+    """What the last sampling run with this model's attention patch did; None when it carries no patch or has not run."""
+    host = model.get_attachment(KEY)
+    return None if host is None else host.result
+
+
+class _AttentionHost:
+    """Connects one AttentionPatch to ComfyUI's sampling life cycle."""
+
+    def __init__(self, settings: AttentionSettings, node_id: str | None):
+        self.patch = AttentionPatch(settings, pause_malloc_graph)
+        self.node_id = node_id
+        self.result: dict[str, Any] | None = None
+        self.started = False
+        self.overrides: dict[Any, Any] = {}
+
+    def pre_run(self, patcher: Any) -> None:
+        self.started = False
+
+    def apply_model(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
+        """APPLY_MODEL wrapper: the same signature for every family, outside what torch.compile captures."""
+        transformer_options = {} if transformer_options is None else transformer_options
+        base = executor.class_obj
+        network = getattr(base.diffusion_model, "_orig_mod", base.diffusion_model)
+        if not self.started:
+            self.started = True
+            sigmas = transformer_options.get("sample_sigmas")
+            self.patch.start(lambda percent: float(base.model_sampling.percent_to_sigma(percent)), [] if sigmas is None else sigmas.tolist())
+            family = find(network)
+            self.patch.report.family = None if family is None else family.name
+        latent_shape = tuple(kwargs["latent_shapes"][0]) if "latent_shapes" in kwargs else tuple(x.shape)
+        layout = layout_of(network, latent_shape, kwargs)
+        branch = tuple(transformer_options.get("uuids", ()))
+        sigma = float(t.flatten()[0])
+
+        def forward(call: ModelCall):
+            # The step's own dictionary, freshly merged: an override set by a later node is chained, not lost.
+            options = {**transformer_options, KEY: call, OVERRIDE: self._override(transformer_options.get(OVERRIDE))}
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+        call = ModelCall(layout, sigma, branch)
+        self.patch.begin(call)
+        out = forward(call)
+        if self.patch.finish(call):
+            out = forward(self.patch.again(call))
+        return out
+
+    def cleanup(self, patcher: Any) -> None:
+        """After every sampling run, also a failed or interrupted one."""
+        if not self.started:
+            return
+        self.started = False
+        self.result = self.patch.report.as_dict()
+        self.patch.release()
+        line = summary(self.result)
+        logging.info("Tessera: %s", line)
+        if self.node_id is not None and getattr(PromptServer, "instance", None) is not None:
+            PromptServer.instance.send_progress_text(line, self.node_id)
+
+    def _override(self, previous):
+        """Our override on top of `previous`. Cached, so that compiled models see one function object."""
+        if self in getattr(previous, "chain", ()):
+            return previous
+        if previous not in self.overrides:
+            self.overrides[previous] = self._make_override(previous)
+        return self.overrides[previous]
+
+    def _make_override(self, previous):
+        # Under torch.compile the decisions below would be baked into the graph at the first step.
+        @torch.compiler.disable
+        def override(
+            func, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, transformer_options=None, **kwargs
+        ):
+            def dense() -> Tensor:
+                arguments = dict(
+                    mask=mask,
+                    attn_precision=attn_precision,
+                    skip_reshape=skip_reshape,
+                    skip_output_reshape=skip_output_reshape,
+                    transformer_options=transformer_options,
+                    **kwargs,
+                )
+                return func(q, k, v, heads, **arguments) if previous is None else previous(func, q, k, v, heads, **arguments)
+
+            call = None if transformer_options is None else transformer_options.get(KEY)
+            if call is None:
+                return dense()
+
+            def to_host(out: Tensor) -> Tensor:
+                return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+
+            key_bias, unsupported = _key_bias(mask, k.shape[0], k.shape[2] if skip_reshape else k.shape[1], q.dtype)
+            if not skip_reshape:
+                head_dim = q.shape[-1] // heads
+                q4, k4, v4 = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (q, k, v))
+            else:
+                q4, k4, v4 = q, k, v
+            return self.patch.attend(
+                call,
+                q4,
+                k4,
+                v4,
+                dense,
+                to_host,
+                key_bias=key_bias,
+                unsupported=unsupported,
+                quantize=kwargs.get("low_precision_attention", True),
+                scale=kwargs.get("scale"),
+            )
+
+        override.chain = (self, *getattr(previous, "chain", ()))
+        return override
+
+
+def _key_bias(mask: Tensor | None, batch: int, k_len: int, dtype: torch.dtype) -> tuple[Tensor | None, str | None]:
+    """(bias `(batch, k_len)`, None) where a mask only hides or weighs keys; (None, reason) where it differs between queries."""
+    if mask is None:
+        return None, None
+    # ComfyUI reads a 2-D mask as (q_len, k_len), a 3-D one as (batch, q_len, k_len), a 4-D one as (batch, heads, q_len, k_len).
+    per_key = mask.shape[0] == 1 if mask.ndim == 2 else all(size == 1 for size in mask.shape[1:-1]) and mask.shape[0] in (1, batch)
+    if not per_key or mask.shape[-1] != k_len:
+        return None, "attention mask that differs between queries"
+    bias = mask.reshape(-1, k_len)
+    if bias.dtype == torch.bool:
+        bias = torch.zeros(bias.shape, dtype=dtype, device=bias.device).masked_fill_(~bias, float("-inf"))
+    return bias.expand(batch, k_len), None

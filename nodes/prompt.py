@@ -1,0 +1,38 @@
+"""Shapes Prompt: text for the small model that comes with Tessera."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..models.default import vocabulary
+
+
+class ShapesPrompt(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TesseraShapesPrompt",
+            display_name="Shapes Prompt",
+            category="Tessera/default model",
+            description="Encodes a prompt for Tessera's small built-in video model (tessera_shapes_t2v). It knows a closed vocabulary: " + vocabulary.describe(),
+            inputs=[
+                io.String.Input(
+                    "text",
+                    default="red disc moving right",
+                    tooltip=f"One colour, one shape, one direction. {vocabulary.describe()} Empty: no condition, for the negative input.",
+                )
+            ],
+            outputs=[io.Conditioning.Output(display_name="conditioning")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, text):
+        try:
+            vocabulary.encode(text)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, text) -> io.NodeOutput:
+        return io.NodeOutput([[vocabulary.encode(text), {}]])
