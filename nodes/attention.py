@@ -78,7 +78,7 @@ class SparseAttention(io.ComfyNode):
                 io.Float.Input(
                     "density",
                     default=0.3,
-                    min=0.0,
+                    min=0.01,
                     max=1.0,
                     step=0.01,
                     tooltip="Share of (query block, key block) pairs that is computed, forced ones included. Lower is faster. 1 = dense: "
@@ -126,9 +126,10 @@ class SparseAttention(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, density, dense_blocks):
-        if density <= 0.0:
-            return f"density is {density}; use a value above 0 (0.2 computes a fifth of the attention, 1 is dense)"
+    def validate_inputs(cls, dense_blocks, method=None):
+        if method is None:  # ComfyUI leaves out a choice that it does not know
+            known = ", ".join(name for name, recipe in RECIPES.items() if not recipe.control)
+            return f"method is not known; use one of {known}"
         try:
             parse_blocks(dense_blocks)
         except ValueError as error:
