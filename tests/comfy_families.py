@@ -1,0 +1,238 @@
+"""Runs inside ComfyUI's Python (see test_comfy_families.py): every supported family, with and without the patch, on tiny random models.
+
+    python comfy_families.py COMFYUI PACKAGE_PARENT
+
+COMFYUI: a checkout. PACKAGE_PARENT: a folder with the package under the name `tessera`. Prints one JSON object per case.
+"""
+
+import json
+import sys
+
+COMFYUI, PACKAGE_PARENT = sys.argv[1:]
+sys.argv = sys.argv[:1]
+sys.path.insert(0, COMFYUI)
+sys.path.append(PACKAGE_PARENT)
+
+import torch  # noqa: E402
+from comfy.cli_args import args  # noqa: E402
+
+args.cpu = True
+
+import utils.extra_config  # noqa: E402,F401  (first, as main.py does: nodes.py puts a folder with another `utils` before it)
+
+import comfy.model_management  # noqa: E402
+import comfy.ops  # noqa: E402
+import comfy.sd  # noqa: E402
+import nodes  # noqa: E402
+import tessera.models.patchers.attention as patcher  # noqa: E402
+from tessera.nodes.attention import Accelerate, SparseAttention  # noqa: E402
+from tessera.nodes.host import last_report  # noqa: E402
+
+OPERATIONS = dict(device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+
+
+def random_weights(network):
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in sorted(network.state_dict().items()):
+        with torch.no_grad():
+            if tensor.ndim >= 2 and not name.endswith(("modulation", "scale_shift_table")):
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) / tensor[0].numel() ** 0.5)
+            elif name.endswith("bias") or tensor.ndim >= 2:
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+            else:
+                tensor.fill_(1.0)
+    return network.state_dict()
+
+
+def load(state, config):
+    """Through ComfyUI's own detection; `config` adds what detection reads from metadata or (Qwen) fixes at full size."""
+    import comfy.model_detection as detection
+
+    detect = detection.detect_unet_config
+
+    def with_config(state_dict, prefix, metadata=None):
+        found = detect(state_dict, prefix, metadata=metadata)
+        return None if found is None else {**found, **config}
+
+    detection.detect_unet_config = with_config
+    try:
+        return comfy.sd.load_diffusion_model_state_dict(state)
+    finally:
+        detection.detect_unet_config = detect
+
+
+def wan(in_dim=16, model_type="t2v"):
+    from comfy.ldm.wan.model import WanModel
+
+    sizes = dict(dim=128, ffn_dim=256, text_dim=64, num_heads=2, num_layers=3)
+    return load(random_weights(WanModel(model_type=model_type, in_dim=in_dim, freq_dim=256, out_dim=16, **sizes, **OPERATIONS)), sizes)
+
+
+def flux():
+    from comfy.ldm.flux.model import Flux
+
+    sizes = dict(vec_in_dim=64, context_in_dim=64, hidden_size=128, num_heads=1, depth=2, depth_single_blocks=2)
+    fixed = dict(axes_dim=[16, 56, 56], theta=10000, patch_size=2, qkv_bias=True, guidance_embed=True, txt_ids_dims=[])
+    network = Flux(image_model="flux", in_channels=16, out_channels=16, mlp_ratio=4.0, **sizes, **fixed, **OPERATIONS)
+    return load(random_weights(network), sizes)
+
+
+def hunyuan_video():
+    from comfy.ldm.hunyuan_video.model import HunyuanVideo
+
+    sizes = dict(vec_in_dim=768, context_in_dim=64, hidden_size=128, num_heads=1, depth=1, depth_single_blocks=1)
+    fixed = dict(axes_dim=[16, 56, 56], theta=256, qkv_bias=True, guidance_embed=True, byt5=False, meanflow=False, vision_in_dim=None)
+    flags = dict(use_cond_type_embedding=False, meanflow_sum=False, patch_size=[1, 2, 2])
+    network = HunyuanVideo(image_model="hunyuan_video", in_channels=16, out_channels=16, mlp_ratio=4.0, **sizes, **fixed, **flags, **OPERATIONS)
+    return load(random_weights(network), sizes)
+
+
+def qwen_image():
+    from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
+
+    sizes = dict(num_attention_heads=1, joint_attention_dim=64, num_layers=2)
+    return load(random_weights(QwenImageTransformer2DModel(image_model="qwen_image", in_channels=64, **sizes, **OPERATIONS)), sizes)
+
+
+def ltx_video():
+    from comfy.ldm.lightricks.model import LTXVModel
+
+    sizes = dict(in_channels=128, cross_attention_dim=128, attention_head_dim=64, num_attention_heads=2, caption_channels=64, num_layers=2)
+    return load(random_weights(LTXVModel(image_model="ltxv", **sizes, **OPERATIONS)), sizes)
+
+
+def conditioning(tokens, pooled=None, **extra):
+    generator = torch.Generator().manual_seed(tokens)
+    pooled = None if pooled is None else torch.randn(1, pooled, generator=generator)
+    return [[torch.randn(1, tokens, 64, generator=generator), {"pooled_output": pooled, **extra}]]
+
+
+VIDEO = (1, 16, 5, 16, 12)
+IMAGE = (1, 16, 24, 20)
+REFERENCE = [torch.zeros(1, 16, 8, 12)]
+CASES = {
+    "wan t2v": (wan, conditioning(20), VIDEO),
+    "wan t2v, odd size": (wan, conditioning(20), (1, 16, 4, 17, 13)),
+    "wan i2v": (
+        lambda: wan(36, "i2v"),
+        conditioning(20, concat_latent_image=torch.zeros(VIDEO), concat_mask=torch.ones(1, 1, *VIDEO[2:]), clip_vision_output=None),
+        VIDEO,
+    ),
+    "hunyuan video": (hunyuan_video, conditioning(16, 768, guidance=6.0), VIDEO),
+    "flux": (flux, conditioning(16, 64, guidance=3.5), IMAGE),
+    "flux with reference": (flux, conditioning(16, 64, guidance=3.5, reference_latents=REFERENCE), IMAGE),
+    "qwen image": (qwen_image, conditioning(12), IMAGE),
+    "qwen image with reference": (qwen_image, conditioning(12, reference_latents=[torch.zeros(1, 16, 1, 8, 12)]), IMAGE),
+    "ltx video": (ltx_video, conditioning(16, frame_rate=25, attention_mask=torch.ones(1, 16, dtype=torch.long)), (1, 128, 4, 8, 9)),
+}
+
+
+def sample(model, cond, shape, steps=3, callback=None):
+    return nodes.common_ksampler(model, 1, steps, 2.0, "euler", "simple", cond, cond, {"samples": torch.zeros(shape)})[0]["samples"]
+
+
+def node_output(node, **inputs):
+    return node.PREPARE_CLASS_CLONE(None).execute(**inputs).args[0]
+
+
+def sparse(model, **changes):
+    inputs = dict(method={"method": "rainfusion2"}, density=0.5, precision="native", start_percent=0.0, end_percent=1.0, dense_blocks="", min_tokens=0, block="16")
+    return node_output(SparseAttention, model=model, **{**inputs, **changes})
+
+
+def relative_error(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def run(make, cond, shape):
+    model = make()
+    options = repr(model.model_options)
+    stock = sample(model, cond, shape)
+    result = {"stock_finite": bool(stock.isfinite().all()), "latent": list(stock.shape)}
+
+    everything = sparse(model, density=1.0)
+    result["density_1_bitwise"] = torch.equal(sample(everything, cond, shape), stock)
+    for method in ("rainfusion2", "draft", "sparge"):
+        patched = sparse(model, method={"method": method})
+        out = sample(patched, cond, shape)
+        report = last_report(patched)
+        result[method] = {"finite": bool(out.isfinite().all()), "error": relative_error(out, stock), "report": report}
+    whole = sparse(model, method={"method": "sparge", "similarity": 0.999})  # nothing is that alike: every block is kept, by our own kernel
+    result["all_blocks_error"] = relative_error(sample(whole, cond, shape), stock)
+    chained = sparse(sparse(model, density=0.9), density=0.5)
+    sample(chained, cond, shape)
+    result["applied_twice"] = {"density": last_report(chained)["density"], "calls": last_report(chained)["self_attention_calls"]}
+    accelerated = node_output(Accelerate, model=model, mode="fast", min_tokens=0)
+    sample(accelerated, cond, shape)
+    result["accelerate_notes"] = last_report(accelerated)["notes"]
+
+    result["nan_recovers"], result["nan_report"] = poisoned(model, cond, shape, stock)
+    result["other_override_seen"] = other_override(model, cond, shape, stock)
+    result["interrupt"] = interrupted(model, cond, shape)
+    result["bypass_bitwise"] = torch.equal(sample(model, cond, shape), stock)
+    result["model_untouched"] = repr(model.model_options) == options
+    return result
+
+
+def poisoned(model, cond, shape, stock):
+    """Our kernel returns NaN at its first call: the model call must be repeated dense, so that the result is the stock one."""
+    original = patcher.sparse_attention
+
+    def broken(*arguments, **keywords):
+        out, mask = original(*arguments, **keywords)
+        return out * float("nan"), mask
+
+    patcher.sparse_attention = broken
+    try:
+        patched = sparse(model)
+        out = sample(patched, cond, shape)
+    finally:
+        patcher.sparse_attention = original
+    report = last_report(patched)
+    return torch.equal(out, stock), {"repeated": report["repeated_model_calls"], "notes": report["notes"]}
+
+
+def other_override(model, cond, shape, stock):
+    """Another pack's override, set before and after ours, must still get the calls that stay dense."""
+    seen = []
+
+    def other(func, *arguments, **keywords):
+        seen.append(arguments[0].shape)
+        return func(*arguments, **keywords)
+
+    counts = []
+    for order in ("before", "after"):
+        seen.clear()
+        base = model.clone()
+        if order == "before":
+            base.model_options["transformer_options"]["optimized_attention_override"] = other
+        patched = sparse(base, density=1.0)
+        if order == "after":
+            patched.model_options["transformer_options"]["optimized_attention_override"] = other
+        same = torch.equal(sample(patched, cond, shape), stock)
+        counts.append(len(seen) if same and last_report(patched)["self_attention_calls"] else 0)
+    return counts
+
+
+def interrupted(model, cond, shape):
+    patched = sparse(model)
+    original = patcher.sparse_attention
+
+    def stop(*arguments, **keywords):
+        comfy.model_management.interrupt_current_processing()
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    patcher.sparse_attention = stop
+    try:
+        sample(patched, cond, shape)
+        return "not raised"
+    except comfy.model_management.InterruptProcessingException:
+        host = patched.get_attachment("tessera_attention")
+        return {"layouts_released": not host.patch._layouts, "reported": last_report(patched) is not None}
+    finally:
+        patcher.sparse_attention = original
+
+
+with torch.inference_mode():
+    for case, (make, cond, shape) in CASES.items():
+        print("RESULT " + json.dumps({"case": case, **run(make, cond, shape)}), flush=True)

@@ -1,0 +1,89 @@
+"""Every supported family in real ComfyUI, old and new: bitwise where it must be, sparse where it should be, and removable."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import _installed
+
+CASES = (
+    "wan t2v",
+    "wan t2v, odd size",
+    "wan i2v",
+    "hunyuan video",
+    "flux",
+    "flux with reference",
+    "qwen image",
+    "qwen image with reference",
+    "ltx video",
+)
+FAMILY = {"wan": "Wan", "hunyuan": "HunyuanVideo", "flux": "Flux", "qwen": "Qwen-Image", "ltx": "LTX-Video"}
+
+pytestmark = [pytest.mark.comfy, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["new", "old"])
+def results(request, package_path) -> dict[str, dict]:
+    install = _installed(old=request.param)
+    script = Path(__file__).parent / "comfy_families.py"
+    done = subprocess.run([install.python, script, install.path, package_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return {line["case"]: line for line in lines}
+
+
+@pytest.fixture(params=CASES)
+def result(request, results) -> dict:
+    return results[request.param]
+
+
+def test_dense_is_bitwise_stock(result):
+    assert result["stock_finite"]
+    assert result["density_1_bitwise"]
+    assert result["bypass_bitwise"], "the user's model changed after the patched clones ran"
+    assert result["model_untouched"]
+
+
+@pytest.mark.parametrize("method", ["rainfusion2", "draft", "sparge"])
+def test_every_call_in_the_window_is_sparse(result, method):
+    run = result[method]
+    assert run["finite"]
+    assert run["report"]["family"] == FAMILY[result["case"].split()[0]]
+    assert run["report"]["sparse_share_in_window"] == 1.0
+    assert run["report"]["calls"] == {"sparse": run["report"]["self_attention_calls"]}
+    # Half of random-weight attention dropped: different from stock, and far from unrelated (two unrelated outputs differ by about 1.4).
+    assert 1e-4 < run["error"] < 0.3
+    # Text, references and the first frame are forced; on these short sequences they take up to a tenth more than was asked for.
+    assert 0.4 < run["report"]["density"] < 0.65
+
+
+def test_all_blocks_through_our_kernel_equal_stock(result):
+    """The permutation, text placement and kernel are right: with every block kept only rounding differs."""
+    assert result["all_blocks_error"] < 1e-5
+
+
+def test_patch_replaces_an_earlier_one(result):
+    assert result["applied_twice"]["density"] < 0.65
+    assert result["applied_twice"]["calls"] == result["draft"]["report"]["self_attention_calls"]
+
+
+def test_few_steps_are_noticed(result):
+    assert any("one dense step" in note for note in result["accelerate_notes"])
+
+
+def test_non_finite_output_is_repeated_dense(result):
+    assert result["nan_recovers"]
+    assert result["nan_report"]["repeated"] >= 1
+    assert any("non-finite" in note for note in result["nan_report"]["notes"])
+
+
+def test_other_overrides_are_chained_in_either_order(result):
+    assert all(count > 0 for count in result["other_override_seen"])
+    assert len(set(result["other_override_seen"])) == 1
+
+
+def test_interrupt_leaves_nothing_behind(result):
+    assert result["interrupt"] == {"layouts_released": True, "reported": True}
