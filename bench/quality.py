@@ -1,0 +1,207 @@
+"""What sparsity costs in quality: every recipe against the dense run of the same seed, in real ComfyUI, on the default weights.
+
+    python bench/quality.py [--prompts 8] [--seeds 2] [--steps 20] [--out bench/results/quality.json]
+
+Needs ComfyUI (COMFYUI_PATH, else ~/comfy/ComfyUI). PSNR between decoded videos, latent error relative to the dense latent's norm.
+Only prompts and seeds whose dense clip shows what was asked for are used. Writes JSON and, beside it, the same table as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PACK = Path(__file__).resolve().parent.parent
+DENSITIES = (0.6, 0.4, 0.2)
+PROMPTS = (
+    "red disc right",
+    "green square left",
+    "blue triangle up",
+    "yellow disc down",
+    "white square up",
+    "magenta triangle right",
+    "green disc left",
+    "yellow square down",
+    "blue disc up",
+    "red triangle left",
+    "white disc right",
+    "magenta square down",
+)
+SIZE, FRAMES = 128, 33  # what the weights were trained for: 9 x 8 x 8 = 576 tokens
+SCHEDULE = dict(cfg=3.0, sampler_name="euler", scheduler="simple")
+SHIFT = 5.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--date", default=datetime.date.today().isoformat())
+    parser.add_argument("--out", type=Path, default=PACK / "bench" / "results" / "quality.json")
+    options = parser.parse_args()
+
+    from tessera.cli.comfy_server import HOW_TO_GET, find_comfy
+
+    comfy = find_comfy()
+    if comfy is None:
+        sys.exit(f"bench/quality.py needs ComfyUI: {HOW_TO_GET}")
+    job = json.dumps({name: value for name, value in vars(options).items() if name in ("prompts", "seeds", "steps")})
+    import tessera
+
+    parent = Path(tessera.__path__[0]).parent if Path(tessera.__path__[0]).name == "tessera" else PACK / ".pkg"
+    command = [str(comfy.python), __file__, "--inside", str(comfy.path), str(parent), job]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("RESULT "):
+                lines.append(json.loads(line.removeprefix("RESULT ")))
+                print(lines[-1], flush=True)
+    if process.returncode:
+        sys.exit(process.returncode)
+    head, rows = lines[0], lines[1:]
+    result = {"date": options.date, **head, "table": summarise(rows), "runs": rows}
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    text = markdown(result)
+    options.out.with_suffix(".md").write_text(text)
+    print(text)
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over prompts and seeds, one row for each (method, density)."""
+    table = []
+    keys = list(dict.fromkeys((row["method"], row["asked"]) for row in rows))
+    for method, asked in keys:
+        group = [row for row in rows if (row["method"], row["asked"]) == (method, asked)]
+        mean = {name: statistics.fmean(row[name] for row in group) for name in ("density", "overall_density", "psnr", "latent_error", "sparse_share")}
+        table.append({"method": method, "asked": asked, "runs": len(group), "psnr_min": min(row["psnr"] for row in group), **mean})
+    return table
+
+
+def markdown(result: dict[str, Any]) -> str:
+    lines = [
+        "# Sparse against dense on the default weights",
+        "",
+        f"`python bench/quality.py`, {result['date']}: ComfyUI {result['comfyui']}, torch {result['torch']}, CPU. {result['clips']} clips of "
+        f"{FRAMES} frames, {SIZE} x {SIZE} ({result['tokens']} tokens, blocks of {result['block']}), {result['steps']} steps, "
+        "start_percent 0.2, block 0 dense.",
+        f"Mean over prompts and seeds whose dense clip shows its caption ({result['clips']} of {result['tried']} tried). "
+        "Density counts forced blocks. *random* keeps random blocks; *another seed* compares two dense runs.",
+        "",
+        "| method | asked | density | overall | PSNR dB (worst) | latent error | sparse calls in the window |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["table"]:
+        asked = "" if row["asked"] is None else row["asked"]
+        lines.append(
+            f"| {row['method']} | {asked} | {row['density']:.2f} | {row['overall_density']:.2f} | {row['psnr']:.1f} ({row['psnr_min']:.1f}) "
+            f"| {row['latent_error']:.3f} | {row['sparse_share']:.0%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def inside(comfyui: str, package_parent: str, job: dict[str, int]) -> None:
+    """Runs in ComfyUI's own Python: stock loaders, stock sampler, our nodes."""
+    sys.argv = sys.argv[:1]
+    sys.path.insert(0, comfyui)
+    sys.path.append(package_parent)
+    import torch
+    from comfy.cli_args import args
+
+    args.cpu = True
+    args.use_pytorch_cross_attention = True
+
+    import comfyui_version
+    import folder_paths
+    import nodes
+    import utils.extra_config  # noqa: F401  (first, as main.py does: nodes.py puts a folder with another `utils` before it)
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+    from tessera.kernels.sparsity import RECIPES
+    from tessera.models.default import clips, vocabulary
+    from tessera.models.patchers.attention import AttentionSettings
+    from tessera.nodes import DEFAULT_WEIGHTS
+    from tessera.nodes.host import last_report, patch_attention
+
+    for folder in ("diffusion_models", "vae"):
+        folder_paths.add_model_folder_path(folder, str(DEFAULT_WEIGHTS / folder))
+    steps = job["steps"]
+
+    def emit(**row: Any) -> None:
+        print("RESULT " + json.dumps(row), flush=True)
+
+    with torch.inference_mode():
+        model = ModelSamplingSD3().patch(nodes.UNETLoader().load_unet("tessera_shapes_t2v.safetensors", "default")[0], SHIFT)[0]
+        vae = nodes.VAELoader().load_vae("tessera_shapes_vae.safetensors")[0]
+        empty = {"samples": torch.zeros(1, 16, (FRAMES - 1) // 4 + 1, SIZE // 8, SIZE // 8)}
+        negative = [[vocabulary.encode(""), {}]]
+
+        def sample(patched: Any, prompt: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+            positive = [[vocabulary.encode(prompt), {}]]
+            latent = nodes.common_ksampler(patched, seed, steps, positive=positive, negative=negative, latent=empty, **SCHEDULE)[0]
+            return latent["samples"], nodes.VAEDecode().decode(vae, latent)[0].clamp(0, 1).reshape(FRAMES, SIZE, SIZE, 3)
+
+        def shows(video: torch.Tensor, prompt: str) -> bool:
+            return tuple(clips.score(video.permute(3, 0, 1, 2) * 2 - 1)) == tuple(vocabulary.parse(prompt))
+
+        wanted = job["prompts"] * job["seeds"]
+        dense: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        tried, good_prompts = 0, 0
+        for prompt in PROMPTS:
+            found = {}
+            for seed in itertools.islice(itertools.count(1), 2 * job["seeds"]):
+                tried += 1
+                run = sample(model, prompt, seed)
+                if shows(run[1], prompt):
+                    found[prompt, seed] = run
+                if len(found) == job["seeds"]:
+                    break
+            if len(found) == job["seeds"]:
+                dense.update(found)
+                good_prompts += 1
+            if good_prompts == job["prompts"]:
+                break
+        emit(comfyui=comfyui_version.__version__, torch=torch.__version__, clips=len(dense), tried=tried, wanted=wanted, steps=steps, tokens=576, block=32)
+
+        def compare(run: tuple[torch.Tensor, torch.Tensor], base: tuple[torch.Tensor, torch.Tensor]) -> dict[str, float]:
+            error = float((run[0] - base[0]).norm() / base[0].norm())
+            return {"psnr": float(-10 * torch.log10((run[1] - base[1]).square().mean().clamp_min(1e-12))), "latent_error": error}
+
+        for density in DENSITIES:
+            for method in RECIPES:
+                settings = AttentionSettings(method=method, density=density, precision="native", dense_blocks=frozenset({0}), min_tokens=0)
+                patched = patch_attention(model, settings, None)
+                for (prompt, seed), base in dense.items():
+                    run = sample(patched, prompt, seed)
+                    report = last_report(patched)
+                    emit(
+                        method=method,
+                        asked=density,
+                        prompt=prompt,
+                        seed=seed,
+                        density=report["density"],
+                        overall_density=report["overall_density"],
+                        sparse_share=report["sparse_share_in_window"],
+                        **compare(run, base),
+                    )
+        for (prompt, seed), base in dense.items():
+            other = sample(model, prompt, seed + 1000)
+            emit(
+                method="another seed (dense)", asked=None, prompt=prompt, seed=seed, density=1.0, overall_density=1.0, sparse_share=0.0, **compare(other, base)
+            )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--inside"]:
+        inside(sys.argv[2], sys.argv[3], json.loads(sys.argv[4]))
+    else:
+        main()

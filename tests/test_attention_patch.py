@@ -1,0 +1,275 @@
+"""The patcher on its own: which call goes where, and what the report says. No host needed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tessera.kernels import dispatch, reference
+from tessera.kernels.sparsity import RECIPES
+from tessera.models.families import TokenLayout
+from tessera.models.patchers import attention as patcher
+from tessera.models.patchers.attention import AttentionPatch, AttentionSettings, ModelCall, auto_block, percent_of
+from tessera.models.patchers.report import heat_map, summary
+
+LAYOUT = TokenLayout(5, 8, 8)  # 320 tokens
+
+
+def qkv(tokens=320, k_len=None, heads=2, head_dim=16, batch=1):
+    return (torch.randn(batch, heads, n, head_dim) for n in (tokens, k_len or tokens, k_len or tokens))
+
+
+def flow(shift=5.0):
+    return lambda percent: shift * (1 - percent) / (1 + (shift - 1) * (1 - percent))
+
+
+def settings(**changes):
+    return AttentionSettings(**{**dict(method="rainfusion2", density=0.5, precision="native", min_tokens=0, start_percent=0.0), **changes})
+
+
+def attend(patch, call, q, k, v, **keywords):
+    """(result, whether the host's attention ran)."""
+    ran = []
+
+    def dense():
+        ran.append(True)
+        return reference.attention(q, k, v)[0].to(q.dtype)
+
+    return patch.attend(call, q, k, v, dense, lambda out: out, **keywords), bool(ran)
+
+
+def run(patch, sigmas, layers=3, layout=LAYOUT, **keywords):
+    patch.start(flow(), sigmas)
+    for sigma in sigmas[:-1]:
+        call = ModelCall(layout, sigma)
+        patch.begin(call)
+        for _ in range(layers):
+            attend(patch, call, *qkv(), **keywords)
+        assert not patch.finish(call)
+    return patch.report.as_dict()
+
+
+SIGMAS = [flow()(step / 10) for step in range(11)]
+
+
+def test_schedule_by_percent_and_dense_blocks():
+    report = run(AttentionPatch(settings(start_percent=0.25, end_percent=0.75, dense_blocks=frozenset({0}))), SIGMAS)
+    # Steps 3..7 lie in 25 %..75 %; block 0 of each stays dense.
+    expected = [[None, *([True] * 2)] if 3 <= step <= 7 else [None] * 3 for step in range(10)]
+    sparse = [[True if density < 1 else None for density in row] for row in report["density_by_step_and_layer"]]
+    assert sparse == expected
+    assert report["calls"] == {"sparse": 10, "host": 20}
+    assert report["reasons"] == {"outside the sparse steps": 15, "dense block": 5}
+    assert report["sparse_share_in_window"] == 1.0
+    assert report["overall_density"] == pytest.approx((10 * report["density"] + 20) / 30)
+
+
+def test_density_1_is_the_hosts_own_result():
+    q, k, v = qkv()
+    patch = AttentionPatch(settings(density=1.0))
+    patch.start(flow(), SIGMAS)
+    call = ModelCall(LAYOUT, 0.5)
+    patch.begin(call)
+    marker = torch.full((3,), 7.0)
+    assert patch.attend(call, q, k, v, lambda: marker, lambda out: out) is marker
+    assert patch.report.reasons == {"density 1": 1}
+
+
+@pytest.mark.parametrize(
+    ("k_len", "reason"), [(20, "cross-attention"), (None, "not the video's self-attention")], ids=["cross", "other"]
+)
+def test_other_attention_stays_with_the_host(k_len, reason):
+    patch = AttentionPatch(settings())
+    call = ModelCall(LAYOUT, 0.5)
+    patch.begin(call)
+    _, host = attend(patch, call, *qkv(tokens=320 if k_len else 300, k_len=k_len))
+    assert host
+    assert patch.report.reasons == {reason: 1}
+    assert not patch.report.records
+
+
+def test_short_sequences_stay_with_the_host():
+    patch = AttentionPatch(settings(min_tokens=12288))
+    report = run(patch, SIGMAS)
+    assert report["reasons"] == {"320 tokens, fewer than min_tokens 12288": 30}
+    assert "0 of 30 self-attention calls sparse" in summary(report)
+
+
+def test_one_token():
+    patch = AttentionPatch(settings())
+    call = ModelCall(TokenLayout(1, 1, 1), 0.5)
+    patch.begin(call)
+    out, host = attend(patch, call, *qkv(tokens=1))
+    assert host and out.shape == (1, 2, 1, 16)
+
+
+@pytest.mark.parametrize("head_dim", [40, 256])
+def test_unusual_head_dims_run(head_dim):
+    patch = AttentionPatch(settings(density=0.5))
+    call = ModelCall(LAYOUT, 0.5)
+    patch.begin(call)
+    out, host = attend(patch, call, *qkv(head_dim=head_dim))
+    assert not host and out.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", [0, 1, 2], ids="qkv")
+def test_non_finite_input_is_repeated_dense_and_disabled(value, which):
+    tensors = list(qkv())
+    tensors[which][0, 0, 5, 3] = value
+    patch = AttentionPatch(settings())
+    call = ModelCall(LAYOUT, 0.5)
+    patch.begin(call)
+    _, host = attend(patch, call, *tensors)
+    assert not host
+    assert patch.finish(call)
+    again = patch.again(call)
+    _, host = attend(patch, again, *tensors)
+    assert host and not patch.finish(again)
+    later = ModelCall(LAYOUT, 0.4)
+    patch.begin(later)
+    _, host = attend(patch, later, *tensors)
+    assert host, "the layer is disabled at this precision for the rest of the run"
+    report = patch.report.as_dict()
+    assert report["repeated_model_calls"] == 1
+    assert report["self_attention_calls"] == 2  # the struck call is not counted
+    assert "non-finite output at layer 0 (native)" in summary(report)
+
+
+def test_runs_do_not_depend_on_earlier_runs():
+    patch = AttentionPatch(settings())
+    q, k, v = qkv()
+
+    def once():
+        patch.start(flow(), SIGMAS)
+        call = ModelCall(LAYOUT, 0.5)
+        patch.begin(call)
+        return attend(patch, call, q, k, v)[0]
+
+    first = once()
+    patch._disabled.add((0, "native"))
+    assert torch.equal(first, once())
+
+
+def test_unknown_family_runs_sparge_and_says_so_otherwise():
+    patch = AttentionPatch(settings(method="sparge"))
+    assert run(patch, SIGMAS, layout=None)["sparse_share_in_window"] == 1.0
+    report = run(AttentionPatch(settings(method="rainfusion2")), SIGMAS, layout=None)
+    assert report["sparse_share_in_window"] == 0.0
+    assert report["reasons"] == {"unknown model family: rainfusion2 needs the token grid, sparge does not": 30}
+
+
+def test_few_step_models_are_treated_gently():
+    sigmas = [flow()(step / 4) for step in range(5)]
+    report = run(AttentionPatch(settings(density=0.2, start_percent=0.2, gentle_few_steps=True)), sigmas)
+    assert report["asked_density"] == 0.5
+    assert [row[0] < 1 for row in report["density_by_step_and_layer"]] == [False, True, True, True]
+    assert any(note.startswith("4 steps") for note in report["notes"])
+
+
+def test_half_of_a_split_schedule_is_not_a_few_step_model():
+    """The low-noise half of 12 steps has 6 of its own."""
+    sigmas = [flow()(step / 12) for step in range(6, 13)]
+    report = run(AttentionPatch(settings(density=0.2, gentle_few_steps=True)), sigmas)
+    assert report["asked_density"] == 0.2
+    assert not report["notes"]
+
+
+@pytest.mark.parametrize("percent", [0.0, 0.1, 0.5, 0.93, 1.0])
+def test_percent_of_inverts_the_schedule(percent):
+    assert percent_of(flow()(percent), flow()) == pytest.approx(percent, abs=2e-3)
+
+
+def test_unavailable_precision_is_a_counted_fallback():
+    report = run(AttentionPatch(settings(precision="int8")), SIGMAS)
+    assert report["calls"] == {"sparse": 30}
+    assert report["backends"] == {"torch/native": 30}
+    assert any(note.startswith("int8 is not available here, native precision used") for note in report["notes"])
+
+
+def test_mask_refresh_reuses_masks_per_layer_and_branch(monkeypatch):
+    made = []
+    original = patcher.sparse_attention
+
+    def counting(*arguments, mask, **keywords):
+        made.append(mask is None)
+        return original(*arguments, mask=mask, **keywords)
+
+    monkeypatch.setattr(patcher, "sparse_attention", counting)
+    patch = AttentionPatch(settings(mask_refresh=3))
+    patch.start(flow(), SIGMAS)
+    for sigma in SIGMAS[:6]:
+        for branch in ("cond", "uncond"):
+            call = ModelCall(LAYOUT, sigma, branch)
+            patch.begin(call)
+            for _ in range(2):
+                attend(patch, call, *qkv())
+    assert sum(made) == 2 * 2 * 2  # two refreshes, two branches, two layers
+    assert len(made) == 24
+
+
+def test_dense_quantized_where_the_gpu_has_it(monkeypatch):
+    """With an INT8 backend that takes the call, short sequences run dense through it; at native precision the host keeps them."""
+    calls = []
+
+    def run_int8(q, k, v, block_mask, key_bias, scale, return_lse):
+        calls.append(block_mask)
+        out, lse = reference.attention(q, k, v, block_mask=block_mask, key_bias=key_bias, scale=scale)
+        return out.to(q.dtype), lse.float() if return_lse else None
+
+    patcher.kernel.explain(dispatch.Problem(torch.device("cpu"), torch.float32, 1, 1, 1, 1, 16))  # fills the registry
+    fake = dispatch.Implementation("fake", "int8", (), lambda: run_int8)
+    monkeypatch.setattr(dispatch, "_implementations", [fake, *dispatch._implementations])
+    report = run(AttentionPatch(settings(precision="auto", min_tokens=12288)), SIGMAS[:3])
+    assert report["calls"] == {"dense quantized": 6}
+    assert calls[-6:] == [None] * 6  # its self-test ran before
+    assert run(AttentionPatch(settings(precision="native", min_tokens=12288)), SIGMAS[:3])["calls"] == {"host": 6}
+    assert run(AttentionPatch(settings(precision="auto", min_tokens=12288)), SIGMAS[:3], quantize=False)["calls"] == {"host": 6}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(method="nosuch"), "method is 'nosuch'"),
+        (dict(density=0.0), "density is 0.0"),
+        (dict(density=1.5), "density is 1.5"),
+        (dict(precision="fp8"), "precision is 'fp8'"),
+        (dict(block=48), "block is 48"),
+        (dict(start_percent=0.8, end_percent=0.2), "start_percent is 0.8"),
+        (dict(mask_refresh=0), "mask_refresh is 0"),
+        (dict(method_settings={"tau": 1.0}), "rainfusion2 has no setting tau"),
+    ],
+)
+def test_bad_settings_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionPatch(settings(**change))
+
+
+@pytest.mark.parametrize(("tokens", "block"), [(75600, 128), (2048, 128), (2047, 64), (576, 32), (100, 16)])
+def test_auto_block_leaves_sixteen_blocks(tokens, block):
+    assert auto_block(tokens) == block
+
+
+@pytest.mark.parametrize("method", [name for name, recipe in RECIPES.items() if not recipe.control])
+def test_key_bias_hides_keys_in_every_method(method):
+    """Keys behind a -inf bias must not matter: the result is that of other values there."""
+    q, k, v = qkv()
+    bias = torch.zeros(1, 320)
+    bias[:, 40:60] = float("-inf")
+    changed = v.clone()
+    changed[:, :, 40:60] = 100.0
+    outs = []
+    for values in (v, changed):
+        patch = AttentionPatch(settings(method=method))
+        call = ModelCall(LAYOUT, 0.5)
+        patch.begin(call)
+        outs.append(attend(patch, call, q, k, values, key_bias=bias)[0])
+    assert torch.equal(*outs)
+
+
+def test_heat_map_shows_density():
+    report = run(AttentionPatch(settings(start_percent=0.5)), SIGMAS)
+    picture = heat_map(report, cell=14)
+    assert picture.shape[0] == 1 and picture.shape[3] == 3
+    assert picture.amin() >= 0 and picture.amax() <= 1
+    dense, sparse = picture[0, 34 + 5, 44 + 5], picture[0, 34 + 14 * 8 + 5, 44 + 5]
+    assert dense.sum() > sparse.sum()
