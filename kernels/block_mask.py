@@ -29,10 +29,11 @@ class BlockMask:
     block_n: int
 
     @classmethod
-    def from_dense(cls, mask: Tensor, block_m: int, block_n: int) -> BlockMask:
+    def from_dense(cls, mask: Tensor, block_m: int, block_n: int, *, width: int | None = None) -> BlockMask:
         """Build from a boolean `(batch, heads, query blocks, key blocks)` mask.
 
-        Reads one number back from the device (the longest row), so build a mask once and use it often.
+        width: an upper bound of the longest row, where the caller knows one. Without it the longest row is read back from the device,
+        so build a mask once and use it often. Raises ValueError on anything but a boolean mask of four dimensions.
         """
         if mask.dtype != torch.bool or mask.ndim != 4:
             raise ValueError(
@@ -40,7 +41,8 @@ class BlockMask:
                 "pass a boolean (batch, heads, query blocks, key blocks) tensor"
             )
         counts = mask.sum(-1, dtype=torch.int32)
-        width = max(int(counts.amax()), 1) if counts.numel() else 1
+        if width is None:
+            width = max(int(counts.amax()), 1)
         # A stable descending sort of booleans lists the kept ids first and keeps them ascending.
         indices = mask.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :width]
         return cls(indices.to(torch.int32).contiguous(), counts.contiguous(), block_m, block_n)

@@ -6,7 +6,7 @@ Facts from NVIDIA's CUDA C++ Programming Guide (compute capabilities) and the PT
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -58,7 +58,7 @@ def from_capability(capability: tuple[int, int] | None) -> GPU:
     return GPU("other", capability, turing, shared_memory=48 * _KIB)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _of_index(index: int) -> GPU:
     return from_capability(torch.cuda.get_device_capability(index))
 

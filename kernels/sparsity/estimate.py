@@ -25,9 +25,7 @@ def estimator(function: Estimator) -> Estimator:
 @estimator
 def pooled(q: Tensor, k: Tensor, block: int, scale: float, settings: Mapping[str, float]) -> Tensor:
     """softmax of block means of q against block means of k: RainFusion2.0, DraftAttention, SpargeAttn."""
-    q_mean = block_mean(q, block)
-    k_mean = _heads_like(block_mean(k, block), q)
-    return torch.softmax(q_mean @ k_mean.transpose(-1, -2) * scale, -1)
+    return torch.softmax(_pooled_logits(q, k, block, scale), -1)
 
 
 @estimator
@@ -37,17 +35,15 @@ def pooled_similarity(q: Tensor, k: Tensor, block: int, scale: float, settings: 
     Self-similarity of a block is the squared norm of its mean unit vector, in 0..1; at or below `similarity` it does not count as
     similar. A threshold of 0 or less switches the guard off.
     """
-    scores = pooled(q, k, block, scale, settings)
+    logits = _pooled_logits(q, k, block, scale)
     threshold = settings["similarity"]
     if threshold <= 0:
-        return scores
-    alike_q = block_mean(torch.nn.functional.normalize(q, dim=-1), block).square().sum(-1) > threshold
-    smooth = k - k.mean(2, keepdim=True)
-    alike_k = _heads_like(block_mean(torch.nn.functional.normalize(smooth, dim=-1), block).square().sum(-1) > threshold, q)
-    # Columns that the guard keeps anyway take no part in the softmax of the others (SpargeAttn, step 3).
-    logits = scores.log().masked_fill(~alike_k[:, :, None], float("-inf"))
-    scores = torch.softmax(logits, -1).nan_to_num(0.0)
-    return scores.masked_fill(~alike_k[:, :, None] | ~alike_q[..., None], float("inf"))
+        return torch.softmax(logits, -1)
+    loose_q = _self_similarity(q, block) <= threshold
+    loose_k = _heads_like(_self_similarity(k - k.mean(2, keepdim=True), block), q)[:, :, None] <= threshold
+    # Columns that the guard keeps anyway take no part in the softmax of the others (SpargeAttn's order of steps).
+    scores = torch.softmax(logits.masked_fill(loose_k, float("-inf")), -1)
+    return scores.masked_fill(loose_k | loose_q[..., None], float("inf"))
 
 
 @estimator
@@ -64,6 +60,16 @@ def block_mean(x: Tensor, block: int) -> Tensor:
     if whole == x.shape[2]:
         return means
     return torch.cat([means, x[:, :, whole:].mean(2, keepdim=True, dtype=torch.float32)], 2)
+
+
+def _pooled_logits(q: Tensor, k: Tensor, block: int, scale: float) -> Tensor:
+    """Products of block means. Smoothing k by its mean would add the same number to a whole row, which a softmax does not see."""
+    return block_mean(q, block) @ _heads_like(block_mean(k, block), q).transpose(-1, -2) * scale
+
+
+def _self_similarity(x: Tensor, block: int) -> Tensor:
+    """`(batch, heads, blocks)`: mean cosine between the tokens of a block, which is the squared norm of their mean unit vector."""
+    return block_mean(torch.nn.functional.normalize(x, dim=-1), block).square().sum(-1)
 
 
 def _heads_like(k: Tensor, q: Tensor) -> Tensor:

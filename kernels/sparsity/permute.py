@@ -27,41 +27,48 @@ def permuter(function: Permuter) -> Permuter:
 def window3d(grid: TokenGrid, block: int, protect_first_frame: bool) -> Tensor:
     """Windows of frames x height x width: (2, 8, 8) for 128 tokens. RainFusion2.0 (Ascend MindIE-SD) and its LightX2V port.
 
-    An image, or a clip of which one frame is left to tile, gets flat (8, 16) windows.
+    A frame without a partner (an image, the last of an odd number) gets flat windows, (8, 16) for 128 tokens. Ours: the ports refuse it.
     """
-    frames = grid.frames - (1 if protect_first_frame and grid.frames > 1 else 0)
-    return _tiles(grid, window_shape(block, frames), protect_first_frame)
+    frames, first = _frames(grid, protect_first_frame)
+    depth = _window(block, 2)[0]
+    paired = frames.shape[0] - frames.shape[0] % depth
+    tiles, rest = _tiles(frames[:paired], _window(block, 2))
+    flat_tiles, flat_rest = _tiles(frames[paired:], _window(block, 1))
+    return _order(grid, tiles, flat_tiles, rest, flat_rest, first)
 
 
 @permuter
 def spatial_tiles(grid: TokenGrid, block: int, protect_first_frame: bool) -> Tensor:
-    """Tiles inside a frame, 8 x 16 for 128 tokens: the reorder of DraftAttention (Shen et al. 2025)."""
-    return _tiles(grid, window_shape(block, 1), protect_first_frame)
+    """Tiles inside a frame, 8 x 16 for 128 tokens: the reorder of DraftAttention (Shen et al. 2025), for any height and width."""
+    frames, first = _frames(grid, protect_first_frame)
+    return _order(grid, *_tiles(frames, _window(block, 1)), first)
 
 
-def window_shape(block: int, frames: int) -> tuple[int, int, int]:
-    """(frames, height, width) of a window with `block` tokens, a power of two >= 4: two frames deep where a square remains, else flat."""
-    depth = 2 if frames > 1 and block.bit_length() % 2 == 0 else 1
-    area = block // depth
-    height = 1 << ((area.bit_length() - 1) // 2)
-    return depth, height, area // height
+def _window(block: int, deepest: int) -> tuple[int, int, int]:
+    """(frames, height, width) of a window of `block` tokens, a power of two: two frames deep where that leaves a square, else flat."""
+    doublings = block.bit_length() - 1
+    depth = 2 if deepest > 1 and doublings % 2 else 1
+    height = 1 << ((doublings - (depth - 1)) // 2)
+    return depth, height, block // depth // height
 
 
-def _tiles(grid: TokenGrid, tile: tuple[int, int, int], protect_first_frame: bool) -> Tensor:
-    ids = torch.arange(grid.video_tokens).view(grid.frames, grid.height, grid.width) + grid.before
-    first = ids[:0]
-    if protect_first_frame and grid.frames > 1:
-        first, ids = ids[:1], ids[1:]
+def _frames(grid: TokenGrid, protect_first_frame: bool) -> tuple[Tensor, Tensor]:
+    """(token ids `(frames, height, width)` to put in windows, those of the protected first frame). A still image has none."""
+    ids = torch.arange(grid.before, grid.before + grid.video_tokens).view(grid.frames, grid.height, grid.width)
+    protected = 1 if protect_first_frame and grid.frames > 1 else 0
+    return ids[protected:], ids[:protected]
+
+
+def _tiles(ids: Tensor, tile: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """(ids of the full tiles, tile after tile; the remainders). ids: `(frames, height, width)`, frames a multiple of the tile's."""
     depth, height, width = tile
-    whole = tuple(size - size % step for size, step in zip(ids.shape, tile, strict=True))
-    core = ids[: whole[0], : whole[1], : whole[2]].unflatten(0, (-1, depth)).unflatten(2, (-1, height)).unflatten(4, (-1, width))
-    parts = [
-        core.permute(0, 2, 4, 1, 3, 5).flatten(),
-        ids[: whole[0], whole[1] :].flatten(),  # bottom rows
-        ids[: whole[0], : whole[1], whole[2] :].flatten(),  # right columns
-        ids[whole[0] :].flatten(),  # last frames
-        first.flatten(),
-        torch.arange(grid.before),
-        torch.arange(grid.seq_len - grid.after, grid.seq_len),
-    ]
-    return torch.cat(parts)
+    bottom, right = ids.shape[1] - ids.shape[1] % height, ids.shape[2] - ids.shape[2] % width
+    full = ids[:, :bottom, :right].unflatten(0, (-1, depth)).unflatten(2, (-1, height)).unflatten(4, (-1, width))
+    # Each strip is walked along its long side, so that a block of its tokens is as compact as it can be.
+    strips = (ids[:, bottom:].transpose(1, 2), ids[:, :bottom, right:])
+    return full.permute(0, 2, 4, 1, 3, 5).flatten(), torch.cat([strip.flatten() for strip in strips])
+
+
+def _order(grid: TokenGrid, *video: Tensor) -> Tensor:
+    after = torch.arange(grid.seq_len - grid.after, grid.seq_len)
+    return torch.cat([*(part.flatten() for part in video), torch.arange(grid.before), after])

@@ -44,6 +44,12 @@ class Recipe:
     settings: Mapping[str, Setting] = field(default_factory=dict)
 
 
+_SIMILARITY = {
+    "similarity": Setting(
+        0.0, 0.0, 1.0, 0.05, "Blocks whose tokens are less alike than this are kept whole. 0: guard off (the authors' -0.1). 0.3: careful."
+    )
+}
+
 _ALL = (
     Recipe(
         name="rainfusion2",
@@ -70,11 +76,17 @@ _ALL = (
         estimate="pooled_similarity",
         select="topk",
         needs_grid=False,
-        settings={
-            "similarity": Setting(
-                0.0, 0.0, 1.0, 0.05, "Blocks whose tokens are less alike than this are kept whole. 0: guard off (the authors' -0.1). 0.3: careful."
-            )
-        },
+        settings=_SIMILARITY,
+    ),
+    Recipe(
+        name="sparge_top_p",
+        title="like sparge, but rows whose attention is spread out get more blocks than rows whose attention is sharp",
+        source="SpargeAttn's cumulative rule (cdfthreshd), with the share of attention solved for the density",
+        permute="window3d",
+        estimate="pooled_similarity",
+        select="top_p",
+        needs_grid=False,
+        settings=_SIMILARITY,
     ),
     Recipe(
         name="random",

@@ -12,13 +12,11 @@ from torch import Tensor
 
 from ..block_mask import BlockMask, num_blocks
 
-CPU_CHUNK_BYTES = 4 << 20
-"""Gathered keys and values of one chunk on a CPU: they should still be in cache when they are multiplied."""
+CPU_CHUNK_BYTES = 32 << 20
+"""Gathered keys and values of one chunk on a CPU: they should still be in the last-level cache when they are multiplied. Smaller
+chunks gain a few percent on an idle machine and lose far more on a busy one, because every chunk ends with threads waiting."""
 
 CUDA_CHUNK_BYTES = 256 << 20
-
-GROUPS = 16
-"""Row lengths are rounded up to a multiple of (longest / GROUPS), so that few groups remain however the counts vary."""
 
 
 def run(
@@ -30,54 +28,69 @@ def run(
     block_m, block_n = block_mask.block_m, block_mask.block_n
     query_blocks, key_blocks = num_blocks(q_len, block_m), num_blocks(k_len, block_n)
 
-    q_blocks = _blocks(q, block_m)  # (batch * heads * query blocks, block_m, head_dim)
-    k_blocks, v_blocks = _blocks(k, block_n), _blocks(v, block_n)
-    bias = _bias_blocks(key_bias, batch, k_len, block_n, q)
-
+    # A row is one query block of one head: (batch * heads * query blocks) of them.
+    queries, keys, values = _blocks(q, block_m), _blocks(k, block_n), _blocks(v, block_n)
+    bias = _bias_blocks(key_bias, batch, k_len, block_n, q.device)
     counts = block_mask.counts.expand(batch, heads, query_blocks).reshape(-1)
     indices = block_mask.indices.expand(batch, heads, query_blocks, -1).flatten(0, 2)
-    out = torch.empty_like(q_blocks)
-    lse = torch.empty(q_blocks.shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
+    sample = torch.arange(batch, dtype=torch.int32, device=q.device).repeat_interleave(heads * query_blocks)[:, None]
+    kv_head = torch.arange(kv_heads, dtype=torch.int32, device=q.device).repeat_interleave(heads // kv_heads * query_blocks).repeat(batch)[:, None]
+    row_first_block = (sample * kv_heads + kv_head) * key_blocks
+    row_first_bias = sample * key_blocks
 
-    row_batch = torch.arange(counts.shape[0], device=q.device) // (heads * query_blocks)
-    row_head = torch.arange(counts.shape[0], device=q.device) // query_blocks % heads // (heads // kv_heads)
-    row_offset = (row_batch * kv_heads + row_head) * key_blocks
+    order, lengths, sizes = _groups(counts)
+    if len(lengths) > 1:
+        queries, indices, row_first_block, row_first_bias = (x.index_select(0, order) for x in (queries, indices, row_first_block, row_first_bias))
 
-    for width, rows, padded in _groups(counts):
-        if width == 0:
-            out[rows] = 0
-            if lse is not None:
-                lse[rows] = float("-inf")
-            continue
-        chunk = max(1, (CUDA_CHUNK_BYTES if q.is_cuda else CPU_CHUNK_BYTES) // (2 * width * block_n * head_dim * q.element_size()))
-        for part in rows.split(chunk):
-            ids = indices[part, :width].long()
-            spare = torch.arange(width, device=q.device) >= counts[part, None] if padded else None
-            if spare is not None:
-                ids = ids.masked_fill(spare, 0)
-            flat = (ids + row_offset[part, None]).flatten()
-            keys = k_blocks.index_select(0, flat).view(len(part), width * block_n, head_dim)
-            values = v_blocks.index_select(0, flat).view(len(part), width * block_n, head_dim)
-            score_bias = None
-            if bias is not None:
-                score_bias = bias.index_select(0, (ids + row_batch[part, None] * key_blocks).flatten()).view(len(part), 1, -1)
-            if spare is not None:
-                hidden = torch.zeros(spare.shape, dtype=q.dtype, device=q.device).masked_fill_(spare, float("-inf"))
-                hidden = hidden.repeat_interleave(block_n, 1)[:, None]
-                score_bias = hidden if score_bias is None else score_bias + hidden
-            queries = q_blocks.index_select(0, part)
-            if lse is None:
-                fused = F.scaled_dot_product_attention(
-                    queries[:, None], keys[:, None], values[:, None], attn_mask=None if score_bias is None else score_bias[:, None], scale=scale
+    outs, lses = [], []
+    first = 0
+    for length, size in zip(lengths, sizes, strict=True):
+        if length == 0:
+            outs.append(queries.new_zeros((size, block_m, head_dim)))
+            lses.append(torch.full((size, block_m), float("-inf"), device=q.device))
+        else:
+            limit = CUDA_CHUNK_BYTES if q.is_cuda else CPU_CHUNK_BYTES
+            chunk = max(1, limit // (2 * length * block_n * head_dim * q.element_size()))
+            for start in range(first, first + size, chunk):
+                rows = slice(start, min(start + chunk, first + size))
+                ids = indices[rows, :length]
+                kept = (ids + row_first_block[rows]).flatten()
+                row_bias = None if bias is None else bias.index_select(0, (ids + row_first_bias[rows]).flatten()).view(len(ids), 1, -1)
+                out, lse = _attend(
+                    queries[rows],
+                    keys.index_select(0, kept).view(len(ids), -1, head_dim),
+                    values.index_select(0, kept).view(len(ids), -1, head_dim),
+                    row_bias,
+                    scale,
+                    return_lse,
                 )
-                out[part] = fused[:, 0]
-            else:
-                out[part], lse[part] = _with_lse(queries, keys, values, score_bias, scale)
+                outs.append(out)
+                lses.append(lse)
+        first += size
 
-    out = out.view(batch, heads, query_blocks * block_m, head_dim)[:, :, :q_len]
-    if key_bias is not None:
-        out = out.nan_to_num(nan=0.0)  # a row whose every kept key is hidden by -inf reads nothing
-    return out, None if lse is None else lse.view(batch, heads, -1)[:, :, :q_len]
+    def restore(rows: list[Tensor]) -> Tensor:
+        x = torch.cat(rows)
+        if len(lengths) > 1:
+            x = x.index_select(0, order.argsort())
+        return x.view(batch, heads, query_blocks * block_m, *x.shape[2:])[:, :, :q_len]
+
+    return restore(outs), restore(lses) if return_lse else None
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float, return_lse: bool) -> tuple[Tensor, Tensor]:
+    """Dense attention of `(rows, block_m, head_dim)` on `(rows, keys, head_dim)` with bias `(rows, 1, keys)`; the lse is empty unless asked for."""
+    if return_lse:  # torch's fused op keeps the lse to itself
+        scores = torch.bmm(queries.float(), keys.float().transpose(1, 2)) * scale
+        if bias is not None:
+            scores += bias
+        lse = scores.logsumexp(-1)
+        weights = scores.sub_(lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp_()
+        return torch.bmm(weights, values.float()).to(values.dtype), lse
+    mask = None if bias is None else bias[:, None].to(queries.dtype)
+    out = F.scaled_dot_product_attention(queries[:, None], keys[:, None], values[:, None], attn_mask=mask, scale=scale)[:, 0]
+    if bias is not None:
+        out = out.masked_fill(bias.isneginf().all(-1, keepdim=True), 0.0)  # every key is hidden: the row reads nothing
+    return out, queries.new_empty(0)
 
 
 def _blocks(x: Tensor, block: int) -> Tensor:
@@ -86,36 +99,17 @@ def _blocks(x: Tensor, block: int) -> Tensor:
     return (F.pad(x, (0, 0, 0, spare)) if spare else x).reshape(-1, block, x.shape[3])
 
 
-def _bias_blocks(key_bias: Tensor | None, batch: int, k_len: int, block_n: int, q: Tensor) -> Tensor | None:
-    """`(batch * key blocks, block_n)` in q's dtype, -inf behind the last key; None where nothing is hidden or weighed."""
+def _bias_blocks(key_bias: Tensor | None, batch: int, k_len: int, block_n: int, device: torch.device) -> Tensor | None:
+    """float32 `(batch * key blocks, block_n)`, -inf behind the last key; None where nothing is hidden or weighed."""
     spare = -k_len % block_n
     if key_bias is None and not spare:
         return None
-    bias = torch.zeros((batch, k_len), dtype=q.dtype, device=q.device) if key_bias is None else key_bias.to(q.dtype)
+    bias = torch.zeros((batch, k_len), device=device) if key_bias is None else key_bias.float()
     return F.pad(bias, (0, spare), value=float("-inf")).reshape(-1, block_n)
 
 
-def _groups(counts: Tensor) -> list[tuple[int, Tensor, bool]]:
-    """[(width, rows, whether some row of the group is shorter than width)], covering every row once."""
-    lengths = counts.tolist()
-    longest = max(lengths)
-    distinct = set(lengths)
-    if len(distinct) == 1:
-        return [(longest, torch.arange(len(lengths), device=counts.device), False)]
-    step = 1 if len(distinct) <= GROUPS else -(-longest // GROUPS)
-    members: dict[int, list[int]] = {}
-    for row, length in enumerate(lengths):
-        members.setdefault(min(-(-length // step) * step, longest), []).append(row)
-    return [
-        (width, torch.tensor(rows, device=counts.device), any(lengths[row] != width for row in rows)) for width, rows in sorted(members.items())
-    ]
-
-
-def _with_lse(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """The same attention with its log-sum-exp, which torch's fused op keeps to itself."""
-    scores = (queries @ keys.transpose(1, 2)).float() * scale
-    if bias is not None:
-        scores += bias
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp_()
-    return weights.to(values.dtype) @ values, lse
+def _groups(counts: Tensor) -> tuple[Tensor, list[int], list[int]]:
+    """(rows sorted by length, the distinct lengths ascending, the number of rows of each)."""
+    ordered, order = counts.sort(stable=True)
+    lengths, sizes = ordered.unique_consecutive(return_counts=True)
+    return order, lengths.tolist(), sizes.tolist()

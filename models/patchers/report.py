@@ -19,7 +19,7 @@ HOST = "host"
 
 @dataclass(slots=True)
 class CallRecord:
-    """One self-attention call. density is a 0-dim tensor where reading it would wait for the device."""
+    """One self-attention call. kept: the number of kept block pairs, a 0-dim tensor because reading it would wait for the device."""
 
     step: int
     layer: int
@@ -27,7 +27,8 @@ class CallRecord:
     outcome: str  # SPARSE, QUANTIZED or HOST
     start: Any
     end: Any
-    density: Tensor | float = 1.0
+    kept: Tensor | None = None  # None: all
+    pairs: int = 1  # all block pairs of all heads
     in_window: bool = False  # long enough, and in a step and block that may be sparse
 
     @property
@@ -66,7 +67,7 @@ class AttentionReport:
         records = self.records
         if records and not isinstance(records[-1].start, float):
             records[-1].end.synchronize()
-        densities = _read([record.density for record in records])
+        densities = _densities(records)
         sparse = [record.outcome == SPARSE for record in records]
         work = [float(record.tokens) ** 2 for record in records]
         seconds = [record.seconds for record in records]
@@ -160,11 +161,10 @@ def _first(counter: dict[str, int]) -> str:
     return next((f"{reason} ({times})" for reason, times in counter.items()), "")
 
 
-def _read(values: list[Tensor | float]) -> list[float]:
-    """All densities as floats, with one transfer for those on a device."""
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    numbers = iter(torch.stack(tensors).tolist() if tensors else ())
-    return [next(numbers) if isinstance(value, Tensor) else value for value in values]
+def _densities(records: list[CallRecord]) -> list[float]:
+    """Kept / all block pairs of every call, read from the device in one transfer."""
+    kept = iter(torch.stack(tensors).tolist() if (tensors := [record.kept for record in records if record.kept is not None]) else ())
+    return [1.0 if record.kept is None else next(kept) / record.pairs for record in records]
 
 
 def _mean(values: list[float], weights: list[float], use: list[bool]) -> float | None:

@@ -1,0 +1,195 @@
+"""The attention patch in Hugging Face diffusers: the other host besides ComfyUI. Covers Wan text-to-video.
+
+    model = load(diffusion_model_file, vae_file)
+    with accelerated(model.transformer, AttentionPatch(AttentionSettings(density=0.3))) as patch:
+        latents = sample(model, positive, negative, patch=patch, ...)
+    report = patch.report.as_dict()
+
+diffusers is imported only when these functions run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..families.wan import WAN
+from .attention import AttentionPatch, ModelCall
+
+TRAIN_TIMESTEPS = 1000.0
+"""Wan is given t = 1000 sigma (Wan2.1, wan/utils/fm_solvers.py)."""
+
+
+@dataclass
+class WanModel:
+    """A transformer and a VAE of diffusers, ready to run on `device`. dtype: of the transformer's inputs."""
+
+    transformer: Any
+    vae: Any
+    device: torch.device
+    dtype: torch.dtype
+
+
+def load(diffusion_model: Path, vae: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> WanModel:
+    """Load single files in Wan's native key layout, the ones that ComfyUI's UNETLoader and VAELoader take.
+
+    dtype: of the transformer; the VAE stays in float32.
+    """
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
+
+    device = torch.device(device)
+    weights, config = _read(diffusion_model)
+    dim, _, *patch_size = weights["patch_embedding.weight"].shape
+    heads = config.get("num_heads", dim // 128)
+    transformer = WanTransformer3DModel(
+        patch_size=tuple(patch_size),
+        num_attention_heads=heads,
+        attention_head_dim=dim // heads,
+        in_channels=weights["patch_embedding.weight"].shape[1],
+        out_channels=weights["head.head.weight"].shape[0] // (patch_size[0] * patch_size[1] * patch_size[2]),
+        text_dim=weights["text_embedding.0.weight"].shape[1],
+        freq_dim=weights["time_embedding.0.weight"].shape[1],
+        ffn_dim=weights["blocks.0.ffn.0.weight"].shape[0],
+        num_layers=len({key.split(".")[1] for key in weights if key.startswith("blocks.")}),
+    )
+    transformer.load_state_dict(convert_wan_transformer_to_diffusers(weights))
+    vae_weights, _ = _read(vae)
+    autoencoder = AutoencoderKLWan(base_dim=vae_weights["decoder.head.0.gamma"].shape[0], z_dim=vae_weights["conv2.weight"].shape[0])
+    autoencoder.load_state_dict(convert_wan_vae_to_diffusers(vae_weights))
+    sensitive = transformer._keep_in_fp32_modules  # norms and the timestep embedding, by diffusers' own list
+    for name, parameter in transformer.named_parameters():
+        if not set(name.split(".")) & set(sensitive):
+            parameter.data = parameter.data.to(dtype)
+    return WanModel(transformer.to(device).eval().requires_grad_(False), autoencoder.to(device).eval().requires_grad_(False), device, dtype)
+
+
+@contextmanager
+def accelerated(transformer: Any, patch: AttentionPatch) -> Iterator[AttentionPatch]:
+    """Give the self-attention of a Wan transformer to `patch` inside the `with` block; afterwards the module is as it was.
+
+    `patch.start` begins a run (`sample` does it). No forward is copied: diffusers' default attention processor ends in torch's
+    scaled_dot_product_attention, and that one call is intercepted while this transformer runs.
+    """
+    original = transformer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        arguments = dict(zip(("hidden_states", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
+        latents, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
+        layout = WAN.layout(SimpleNamespace(patch_size=transformer.config.patch_size), tuple(latents.shape), {})
+        call = ModelCall(layout, float(arguments["timestep"].flatten()[0]) / TRAIN_TIMESTEPS, text.data_ptr())
+        patch.begin(call)
+        patch.report.family = WAN.name
+        with _Intercept(patch, call):
+            out = original(*args, **kwargs)
+        if patch.finish(call):
+            with _Intercept(patch, patch.again(call)):
+                out = original(*args, **kwargs)
+        return out
+
+    transformer.forward = forward
+    try:
+        yield patch
+    finally:
+        del transformer.forward  # the class's own shows again
+        patch.release()
+
+
+@torch.inference_mode()
+def sample(
+    model: WanModel,
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    width: int,
+    height: int,
+    frames: int,
+    steps: int,
+    cfg: float,
+    shift: float,
+    seed: int,
+    patch: AttentionPatch | None = None,
+) -> Tensor:
+    """Euler flow matching with classifier-free guidance: final latents `(1, 16, 1 + (frames - 1) / 4, height / 8, width / 8)`, whitened.
+
+    positive, negative: text embeddings `(1, words, text_dim)`. The noise and the schedule are those of ComfyUI's KSampler with
+    "euler", "simple" and ModelSamplingSD3 at the same seed and shift.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=[1.0 - step / steps for step in range(steps)], device=model.device)
+    if patch is not None:
+        patch.start(percent_to_sigma(shift), scheduler.sigmas.tolist())
+    positive, negative = positive.to(model.device, model.dtype), negative.to(model.device, model.dtype)
+    shape = (1, model.transformer.config.in_channels, (frames - 1) // 4 + 1, height // 8, width // 8)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
+    for timestep in scheduler.timesteps:
+        velocity = [
+            model.transformer(hidden_states=latents.to(model.dtype), timestep=timestep.expand(1), encoder_hidden_states=text, return_dict=False)[
+                0
+            ].float()
+            for text in (positive, negative)
+        ]
+        latents = scheduler.step(velocity[1] + cfg * (velocity[0] - velocity[1]), timestep, latents, return_dict=False)[0]
+    return latents
+
+
+@torch.inference_mode()
+def decode(model: WanModel, latents: Tensor) -> Tensor:
+    """Latents of `sample` -> float32 video `(frames, height, width, 3)` in 0..1, on the CPU."""
+    config = model.vae.config
+    shape = (1, -1, 1, 1, 1)
+    std, mean = latents.new_tensor(config.latents_std).view(shape), latents.new_tensor(config.latents_mean).view(shape)
+    video = model.vae.decode(latents * std + mean, return_dict=False)[0]
+    return (video[0].permute(1, 2, 3, 0).float() / 2 + 0.5).clamp(0, 1).cpu()
+
+
+def percent_to_sigma(shift: float) -> Callable[[float], float]:
+    """Percent of sampling (0..1) -> noise level, for a flow model at this shift."""
+    return lambda percent: shift * (1 - percent) / (1 + (shift - 1) * (1 - percent))
+
+
+class _Intercept(TorchFunctionMode):
+    """While active, scaled_dot_product_attention goes to the patch."""
+
+    def __init__(self, patch: AttentionPatch, call: ModelCall):
+        super().__init__()
+        self.patch = patch
+        self.call = call
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        arguments = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        unsupported = "attention mask" if arguments.get("attn_mask") is not None or arguments.get("is_causal") else None
+        return self.patch.attend(
+            self.call,
+            arguments["query"],
+            arguments["key"],
+            arguments["value"],
+            lambda: function(*args, **kwargs),
+            lambda out: out,
+            unsupported=unsupported,
+            scale=arguments.get("scale"),
+        )
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a safetensors file in float32, and the transformer's configuration from its metadata."""
+    with safe_open(str(file), "pt") as handle:
+        metadata = handle.metadata() or {}
+        tensors = {key: handle.get_tensor(key).float() for key in handle.keys()}
+    return tensors, json.loads(metadata.get("config", "{}")).get("transformer", {})

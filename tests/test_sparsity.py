@@ -1,0 +1,343 @@
+"""The parts of a sparse method, and recipes as wholes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from tessera.kernels import reference
+from tessera.kernels.block_mask import num_blocks
+from tessera.kernels.sparsity import RECIPES, Layout, TokenGrid, get, prepare, sparse_attention
+from tessera.kernels.sparsity.compensate import COMPENSATORS
+from tessera.kernels.sparsity.estimate import ESTIMATORS, block_mean
+from tessera.kernels.sparsity.permute import PERMUTERS
+from tessera.kernels.sparsity.select import SELECTORS
+
+CPU = torch.device("cpu")
+quick = settings(deadline=None, max_examples=60)
+grids = st.builds(TokenGrid, st.integers(1, 6), st.integers(1, 20), st.integers(1, 20), st.integers(0, 40), st.integers(0, 40))
+blocks = st.sampled_from([16, 32, 64, 128])
+methods = st.sampled_from(sorted(RECIPES))
+
+
+def tensors(tokens, batch=1, heads=2, kv_heads=None, head_dim=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(batch, heads, tokens, head_dim, generator=generator)
+    k, v = torch.randn(2, batch, kv_heads or heads, tokens, head_dim, generator=generator)
+    return q, k, v
+
+
+def coordinates(grid, tokens):
+    """(frame, row, column) of each video token."""
+    ids = tokens - grid.before
+    return ids // (grid.height * grid.width), ids // grid.width % grid.height, ids % grid.width
+
+
+# permute
+
+
+@quick
+@given(st.sampled_from(sorted(PERMUTERS)), grids, blocks, st.booleans())
+def test_order_is_a_permutation_with_the_protected_tokens_last(name, grid, block, protect):
+    order = PERMUTERS[name](grid, block, protect)
+    assert order.dtype == torch.int64 and torch.equal(order.sort().values, torch.arange(grid.seq_len))
+    text = grid.before + grid.after
+    end = grid.seq_len - text
+    outside = (order < grid.before) | (order >= grid.seq_len - grid.after)
+    assert outside[end:].all() and not outside[:end].any()
+    assert order[end:].tolist() == [*range(grid.before), *range(grid.seq_len - grid.after, grid.seq_len)]
+    if protect and grid.frames > 1:
+        area = grid.height * grid.width
+        assert order[end - area : end].tolist() == list(range(grid.before, grid.before + area))
+
+
+WINDOWS = {128: (2, 8, 8), 64: (1, 8, 8), 32: (2, 4, 4), 16: (1, 4, 4)}
+FLAT = {128: (1, 8, 16), 64: (1, 8, 8), 32: (1, 4, 8), 16: (1, 4, 4)}
+
+
+@quick
+@given(st.sampled_from(["window3d", "spatial_tiles"]), grids, blocks, st.booleans())
+def test_full_tiles_come_first_and_fill_whole_blocks(name, grid, block, protect):
+    order = PERMUTERS[name](grid, block, protect)
+    frames = grid.frames - (1 if protect and grid.frames > 1 else 0)
+    flat, tile = FLAT[block], WINDOWS[block] if name == "window3d" else FLAT[block]
+    deep = frames // tile[0] * (grid.height // tile[1]) * (grid.width // tile[2])
+    single = frames % tile[0] * (grid.height // flat[1]) * (grid.width // flat[2])
+    for index in range(deep + single):
+        tokens = order[index * block : (index + 1) * block]
+        extents = tuple(int(axis.max() - axis.min()) + 1 for axis in coordinates(grid, tokens))
+        assert extents == (tile if index < deep else flat)
+        assert [int(axis.min()) % size for axis, size in zip(coordinates(grid, tokens)[1:], extents[1:], strict=True)] == [0, 0]
+
+
+def test_spatial_tiles_are_the_formula_of_draft_attention():
+    grid = TokenGrid(3, 16, 48, before=5, after=7)
+    order = PERMUTERS["spatial_tiles"](grid, 128, False)
+    for f in range(3):
+        for strip in range(2):
+            for column in range(3):
+                for r in (0, 3, 7):
+                    for c in (0, 9, 15):
+                        new = ((f * 2 + strip) * 3 + column) * 128 + r * 16 + c
+                        old = f * 16 * 48 + (8 * strip + r) * 48 + 16 * column + c
+                        assert order[new] == old + 5
+
+
+# estimate
+
+
+@quick
+@given(st.integers(1, 100), st.sampled_from([1, 7, 16, 64]))
+def test_block_mean_counts_the_real_tokens(tokens, block):
+    x = torch.randn(2, 3, tokens, 4).to(torch.bfloat16)
+    means = block_mean(x, block)
+    assert means.dtype == torch.float32
+    expected = torch.stack([part.float().mean(2) for part in x.split(block, 2)], 2)
+    torch.testing.assert_close(means, expected)
+
+
+def test_pooled_is_the_formula_and_ignores_a_common_key_offset():
+    q, k, _ = tensors(100, heads=4, kv_heads=2)
+    scores = ESTIMATORS["pooled"](q, k, 16, 0.3, {})
+    q_mean = torch.stack([part.mean(2) for part in q.split(16, 2)], 2)
+    k_smooth = (k - k.mean(2, keepdim=True)).repeat_interleave(2, 1)
+    k_mean = torch.stack([part.mean(2) for part in k_smooth.split(16, 2)], 2)
+    torch.testing.assert_close(scores, (q_mean @ k_mean.mT * 0.3).softmax(-1))
+    assert scores.shape == (1, 4, 7, 7)
+    torch.testing.assert_close(scores.sum(-1), torch.ones(1, 4, 7))
+    torch.testing.assert_close(ESTIMATORS["pooled"](q, k + 3.0, 16, 0.3, {}), scores, atol=1e-5, rtol=1e-4)
+
+
+def test_similarity_guard():
+    q, k, _ = tensors(64, heads=1)
+    q[:, :, :16] = torch.randn(16)  # block 0 of q: all alike
+    k[:, :, 16:32] = 5 * torch.randn(16)  # blocks 1 and 2 of k: all alike, and opposite, so that the mean of k stays where it is
+    k[:, :, 32:48] = -k[:, :, 16:32]
+    off = ESTIMATORS["pooled_similarity"](q, k, 16, 0.3, {"similarity": 0.0})
+    torch.testing.assert_close(off, ESTIMATORS["pooled"](q, k, 16, 0.3, {}))
+    scores = ESTIMATORS["pooled_similarity"](q, k, 16, 0.3, {"similarity": 0.5})[0, 0]
+    assert scores[1:].isinf().all(), "query blocks that disagree are dense"
+    assert scores[0].isinf().tolist() == [True, False, False, True]
+    assert scores[0, 1:3].sum().item() == pytest.approx(1.0), "the softmax runs over the judged columns only"
+    # The definition, pair by pair.
+    smooth = F.normalize(k - k.mean(2, keepdim=True), dim=-1)[0, 0]
+    for block in range(4):
+        unit = smooth[block * 16 : block * 16 + 16]
+        assert ((unit @ unit.T).mean() <= 0.5).item() == scores[0, block].isinf().item()
+
+
+def test_random_scores_are_the_same_every_time():
+    q, k, _ = tensors(100)
+    assert torch.equal(ESTIMATORS["random"](q, k, 16, 1.0, {}), ESTIMATORS["random"](k, q, 16, 1.0, {}))
+
+
+# select
+
+
+def layouts(grid, block, name="rainfusion2"):
+    return prepare(get(name), grid, CPU, block=block)
+
+
+def scores_for(layout, seed=0, batch=2, heads=3):
+    rows, columns = layout.forced.pairs.shape
+    return torch.randn(batch, heads, rows, columns, generator=torch.Generator().manual_seed(seed)).softmax(-1)
+
+
+@quick
+@given(st.sampled_from(sorted(SELECTORS)), grids, blocks, st.floats(0.01, 1.0), st.integers(0, 99))
+def test_density_is_met_and_forced_blocks_are_kept(name, grid, block, density, seed):
+    layout = layouts(grid, block)
+    forced = layout.forced.pairs
+    mask = SELECTORS[name](scores_for(layout, seed), layout.forced, density, block, {})
+    kept = mask.to_dense(forced.shape[1])
+    assert kept.shape == (2, 3, *forced.shape)
+    assert (kept | ~forced).all()
+    wanted = max(round(density * forced.numel()), int(forced.sum()))
+    assert (kept.sum((2, 3)) == wanted).all(), "the pairs that were asked for, to the pair"
+    assert mask.density(grid.seq_len).item() == pytest.approx(wanted / forced.numel())
+
+
+@quick
+@given(grids, blocks, st.floats(0.01, 1.0))
+def test_topk_gives_every_free_row_the_same_and_the_best(grid, block, density):
+    layout = layouts(grid, block)
+    forced = layout.forced
+    scores = scores_for(layout)
+    mask = SELECTORS["topk"](scores, forced, density, block, {})
+    free = mask.counts[:, :, forced.free_rows]
+    assert not free.numel() or free.amax() - free.amin() <= 1
+    assert (mask.counts[:, :, forced.dense_rows] == forced.pairs.shape[1]).all()
+    assert mask.indices.amax() < forced.pairs.shape[1], "padding is a valid id, kernels may prefetch it"
+    kept = mask.to_dense(forced.pairs.shape[1])
+    chosen, left = scores.masked_fill(~kept | forced.pairs, 2.0).amin(-1), scores.masked_fill(kept, -1.0).amax(-1)
+    assert (chosen >= left).all()
+
+
+def test_topk_reads_nothing_from_the_device(monkeypatch):
+    layout = layouts(TokenGrid(3, 16, 16, after=20), 32)
+    scores = scores_for(layout)
+    layout.forced.row_counts(0.4)
+
+    def read(*_):
+        raise AssertionError("a read from the device")
+
+    for name in ("item", "tolist", "cpu", "__int__", "__float__", "__bool__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, read)
+    SELECTORS["topk"](scores, layout.forced, 0.4, 32, {})
+
+
+def test_equal_scores_do_not_raise_the_density():
+    """Sharp attention underflows to scores of exactly 0; a comparison with a threshold would then keep everything."""
+    layout = layouts(TokenGrid(1, 32, 32), 32)
+    for name, select in SELECTORS.items():
+        mask = select(torch.eye(32).expand(1, 1, 32, 32), layout.forced, 0.25, 32, {})
+        assert mask.density(1024).item() == 0.25, name
+
+
+def test_global_quantile_gives_more_to_the_rows_that_score_more():
+    layout = prepare(get("draft"), TokenGrid(1, 16, 32), CPU, block=64)
+    scores = torch.rand(1, 1, 8, 8)
+    scores[0, 0, 2] += 1.0
+    mask = SELECTORS["global_quantile"](scores, layout.forced, 0.25, 64, {})
+    assert mask.counts[0, 0, 2] == 8 and mask.counts.sum() == 16
+
+
+def test_top_p_gives_more_to_rows_that_are_spread_out():
+    layout = prepare(get("sparge"), TokenGrid(1, 16, 32), CPU, block=64)
+    scores = torch.randn(1, 1, 8, 8).mul(8).softmax(-1)
+    scores[0, 0, 2] = 1 / 8
+    mask = SELECTORS["top_p"](scores, layout.forced, 0.4, 64, {})
+    assert mask.counts[0, 0, 2] == mask.counts.amax() and mask.counts.float().var() > 0
+
+
+@pytest.mark.parametrize("name", ["topk", "global_quantile", "top_p"])
+def test_what_the_estimator_insists_on_is_kept(name):
+    layout = layouts(TokenGrid(3, 8, 16, after=10), 16, "sparge")
+    rows, columns = layout.forced.pairs.shape
+    scores = torch.rand(1, 2, rows, columns)
+    scores[:, 0, :, 3] = scores[:, 1, 4] = float("inf")
+    kept = SELECTORS[name](scores, layout.forced, 0.3, 16, {"similarity": 0.5}).to_dense(columns)
+    assert kept[0, 0, :, 3].all() and kept[0, 1, 4].all()
+    assert (kept | ~layout.forced.pairs).all()
+    assert kept.float().mean() < 0.5
+
+
+# prepare
+
+
+@quick
+@given(methods, grids, blocks)
+def test_layout_protects_text_first_frame_and_the_own_block(name, grid, block):
+    recipe = get(name)
+    layout = prepare(recipe, grid, CPU, block=block)
+    order = layout.order
+    assert torch.equal(order[layout.inverse], torch.arange(grid.seq_len))
+    assert torch.equal(layout.inverse[order], torch.arange(grid.seq_len))
+    pairs = layout.forced.pairs
+    assert pairs.shape == (num_blocks(grid.seq_len, block),) * 2
+    assert pairs.diagonal().all() and torch.equal(pairs, pairs.T)
+    protected = (order < grid.before) | (order >= grid.seq_len - grid.after)
+    if recipe.protect_first_frame and grid.frames > 1:
+        protected |= (order >= grid.before) & (order < grid.before + grid.height * grid.width)
+    blocks_with = {int(position) // block for position in protected.nonzero()}
+    assert layout.forced.dense_rows.tolist() == sorted(blocks_with)
+    expected = torch.eye(len(pairs), dtype=torch.bool)
+    for index in blocks_with:
+        expected[index] = expected[:, index] = True
+    assert torch.equal(pairs, expected)
+
+
+def test_layout_without_a_grid():
+    layout = prepare(get("sparge"), None, CPU, block=16, seq_len=100)
+    assert layout.order is None and layout.inverse is None
+    assert torch.equal(layout.forced.pairs, torch.eye(7, dtype=torch.bool))
+    with pytest.raises(ValueError, match="rainfusion2"):
+        prepare(get("rainfusion2"), None, CPU, seq_len=100)
+    with pytest.raises(ValueError, match="seq_len"):
+        prepare(get("sparge"), None, CPU)
+
+
+# recipes
+
+
+def test_every_recipe_names_parts_that_exist():
+    for recipe in RECIPES.values():
+        assert recipe.permute is None or recipe.permute in PERMUTERS
+        assert recipe.estimate in ESTIMATORS and recipe.select in SELECTORS and recipe.compensate in COMPENSATORS
+        assert recipe.title and recipe.source
+        assert all(setting.minimum <= setting.default <= setting.maximum for setting in recipe.settings.values())
+
+
+def test_an_unknown_method_is_named_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"'radial'.*rainfusion2, draft, sparge") as error:
+        get("radial")
+    assert "random" not in str(error.value)
+
+
+@quick
+@given(methods, grids, st.sampled_from([16, 32]), st.floats(0.05, 1.0), st.sampled_from([(2, 2), (4, 2)]), st.integers(1, 2), st.booleans())
+def test_sparse_attention_is_attention_over_the_blocks_it_reports(name, grid, block, density, heads, batch, with_bias):
+    assume(grid.seq_len > 1)
+    recipe = get(name)
+    layout = prepare(recipe, grid, CPU, block=block)
+    q, k, v = tensors(grid.seq_len, batch, *heads)
+    bias = torch.randn(batch, grid.seq_len) if with_bias else None
+    out, mask = sparse_attention(recipe, layout, q, k, v, density=density, precision="native", key_bias=bias)
+    tokens = mask.token_mask(grid.seq_len, grid.seq_len)[:, :, layout.inverse][:, :, :, layout.inverse]
+    add = torch.zeros(tokens.shape, dtype=torch.float64).masked_fill(~tokens, float("-inf"))
+    if bias is not None:
+        add = add + bias.double()[:, None, None]
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=add, enable_gqa=True)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=0)
+    again, same = sparse_attention(recipe, layout, q, k, v, density=density, precision="native", key_bias=bias, mask=mask)
+    assert same is mask and torch.equal(out, again)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_density_one_is_dense_attention(name):
+    grid = TokenGrid(3, 10, 13, before=4, after=9)
+    q, k, v = tensors(grid.seq_len)
+    out, mask = sparse_attention(get(name), prepare(get(name), grid, CPU, block=16), q, k, v, density=1.0, precision="native")
+    assert mask.density(grid.seq_len) == 1.0
+    torch.testing.assert_close(out.double(), reference.attention(q, k, v)[0], atol=1e-5, rtol=0)
+
+
+def test_without_a_grid_tokens_stay_in_order():
+    q, k, v = tensors(100)
+    layout = prepare(get("sparge"), None, CPU, block=16, seq_len=100)
+    out, mask = sparse_attention(get("sparge"), layout, q, k, v, density=0.4, precision="native")
+    torch.testing.assert_close(out.double(), reference.attention(q, k, v, block_mask=mask)[0], atol=1e-5, rtol=0)
+
+
+def test_settings_reach_the_method():
+    q, k, v = tensors(256)
+    layout = prepare(get("sparge"), TokenGrid(1, 16, 16), CPU, block=16)
+
+    def run(**settings):
+        return sparse_attention(get("sparge"), layout, q, k, v, density=0.25, precision="native", settings=settings)[1].density(256)
+
+    assert run() == 0.25 and run(similarity=0.0) == 0.25 and run(similarity=1.0) == 1.0
+
+
+def smooth_video(grid, heads=2, head_dim=16):
+    """q, k, v of tokens whose likeness falls with their distance in the video."""
+    axes = [torch.linspace(0, size / 6, size) for size in (grid.frames, grid.height, grid.width)]
+    position = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).view(-1, 3)
+    features = (position @ torch.randn(heads, 3, head_dim) + 6 * torch.rand(heads, 1, head_dim)).sin()[None] * 3
+    return features, features, torch.randn(1, heads, grid.seq_len, head_dim)
+
+
+@pytest.mark.parametrize("name", [recipe.name for recipe in RECIPES.values() if not recipe.control])
+def test_chosen_blocks_beat_random_ones(name):
+    grid = TokenGrid(4, 16, 16)
+    q, k, v = smooth_video(grid)
+    exact, _ = reference.attention(q, k, v)
+
+    def error(method):
+        layout: Layout = prepare(get(method), grid, CPU, block=32)
+        out, mask = sparse_attention(get(method), layout, q, k, v, density=0.6, precision="native")
+        assert mask.density(grid.seq_len).item() == pytest.approx(0.6, abs=1e-3)
+        return (out - exact).norm() / exact.norm()
+
+    assert error(name) < 0.5 * error("random")

@@ -1,0 +1,191 @@
+"""The torch backend against torch's own attention in float64 with a mask a token, and against the float64 oracle."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tessera.kernels import dispatch, reference
+from tessera.kernels.attention import attention, describe, explain
+from tessera.kernels.block_mask import BlockMask, num_blocks
+from tessera.kernels.torch_backend import block_sparse, dense
+
+quick = settings(deadline=None, max_examples=60)
+
+
+def tensors(batch=1, heads=2, kv_heads=None, q_len=100, k_len=100, head_dim=16, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(batch, heads, q_len, head_dim, generator=generator)
+    k, v = torch.randn(2, batch, kv_heads or heads, k_len, head_dim, generator=generator)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def random_mask(q, k, block_m, block_n, density=0.4, batch=None, heads=None, seed=0):
+    shape = (batch or q.shape[0], heads or q.shape[1], num_blocks(q.shape[2], block_m), num_blocks(k.shape[2], block_n))
+    return BlockMask.from_dense(torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density, block_m, block_n)
+
+
+def check(q, k, v, mask=None, key_bias=None, scale=0.2, atol=1e-5):
+    """Both ways through the backend, with and without lse, against the oracle."""
+    expected, expected_lse = reference.attention(q, k, v, block_mask=mask, key_bias=key_bias, scale=scale)
+    run = dense.run if mask is None else block_sparse.run
+    out, nothing = run(q, k, v, mask, key_bias, scale, False)
+    again, lse = run(q, k, v, mask, key_bias, scale, True)
+    assert nothing is None and out.dtype == again.dtype == q.dtype and lse.dtype == torch.float32
+    torch.testing.assert_close(out.double(), expected, atol=atol, rtol=0)
+    torch.testing.assert_close(again.double(), expected, atol=atol, rtol=0)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-4, rtol=0)
+
+
+@quick
+@given(
+    st.integers(0, 999),
+    st.integers(1, 3),
+    st.sampled_from([(1, 1), (3, 3), (4, 2), (4, 1)]),
+    st.integers(1, 150),
+    st.integers(1, 150),
+    st.sampled_from([(16, 16), (32, 16), (16, 64), (128, 128)]),
+    st.sampled_from([3, 16, 40]),
+    st.booleans(),
+    st.sampled_from([0.0, 0.2, 0.6, 1.0]),
+    st.tuples(st.booleans(), st.booleans()),
+)
+def test_any_shape(seed, batch, heads, q_len, k_len, blocks, head_dim, with_bias, density, broadcast):
+    q, k, v = tensors(batch, *heads, q_len, k_len, head_dim, seed)
+    mask = random_mask(q, k, *blocks, density, 1 if broadcast[0] else None, 1 if broadcast[1] else None, seed)
+    bias = torch.randn(batch, k_len) if with_bias else None
+    check(q, k, v, mask, bias)
+    check(q, k, v, None, bias)
+
+
+def test_against_torch_with_a_token_mask():
+    q, k, v = tensors(2, 4, 2, 300, 333, 24)
+    mask = random_mask(q, k, 64, 32)
+    tokens = mask.token_mask(300, 333)
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=tokens, enable_gqa=True)
+    expected = expected.masked_fill(~tokens.any(-1, keepdim=True), 0.0)
+    out, _ = block_sparse.run(q, k, v, mask, None, 24**-0.5, False)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
+def test_half_precisions(dtype, atol):
+    q, k, v = tensors(2, 2, None, 100, 130, 32, dtype=dtype)
+    check(q, k, v, random_mask(q, k, 32, 32), atol=atol)
+    check(q, k, v, random_mask(q, k, 32, 32), torch.randn(2, 130), atol=atol)
+
+
+def test_unread_blocks_are_not_touched():
+    q, k, v = tensors(1, 2, None, 128, 128, 16)
+    kept = torch.zeros(1, 2, 4, 4, dtype=torch.bool)
+    kept[:, :, 0, 1] = kept[:, :, 1, 1] = kept[:, :, 3, 2] = kept[:, :, 3, 1] = True
+    mask = BlockMask.from_dense(kept, 32, 32)
+    expected = block_sparse.run(q, k, v, mask, None, 0.25, False)[0]
+    for unread in (0, 3):
+        k[:, :, 32 * unread : 32 * unread + 32] = math.nan
+        v[:, :, 32 * unread : 32 * unread + 32] = math.nan
+    mask = BlockMask(mask.indices.masked_fill(torch.arange(mask.indices.shape[-1]) >= mask.counts[..., None], 10**6), mask.counts, 32, 32)
+    for return_lse in (False, True):
+        torch.testing.assert_close(block_sparse.run(q, k, v, mask, None, 0.25, return_lse)[0], expected)
+
+
+def test_memory_behind_the_last_token_is_not_read():
+    """Views into larger tensors, as hosts pass them: NaN before, behind and between."""
+    q, k, v = tensors(2, 2, None, 70, 70, 16)
+    mask = random_mask(q, k, 32, 32, 0.7)
+    expected = block_sparse.run(q, k, v, mask, None, 0.25, False)[0]
+
+    def bury(x):
+        host = torch.full((2, 90, 3, 32), math.nan)
+        view = host.transpose(1, 2)[:, :2, 10:80, 8:24]
+        return view.copy_(x)
+
+    strided = [bury(x) for x in (q, k, v)]
+    assert not any(x.is_contiguous() for x in strided)
+    torch.testing.assert_close(block_sparse.run(*strided, mask, None, 0.25, False)[0], expected)
+    check(*strided, mask)
+
+
+def test_rows_that_read_nothing():
+    q, k, v = tensors(1, 2, None, 96, 96, 16)
+    kept = torch.ones(1, 2, 3, 3, dtype=torch.bool)
+    kept[0, 1, 1] = False
+    mask = BlockMask.from_dense(kept, 32, 32)
+    check(q, k, v, mask)
+    out, lse = block_sparse.run(q, k, v, mask, None, 0.25, True)
+    assert not out[0, 1, 32:64].any() and lse[0, 1, 32:64].isneginf().all()
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_keys_that_the_bias_hides(masked):
+    q, k, v = tensors(2, 2, None, 96, 90, 16)
+    bias = torch.zeros(2, 90)
+    bias[0, 32:64] = -math.inf
+    bias[1] = -math.inf
+    kept = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    kept[0, 0, 1] = torch.tensor([False, True, False])  # of the first sample, only hidden keys
+    check(q, k, v, BlockMask.from_dense(kept, 32, 32) if masked else None, bias)
+
+
+def test_an_overflow_stays_visible():
+    """A host must be able to see that values are not finite, whatever is done for rows that read nothing."""
+    q, k, v = tensors(1, 1, None, 64, 64, 16)
+    v[0, 0, 5, 3] = math.inf
+    bias = torch.zeros(1, 64)
+    for mask in (None, random_mask(q, k, 32, 32, 1.0)):
+        run = dense.run if mask is None else block_sparse.run
+        assert not run(q, k, v, mask, bias, 0.25, False)[0].isfinite().all()
+
+
+def test_many_chunks_give_the_same(monkeypatch):
+    q, k, v = tensors(2, 4, 2, 200, 200, 16)
+    mask = random_mask(q, k, 16, 16)
+    whole = block_sparse.run(q, k, v, mask, None, 0.25, True)
+    monkeypatch.setattr(block_sparse, "CPU_CHUNK_BYTES", 1)
+    for a, b in zip(whole, block_sparse.run(q, k, v, mask, None, 0.25, True), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_full_mask_is_dense_attention():
+    q, k, v = tensors(1, 3, None, 257, 257, 64)
+    mask = random_mask(q, k, 128, 64, 1.1)
+    torch.testing.assert_close(attention(q, k, v, block_mask=mask, precision="native"), F.scaled_dot_product_attention(q, k, v), atol=1e-5, rtol=0)
+
+
+def test_who_serves_what():
+    q, k, v = tensors()
+    sparse = explain(describe(q, k, v, block_mask=random_mask(q, k, 16, 16)), "native")
+    assert sparse.implementation is not None and sparse.implementation.backend == "torch"
+    whole = explain(describe(q, k, v), "native")
+    assert whole.implementation is not None and whole.implementation.backend == "sdpa"
+    assert "cannot skip blocks" in _row("sdpa").refuse(dispatch.Problem(q.device, q.dtype, 2, 2, 100, 100, 16, (16, 16)))
+    assert "no block mask" in _row("torch").refuse(dispatch.Problem(q.device, q.dtype, 2, 2, 100, 100, 16))
+    out, lse = attention(q, k, v, return_lse=True, precision="native")
+    torch.testing.assert_close(lse.double(), reference.attention(q, k, v)[1], atol=1e-5, rtol=0)
+    assert out.shape == q.shape
+
+
+def _row(backend):
+    return next(row for row in dispatch.implementations() if row.backend == backend)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"q": torch.randn(2, 8, 16)}, "q has shape"),
+        ({"k": torch.randn(1, 2, 64, 16).half()}, "k is torch.float16"),
+        ({"v": torch.randn(1, 2, 63, 16)}, "do not fit"),
+        ({"k": torch.randn(1, 3, 64, 16), "v": torch.randn(1, 3, 64, 16)}, "do not fit"),
+        ({"key_bias": torch.zeros(1, 65)}, "key_bias has shape"),
+        ({"block_mask": BlockMask.from_indices(torch.zeros(1, 1, 3, 1), 16, 16)}, "block_mask covers"),
+        ({"q": torch.empty(1, 2, 0, 16)}, "non-empty"),
+        ({"precision": "int3"}, "int3"),
+    ],
+)
+def test_malformed_input_is_named(change, words):
+    arguments = {"q": torch.randn(1, 2, 64, 16), "k": torch.randn(1, 2, 64, 16), "v": torch.randn(1, 2, 64, 16)} | change
+    with pytest.raises(ValueError, match=words):
+        attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
