@@ -233,6 +233,31 @@ def interrupted(model, cond, shape):
         patcher.sparse_attention = original
 
 
+def unet():
+    """Stable Diffusion 1.5's UNet, one level deep: a model that no family describes."""
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    sizes = dict(in_channels=4, out_channels=4, model_channels=320, num_res_blocks=[1, 1], channel_mult=[1, 1], context_dim=768, num_heads=8)
+    depth = dict(transformer_depth=[1, 0], transformer_depth_output=[1, 1, 0, 0], transformer_depth_middle=-1, num_head_channels=-1)
+    flags = dict(use_spatial_transformer=True, use_linear_in_transformer=False, use_temporal_attention=False, legacy=False, adm_in_channels=None)
+    network = UNetModel(image_size=32, **sizes, **depth, **flags, **OPERATIONS)
+    return comfy.sd.load_diffusion_model_state_dict({f"model.diffusion_model.{key}": value for key, value in random_weights(network).items()})
+
+
+def run_unknown_family():
+    model = unet()
+    cond = [[torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(0)), {}]]
+    shape = (1, 4, 24, 16)
+    stock = sample(model, cond, shape)
+    result = {}
+    for method in ("rainfusion2", "sparge"):
+        patched = sparse(model, method={"method": method})
+        out = sample(patched, cond, shape)
+        result[method] = {"bitwise": torch.equal(out, stock), "error": relative_error(out, stock), "report": last_report(patched)}
+    return {**result, "bypass_bitwise": torch.equal(sample(model, cond, shape), stock)}
+
+
 with torch.inference_mode():
+    print("RESULT " + json.dumps({"case": "unknown family", **run_unknown_family()}), flush=True)
     for case, (make, cond, shape) in CASES.items():
         print("RESULT " + json.dumps({"case": case, **run(make, cond, shape)}), flush=True)

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 
@@ -31,7 +30,6 @@ _load_package()
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 
 from tessera.cli.comfy_server import HOW_TO_GET, ComfyInstall, ComfyServer, find_comfy  # noqa: E402
-from tiny_models import write_models  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,7 +46,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def seeded() -> None:
     """Every test draws the same numbers in any order."""
     random.seed(0)
-    numpy.random.seed(0)
     torch.manual_seed(0)
 
 
@@ -98,6 +95,8 @@ def run_python(package_path: Path):
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A models folder with random weights under the default weights' names."""
+    from tiny_models import write_models
+
     return write_models(tmp_path_factory.mktemp("models"))
 
 

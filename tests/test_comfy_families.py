@@ -87,3 +87,14 @@ def test_other_overrides_are_chained_in_either_order(result):
 
 def test_interrupt_leaves_nothing_behind(result):
     assert result["interrupt"] == {"layouts_released": True, "reported": True}
+
+
+def test_a_model_of_no_known_family_falls_back_and_says_why(results):
+    """A UNet: methods that need the grid leave it as it is, with the reason; sparge runs."""
+    result = results["unknown family"]
+    assert result["bypass_bitwise"]
+    assert result["rainfusion2"]["bitwise"]
+    assert any(reason.startswith("unknown model family") for reason in result["rainfusion2"]["report"]["reasons"])
+    assert not result["sparge"]["bitwise"]
+    assert result["sparge"]["error"] < 1.0
+    assert result["sparge"]["report"]["sparse_share_in_window"] == 1.0
