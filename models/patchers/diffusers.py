@@ -121,10 +121,10 @@ def sample(
     seed: int,
     patch: AttentionPatch | None = None,
 ) -> Tensor:
-    """Euler flow matching with classifier-free guidance: final latents `(1, 16, 1 + (frames - 1) / 4, height / 8, width / 8)`, whitened.
+    """Euler flow matching with classifier-free guidance: final latents `(1, 16, 1 + (frames - 1) / 4, height / 8, width / 8)`.
 
-    positive, negative: text embeddings `(1, words, text_dim)`. The noise and the schedule are those of ComfyUI's KSampler with
-    "euler", "simple" and ModelSamplingSD3 at the same seed and shift.
+    positive, negative: text embeddings `(1, words, text_dim)`. The latents are what the VAE decodes, as in ComfyUI's LATENT. The
+    noise and the schedule are those of ComfyUI's KSampler with "euler", "simple" and ModelSamplingSD3 at the same seed and shift.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -136,29 +136,29 @@ def sample(
     shape = (1, model.transformer.config.in_channels, (frames - 1) // 4 + 1, height // 8, width // 8)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
     for timestep in scheduler.timesteps:
-        velocity = [
-            model.transformer(hidden_states=latents.to(model.dtype), timestep=timestep.expand(1), encoder_hidden_states=text, return_dict=False)[
-                0
-            ].float()
-            for text in (positive, negative)
-        ]
-        latents = scheduler.step(velocity[1] + cfg * (velocity[0] - velocity[1]), timestep, latents, return_dict=False)[0]
-    return latents
+        inputs = dict(hidden_states=latents.to(model.dtype), timestep=timestep.expand(1), return_dict=False)
+        towards, away = (model.transformer(encoder_hidden_states=text, **inputs)[0].float() for text in (positive, negative))
+        latents = scheduler.step(away + cfg * (towards - away), timestep, latents, return_dict=False)[0]
+    mean, std = _statistics(model.vae, latents)
+    return latents * std + mean
 
 
 @torch.inference_mode()
 def decode(model: WanModel, latents: Tensor) -> Tensor:
     """Latents of `sample` -> float32 video `(frames, height, width, 3)` in 0..1, on the CPU."""
-    config = model.vae.config
-    shape = (1, -1, 1, 1, 1)
-    std, mean = latents.new_tensor(config.latents_std).view(shape), latents.new_tensor(config.latents_mean).view(shape)
-    video = model.vae.decode(latents * std + mean, return_dict=False)[0]
+    video = model.vae.decode(latents, return_dict=False)[0]
     return (video[0].permute(1, 2, 3, 0).float() / 2 + 0.5).clamp(0, 1).cpu()
 
 
 def percent_to_sigma(shift: float) -> Callable[[float], float]:
     """Percent of sampling (0..1) -> noise level, for a flow model at this shift."""
     return lambda percent: shift * (1 - percent) / (1 + (shift - 1) * (1 - percent))
+
+
+def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the VAE's latents, `(1, channels, 1, 1, 1)`; the transformer works on whitened ones."""
+    mean, std = (like.new_tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+    return mean, std
 
 
 class _Intercept(TorchFunctionMode):

@@ -1,0 +1,1 @@
+"""The command line. It speaks HTTP to ComfyUI and never imports it."""

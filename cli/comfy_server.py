@@ -1,0 +1,318 @@
+"""Find ComfyUI, run it headless with this pack in it, queue workflows over HTTP, stop it again.
+
+    with ComfyServer(find_comfy()) as server:
+        result = server.run(workflow)            # API format: {node id: {"class_type": ..., "inputs": {...}}}
+        png = server.fetch(result.outputs["9"]["images"][0])
+
+The server works in a temporary base directory: the user's own outputs, settings and custom nodes are not touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PACK = Path(__file__).resolve().parent.parent
+HOW_TO_GET = "set COMFYUI_PATH to a ComfyUI folder, or install one with `pip install comfy-cli && comfy install` (it goes to ~/comfy/ComfyUI)"
+WORK_FOLDERS = ("input", "output", "temp", "user", "models", "custom_nodes")
+
+# A proxy from the environment must not see requests to this machine.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@dataclass(frozen=True)
+class ComfyInstall:
+    """A ComfyUI folder and the Python that runs it."""
+
+    path: Path
+    python: Path
+
+
+class ServerStartError(RuntimeError):
+    """ComfyUI did not come up; the message holds its last words."""
+
+
+class PromptError(RuntimeError):
+    """A workflow did not run. `body` is the server's own answer."""
+
+    def __init__(self, message: str, body: Any):
+        super().__init__(message)
+        self.body = body
+
+
+class PromptRefusedError(PromptError):
+    """The server did not accept the workflow; `status` is the HTTP status."""
+
+    def __init__(self, status: int, body: Any):
+        super().__init__(_describe_refusal(status, body), body)
+        self.status = status
+
+
+class PromptFailedError(PromptError):
+    """A node raised an error while the workflow ran."""
+
+
+class PromptInterruptedError(PromptError):
+    """The workflow was interrupted."""
+
+
+@dataclass(frozen=True)
+class PromptResult:
+    """outputs: what each output node reported, `{node id: {"images": [...], "text": [...], ...}}`. seconds: as the server measured it."""
+
+    outputs: dict[str, dict[str, Any]]
+    seconds: float
+
+
+def find_comfy(path: str | os.PathLike[str] | None = None, python: str | os.PathLike[str] | None = None) -> ComfyInstall | None:
+    """The ComfyUI to use, or None.
+
+    path: else COMFYUI_PATH, else the folder above if the pack lies in its `custom_nodes`, else ~/comfy/ComfyUI.
+    python: else COMFYUI_PYTHON, else the virtual environment in or beside that folder, else the running one.
+    Raises FileNotFoundError when a folder was named and is not a ComfyUI.
+    """
+    named = path or os.environ.get("COMFYUI_PATH")
+    if named:
+        candidates = [Path(named).expanduser()]
+    else:
+        # Not resolved: where custom_nodes holds a link to the pack, the folder above the link counts.
+        here = Path(os.path.abspath(__file__)).parent.parent
+        candidates = [here.parent.parent] if here.parent.name == "custom_nodes" else []
+        candidates.append(Path.home() / "comfy" / "ComfyUI")
+    found = next((folder.resolve() for folder in candidates if (folder / "main.py").is_file() and (folder / "comfy").is_dir()), None)
+    if found is None:
+        if named:
+            raise FileNotFoundError(f"{named} is not a ComfyUI folder: it has no main.py and comfy/")
+        return None
+    return ComfyInstall(found, _find_python(found, python or os.environ.get("COMFYUI_PYTHON")))
+
+
+def _find_python(comfy: Path, named: str | os.PathLike[str] | None) -> Path:
+    if named:
+        return Path(named).expanduser()
+    relative = Path("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    environments = (comfy / ".venv", comfy / "venv", comfy.parent / "venv", comfy.parent / ".venv")
+    return next((folder / relative for folder in environments if (folder / relative).exists()), Path(sys.executable))
+
+
+class ComfyServer:
+    """A headless ComfyUI server on a free loopback port, with this pack as its only custom node. Use as a context manager.
+
+    models: folder of models in ComfyUI's layout (diffusion_models/, vae/, ...) to offer besides those that the pack brings.
+    folder_name: name of the pack's folder inside custom_nodes; any name must do.
+    custom_nodes: further node packs to link in (tests).
+    arguments: further command-line arguments for ComfyUI.
+    """
+
+    def __init__(
+        self,
+        comfy: ComfyInstall,
+        *,
+        models: Path | None = None,
+        folder_name: str = "tessera-nodes",
+        custom_nodes: Sequence[Path] = (),
+        arguments: Sequence[str] = (),
+        start_timeout: float = 300.0,
+    ):
+        self.comfy = comfy
+        self.url = ""
+        self.system: dict[str, Any] = {}
+        self._links = {folder_name: PACK, **{folder.name: folder for folder in custom_nodes}}
+        self._models = models
+        self._arguments = list(arguments)
+        self._start_timeout = start_timeout
+        self._base: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> ComfyServer:
+        self._base = Path(tempfile.mkdtemp(prefix="tessera-comfy-"))
+        try:
+            self._start(self._base)
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    @property
+    def version(self) -> str:
+        """ComfyUI's own version."""
+        return self.system["system"]["comfyui_version"]
+
+    @property
+    def log(self) -> str:
+        """Everything the server printed so far."""
+        assert self._base is not None
+        return (self._base / "server.log").read_text(errors="replace")
+
+    def run(self, workflow: Mapping[str, Any], *, targets: Sequence[str] | None = None, timeout: float = 3600.0) -> PromptResult:
+        """Queue an API-format workflow and wait for its end. Raises a PromptError when it is refused, fails or is interrupted."""
+        return self.wait(self.queue(workflow, targets), timeout)
+
+    def queue(self, workflow: Mapping[str, Any], targets: Sequence[str] | None = None) -> str:
+        """Queue a workflow; returns its prompt id. targets: run only these output nodes and what they need.
+
+        Raises PromptRefusedError with the server's error body.
+        """
+        status, body = self._request("/prompt", {"prompt": workflow, **({} if targets is None else {"partial_execution_targets": list(targets)})})
+        if status != 200:
+            raise PromptRefusedError(status, body)
+        return body["prompt_id"]
+
+    def wait(self, prompt_id: str, timeout: float = 3600.0) -> PromptResult:
+        """Wait for the end of a queued prompt."""
+        deadline = time.monotonic() + timeout
+        while True:
+            _, history = self._request(f"/history/{prompt_id}")
+            if prompt_id in history:
+                return _result(history[prompt_id])
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the workflow did not end within {timeout:.0f} s; the server's last lines:\n{self._tail()}")
+            time.sleep(0.1)
+
+    def interrupt(self) -> None:
+        """Stop the running workflow; its `wait` raises PromptInterruptedError."""
+        self._request("/interrupt", {})
+
+    def is_running(self, prompt_id: str) -> bool:
+        """Whether a queued prompt is being executed now."""
+        _, queue = self._request("/queue")
+        return any(entry[1] == prompt_id for entry in queue["queue_running"])
+
+    def get(self, route: str) -> Any:
+        """The JSON answer of a GET request, such as "/object_info/KSampler"."""
+        status, body = self._request(route)
+        if status != 200:
+            raise RuntimeError(f"GET {route} answered {status}: {body}")
+        return body
+
+    def fetch(self, file: Mapping[str, str]) -> bytes:
+        """The bytes of an output file, given its entry `{"filename", "subfolder", "type"}` in a result."""
+        query = urllib.parse.urlencode({key: file[key] for key in ("filename", "subfolder", "type")})
+        with _OPENER.open(f"{self.url}/view?{query}", timeout=60) as answer:
+            return answer.read()
+
+    def _start(self, base: Path) -> None:
+        for folder in WORK_FOLDERS:
+            (base / folder).mkdir()
+        for name, target in self._links.items():
+            (base / "custom_nodes" / name).symlink_to(target, target_is_directory=True)
+        (base / "user" / "default").mkdir()
+        (base / "user" / "default" / "comfy.settings.json").write_text('{"Comfy.TutorialCompleted": true}')
+        port = _free_port()
+        command = [str(self.comfy.python), "main.py", "--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(base)]
+        command += ["--database-url", f"sqlite:///{base}/user/comfyui.db", "--disable-auto-launch", *self._arguments]
+        if self._models is not None:
+            folders = {folder.name: folder.name for folder in self._models.iterdir() if folder.is_dir()}
+            paths = base / "extra_model_paths.yaml"
+            paths.write_text(json.dumps({"models": {"base_path": str(self._models), **folders}}))  # JSON is YAML
+            command += ["--extra-model-paths-config", str(paths)]
+        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        if not _has_accelerator(self.comfy.python, environment):
+            command.append("--cpu")
+        with (base / "server.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                command, cwd=self.comfy.path, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
+        self.url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + self._start_timeout
+        while not self._answers():
+            if self._process.poll() is not None:
+                raise ServerStartError(f"ComfyUI at {self.comfy.path} ended while starting; its last lines:\n{self._tail()}")
+            if time.monotonic() > deadline:
+                raise ServerStartError(
+                    f"ComfyUI at {self.comfy.path} did not start within {self._start_timeout:.0f} s; its last lines:\n{self._tail()}"
+                )
+            time.sleep(0.2)
+
+    def _answers(self) -> bool:
+        try:
+            self.system = self.get("/system_stats")
+        except OSError:  # urllib.error.URLError is one
+            return False
+        return True
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(20)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        if self._base is not None:
+            shutil.rmtree(self._base, ignore_errors=True)
+
+    def _tail(self, lines: int = 30) -> str:
+        return "\n".join(self.log.splitlines()[-lines:])
+
+    def _request(self, route: str, body: Any = None) -> tuple[int, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + route, data, {"Content-Type": "application/json"})
+        try:
+            with _OPENER.open(request, timeout=60) as answer:
+                return answer.status, _decode(answer.read())
+        except urllib.error.HTTPError as error:
+            return error.code, _decode(error.read())
+
+
+def _decode(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except json.JSONDecodeError:
+        return data.decode(errors="replace")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _has_accelerator(python: Path, environment: Mapping[str, str]) -> bool:
+    """Whether that Python's torch sees a GPU; ComfyUI without --cpu refuses to start where there is none."""
+    code = "import torch; raise SystemExit(0 if torch.cuda.is_available() or torch.backends.mps.is_available() else 3)"
+    probe = subprocess.run([str(python), "-c", code], env=dict(environment), capture_output=True, text=True)
+    if probe.returncode not in (0, 3):
+        reason = (probe.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ServerStartError(f"{python} cannot run ComfyUI: {reason}; set COMFYUI_PYTHON to the Python that runs it")
+    return probe.returncode == 0
+
+
+def _result(entry: Mapping[str, Any]) -> PromptResult:
+    """A history entry as a result; raises what its messages say."""
+    messages = {name: data for name, data in entry["status"]["messages"]}
+    if "execution_error" in messages:
+        error = messages["execution_error"]
+        text = f"{error['node_type']} (node {error['node_id']}) raised {error['exception_type']}: {error['exception_message'].strip()}"
+        raise PromptFailedError(text, error)
+    if "execution_interrupted" in messages:
+        raise PromptInterruptedError("the workflow was interrupted", messages["execution_interrupted"])
+    seconds = (messages["execution_success"]["timestamp"] - messages["execution_start"]["timestamp"]) / 1e3
+    return PromptResult(entry["outputs"], seconds)
+
+
+def _describe_refusal(status: int, body: Any) -> str:
+    """The server's error body in a few lines."""
+    if not isinstance(body, dict) or "error" not in body:
+        return f"ComfyUI answered {status}: {body}"
+    error = body["error"]
+    lines = [f"ComfyUI answered {status}: {error['message']} {error.get('details', '')}".rstrip()]
+    for node, report in (body.get("node_errors") or {}).items():
+        lines += [f"  {report['class_type']} (node {node}): {item['message']}: {item['details']}" for item in report["errors"]]
+    return "\n".join(lines)

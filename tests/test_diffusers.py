@@ -1,0 +1,135 @@
+"""The diffusers host: our native files load, the patch changes nothing at density 1, and sparse runs are sparse."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load, load_file
+
+from tessera.cli import demo
+from tessera.models.default import networks
+from tessera.models.default.vocabulary import encode
+from tessera.models.patchers import diffusers as host
+from tessera.models.patchers.attention import AttentionPatch, AttentionSettings
+from tessera.models.patchers.report import SPARSE
+from tiny_models import DIFFUSION_MODEL, VAE
+
+pytest.importorskip("diffusers", reason="needs diffusers: `pip install tessera-nodes[diffusers]`, or `make test`")
+
+SIZE = dict(width=64, height=64, frames=9)
+RUN = dict(**SIZE, steps=4, cfg=3.0, shift=5.0, seed=3)
+
+
+@pytest.fixture(scope="module")
+def files(tiny_models):
+    return tiny_models / "diffusion_models" / DIFFUSION_MODEL, tiny_models / "vae" / VAE
+
+
+@pytest.fixture(scope="module")
+def model(files):
+    return host.load(*files)
+
+
+def settings(**changes) -> AttentionSettings:
+    return AttentionSettings(**{"precision": "native", "min_tokens": 0, "density": 0.5, "block": 16, **changes})
+
+
+def sample(model, **changes):
+    return host.sample(model, encode("red disc moving right"), encode(""), **{**RUN, **changes})
+
+
+def test_the_loaded_networks_compute_what_the_native_ones_do(files, model):
+    """The same file in our own native-layout networks and in diffusers' classes."""
+    transformer = networks.build_transformer(layers=2).eval()
+    transformer.load_state_dict(load_file(files[0]))
+    vae = networks.build_vae().eval()
+    vae.load_state_dict(load_file(files[1]))
+    x, t, text = torch.randn(1, 16, 3, 8, 8), torch.tensor([700.0]), encode("blue square")
+    with torch.inference_mode():
+        ours = transformer(x, t, text)
+        theirs = model.transformer(hidden_states=x, timestep=t, encoder_hidden_states=text, return_dict=False)[0]
+        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(model.vae.decode(x, return_dict=False)[0], vae.decode(x).clamp(-1, 1), rtol=1e-3, atol=1e-3)
+
+
+def test_density_one_is_bitwise_dense_and_the_module_comes_back(model):
+    plain = sample(model)
+    patch = AttentionPatch(settings(density=1.0))
+    with host.accelerated(model.transformer, patch):
+        assert torch.equal(sample(model, patch=patch), plain)
+    assert "forward" not in vars(model.transformer)
+    assert torch.equal(sample(model), plain)
+    report = patch.report.as_dict()
+    assert report["self_attention_calls"] == RUN["steps"] * 2 * 2
+    assert report["calls"].get(SPARSE, 0) == 0
+    assert report["reasons"]["cross-attention"] == RUN["steps"] * 2 * 2
+
+
+@pytest.mark.parametrize("method", ["rainfusion2", "draft", "sparge"])
+def test_every_call_in_the_window_is_sparse(model, method):
+    patch = AttentionPatch(settings(method=method, dense_blocks=frozenset({0})))
+    with host.accelerated(model.transformer, patch):
+        out = sample(model, patch=patch)
+    report = patch.report.as_dict()
+    assert torch.isfinite(out).all()
+    assert report["sparse_share_in_window"] == 1.0
+    assert report["calls"][SPARSE] > 0
+    assert report["density"] < 1.0
+    assert report["family"] == "Wan"
+
+
+def test_an_error_in_the_run_leaves_no_patch(model):
+    patch = AttentionPatch(settings())
+    with pytest.raises(RuntimeError, match="stop"), host.accelerated(model.transformer, patch):
+        raise RuntimeError("stop")
+    assert "forward" not in vars(model.transformer)
+
+
+def test_non_finite_output_is_repeated_dense(model, monkeypatch):
+    plain = sample(model)
+    patch = AttentionPatch(settings(start_percent=0.0))
+    original = patch._sparse
+
+    def broken(*args):
+        out, *counts = original(*args)
+        return out * float("nan"), *counts
+
+    monkeypatch.setattr(patch, "_sparse", broken)
+    with host.accelerated(model.transformer, patch):
+        out = sample(model, patch=patch)
+    assert torch.equal(out, plain)
+    assert patch.report.repeated > 0
+
+
+def test_decode_gives_a_clip(model):
+    clip = host.decode(model, sample(model, steps=1))
+    assert clip.shape == (SIZE["frames"], SIZE["height"], SIZE["width"], 3)
+    assert clip.min() >= 0 and clip.max() <= 1
+
+
+def test_schedule_matches_the_flow_formula(model):
+    """sigma = shift s / (1 + (shift - 1) s) at s = 1 - step / steps, which is what percent_to_sigma inverts."""
+    sigma = host.percent_to_sigma(5.0)
+    assert sigma(0.0) == 1.0 and sigma(1.0) == 0.0
+    assert sigma(0.5) == pytest.approx(5 * 0.5 / 3)
+
+
+@pytest.mark.comfy
+def test_both_hosts_make_the_same_latents(any_comfy, model):
+    """Same file, seed, schedule and settings in ComfyUI and in diffusers, dense and sparse."""
+    workflow = json.loads(demo.WORKFLOW.read_text())
+    inputs = {entry["class_type"]: entry["inputs"] for entry in workflow.values()}
+    inputs["EmptyHunyuanLatentVideo"].update(width=SIZE["width"], height=SIZE["height"], length=SIZE["frames"])
+    inputs["KSampler"].update(steps=RUN["steps"], cfg=RUN["cfg"], seed=RUN["seed"])
+    inputs["ModelSamplingSD3"]["shift"] = RUN["shift"]
+    inputs["TesseraSparseAttention"].update(block="16", density=0.5)
+    for name, graph in demo.variants(demo.with_savers(workflow)):
+        result = any_comfy.run(graph, targets=["latents"])
+        theirs = load(any_comfy.fetch(result.outputs["latents"]["latents"][0]))["latent_tensor"]
+        attention = demo.attention_settings(demo.read_job(workflow).attention, dense=name == "dense")
+        patch = AttentionPatch(attention)
+        with host.accelerated(model.transformer, patch):
+            ours = sample(model, patch=patch)
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
