@@ -7,13 +7,39 @@ Backends are chosen by `kernels.dispatch`; `explain` tells which and why. Under 
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
-from . import backends, dispatch
+from . import backends, dispatch, selftest
 from .block_mask import BlockMask, num_blocks
 
 
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_mask: BlockMask | None = ...,
+    key_bias: Tensor | None = ...,
+    precision: str = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_mask: BlockMask | None = ...,
+    key_bias: Tensor | None = ...,
+    precision: str = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -51,9 +77,15 @@ def attention(
 
 
 def explain(problem: dispatch.Problem, precision: str = "auto") -> dispatch.Choice:
-    """Which implementation `attention` would use for `problem`, and why each earlier one refuses."""
+    """Which implementation `attention` uses for `problem`, and why each earlier one refuses.
+
+    An implementation's numerical self-test runs the first time that it is chosen on a device; one that fails it refuses from then on.
+    """
     backends.register_all()
-    return dispatch.choose(problem, precision)
+    while True:
+        choice = dispatch.choose(problem, precision)
+        if choice.implementation is None or selftest.ensure(choice.implementation, problem.device):
+            return choice
 
 
 def describe(q: Tensor, k: Tensor, v: Tensor, *, block_mask: BlockMask | None = None, key_bias: Tensor | None = None) -> dispatch.Problem:
@@ -111,7 +143,7 @@ def _attention_op(
     mask = None if indices is None or counts is None else BlockMask(indices, counts, block_m, block_n)
     problem = describe(q, k, v, block_mask=mask, key_bias=key_bias)
     out, lse = _run(problem, q, k, v, mask, key_bias, precision, scale, return_lse)
-    return out.contiguous(), q.new_empty(0, dtype=torch.float32) if lse is None else lse
+    return out.contiguous(), q.new_empty(0, dtype=torch.float32) if lse is None else lse.contiguous()
 
 
 @_attention_op.register_fake

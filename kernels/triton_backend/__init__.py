@@ -1,0 +1,89 @@
+"""Block-sparse flash attention in Triton: one kernel for every mask, dense or sparse, at each precision.
+
+Triton is imported when a call on a GPU asks for it, never when this package is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache, partial
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+
+from ..dispatch import Implementation, Problem
+from .compile_table import MAX_HEAD_DIM
+
+MIN_BLOCK = 16
+"""Tensor cores take no fewer queries or keys at a time."""
+
+
+def interpreting() -> bool:
+    """True where Triton's interpreter runs the kernels on the CPU (TRITON_INTERPRET=1): slow, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _device(problem: Problem) -> str | None:
+    gpu = problem.gpu
+    if gpu.capability is None:
+        return None if interpreting() else f"needs an NVIDIA GPU with CUDA; the tensors are on {problem.device.type}"
+    return None if gpu.capability >= (8, 0) else f"GPU is {gpu.name}: Triton's tensor-core code needs sm_80 (Ampere) or newer"
+
+
+def _dtype(problem: Problem, taken: tuple[torch.dtype, ...], advice: str) -> str | None:
+    return None if problem.dtype in taken else f"{problem.dtype} is not taken: {advice}"
+
+
+def _head_dim(problem: Problem) -> str | None:
+    return None if problem.head_dim <= MAX_HEAD_DIM else f"head_dim {problem.head_dim} > {MAX_HEAD_DIM}"
+
+
+def _blocks(problem: Problem) -> str | None:
+    for side, block in zip(("block_m", "block_n"), problem.blocks or (), strict=False):
+        if block < MIN_BLOCK or block & (block - 1):
+            return f"{side} {block} is not a power of two >= {MIN_BLOCK}"
+    return None
+
+
+@cache
+def _triton_problem() -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install triton (on Windows: triton-windows)"
+    try:
+        _module()
+    except Exception as error:  # whatever a broken installation raises, attention must go on without it
+        return f"triton is installed but unusable: {type(error).__name__}: {error}"
+    return None
+
+
+def _triton(problem: Problem) -> str | None:
+    return _triton_problem()
+
+
+def _module():
+    return import_module(".attention", __package__)
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_HALVES = _FLOATS[:2]
+
+
+@cache
+def _load(operand_dtype: torch.dtype | None, int8: bool) -> Callable:
+    return partial(_module().attention, operand_dtype=operand_dtype, int8=int8)
+
+
+def _implementation(precision: str, dtypes: tuple[torch.dtype, ...], advice: str, operand_dtype: torch.dtype | None = None) -> Implementation:
+    limits = (_device, partial(_dtype, taken=dtypes, advice=advice), _head_dim, _blocks, _triton)
+    return Implementation("triton", precision, limits, partial(_load, operand_dtype, precision == "int8"))
+
+
+# INT8 first: it is what "auto" is for. float16 last: of the casts, the one that can overflow.
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    _implementation("int8", _FLOATS, "use float16, bfloat16 or float32"),
+    _implementation("native", _HALVES, "tensor cores have no such type; use precision bf16, fp16 or int8"),
+    _implementation("bf16", _FLOATS, "use float16, bfloat16 or float32", torch.bfloat16),
+    _implementation("fp16", (torch.float16, torch.float32), "its values may overflow in float16; use native, bf16 or int8", torch.float16),
+)

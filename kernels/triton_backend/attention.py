@@ -1,0 +1,233 @@
+"""Flash attention over a list of key blocks: the Triton kernel and its launcher.
+
+One program computes one tile of BLOCK_M queries of one head. It walks over the tiles of BLOCK_N keys that the block mask
+lists for its query block (or over all keys when there is no mask), keeps the running maximum, sum and weighted values of
+the online softmax in registers, and writes its tile of the output once.
+
+Sources: Dao, FlashAttention-2 (arXiv:2307.08691) for the loop; Zhang et al., SageAttention (arXiv:2410.02367) for the INT8
+q.k with smoothed K; hao-ai-lab/FastVideo and ModelTC/LightX2V for walking over a per-row list of key blocks.
+"""
+# ruff: noqa: N803 (constants of a kernel are in capitals)
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..block_mask import BlockMask
+from ..quantize import LOG2E
+from .common import locate, stride_units
+from .compile_table import Config, attention_constants, config_for
+from .quantize import quantize_qk
+
+TO_LOG2 = tl.constexpr(LOG2E)
+
+# The running maximum starts finite: a tile whose scores are all -inf then gives exp2(-inf - finite) = 0, never NaN.
+START_MAX = tl.constexpr(-5e6)
+
+# Lengths and strides change with every resolution; a kernel compiled for one of them must serve all.
+RUNTIME_NUMBERS = (
+    *(f"{tensor}_stride_{dim}" for tensor in ("q", "k", "v", "out") for dim in ("batch", "head", "token")),
+    *("mask_stride_batch", "mask_stride_head", "mask_width"),
+    *("num_heads", "group", "q_len", "k_len"),
+)
+
+
+@triton.jit
+def _load_rows(pointers, dim, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Load rows that are WIDTH elements long, padded to D with zeros. `dim` counts along them."""
+    if WIDTH == D:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=dim < WIDTH, other=0)
+
+
+@triton.jit(do_not_specialize=RUNTIME_NUMBERS)
+def attention_kernel(
+    q,  # (batch, heads, q_len, head_dim); with INT8 its rows are padded to D
+    k,  # (batch, kv_heads, k_len, head_dim); with INT8 its rows are padded to D
+    v,  # (batch, kv_heads, k_len, head_dim)
+    out,  # like q before quantization
+    lse,  # float32 (batch, heads, q_len): natural log, or None
+    indices,  # int32 (mask batch, mask heads, mask query blocks, mask_width), or None for dense
+    counts,  # int32 (mask batch, mask heads, mask query blocks), or None
+    key_bias,  # (batch, k_len), or None
+    q_scale,  # float32 (batch, heads, q_len), or None without INT8
+    k_scale,  # float32 (batch, kv_heads, blocks of K_BLOCK keys), or None
+    q_stride_batch,  # strides in units of STRIDE_UNIT elements
+    q_stride_head,
+    q_stride_token,
+    k_stride_batch,
+    k_stride_head,
+    k_stride_token,
+    v_stride_batch,
+    v_stride_head,
+    v_stride_token,
+    out_stride_batch,
+    out_stride_head,
+    out_stride_token,
+    mask_stride_batch,  # strides of counts; 0 where one mask serves all batches or heads
+    mask_stride_head,
+    mask_width,
+    num_heads,
+    group,  # query heads that share a head of k and v
+    q_len,
+    k_len,
+    to_log2,  # scale * log2(e); with INT8 it is folded into q_scale and this is 1
+    HEAD_DIM: tl.constexpr,  # a constant, so that loads of rows that are padded to D can still be long ones
+    D: tl.constexpr,  # head_dim padded to a power of two
+    QK_WIDTH: tl.constexpr,  # elements in a row of q and k: head_dim, or with INT8 D
+    BLOCK_M: tl.constexpr,  # queries and keys in a tile
+    BLOCK_N: tl.constexpr,
+    MASK_M: tl.constexpr,  # queries and keys in a block of the mask: multiples of BLOCK_M and BLOCK_N
+    MASK_N: tl.constexpr,
+    K_BLOCK: tl.constexpr,  # keys that share an INT8 scale
+    STRIDE_UNIT: tl.constexpr,  # multiplying by it tells the compiler how far rows are aligned
+):
+    """softmax(q k^T) v for one tile of queries."""
+    first_row, head, batch, head_of_all = locate(q_len, num_heads, BLOCK_M)
+    kv_head = head // group
+    row = tl.arange(0, BLOCK_M)
+    key = tl.arange(0, BLOCK_N)
+    dim = tl.arange(0, D)
+    rows_left = q_len - first_row
+    row_offset = head_of_all * q_len + first_row
+    k_stride = k_stride_token * STRIDE_UNIT
+    v_stride = v_stride_token * STRIDE_UNIT
+
+    q += (batch * q_stride_batch + head * q_stride_head + first_row.to(tl.int64) * q_stride_token) * STRIDE_UNIT
+    # Rows and keys beyond the last are replaced by the last one: that costs less than masked loads, and they are never used.
+    q_row = tl.minimum(row, rows_left - 1)
+    q_tile = _load_rows(q + (q_row[:, None] * (q_stride_token * STRIDE_UNIT) + dim[None, :]), dim[None, :], QK_WIDTH, D)
+    k += (batch * k_stride_batch + kv_head * k_stride_head) * STRIDE_UNIT
+    v += (batch * v_stride_batch + kv_head * v_stride_head) * STRIDE_UNIT
+    if key_bias is not None:
+        key_bias += batch * k_len
+    if q_scale is not None:
+        q_scale_tile = tl.load(q_scale + row_offset + row, mask=row < rows_left, other=1.0)
+        k_scale += head_of_all // group * tl.cdiv(k_len, K_BLOCK)
+
+    # How many keys to read, not counting those that a ragged last block lacks.
+    keys = k_len
+    if indices is not None:
+        mask_row = batch * mask_stride_batch + head * mask_stride_head + first_row // MASK_M
+        count = tl.load(counts + mask_row)
+        indices += mask_row * mask_width
+        # Ids ascend, so only the last listed block can be ragged.
+        last_block = tl.load(indices + count - 1, mask=count > 0, other=0)
+        missing = tl.where(count > 0, tl.maximum((last_block + 1) * MASK_N - k_len, 0), 0)
+        keys = count * MASK_N - missing
+
+    row_max = tl.full([BLOCK_M], START_MAX, tl.float32)  # the largest score so far, in units of log2
+    row_sum = tl.zeros([BLOCK_M], tl.float32)  # the sum of p = 2^(score - row_max) so far
+    acc = tl.zeros([BLOCK_M, D], tl.float32)  # the sum of p v so far
+    for tile in range(0, tl.cdiv(keys, BLOCK_N)):
+        start = tile * BLOCK_N
+        if indices is not None:
+            start = tl.load(indices + start // MASK_N) * MASK_N + start % MASK_N
+        keys_left = k_len - start
+        real_key = tl.minimum(key, keys_left - 1)
+        first = start.to(tl.int64)
+
+        # K is read transposed: its contiguous side becomes the inner dimension of the dot, as tensor cores want it.
+        k_pointers = k + first * k_stride + (real_key[None, :] * k_stride + dim[:, None])
+        k_tile = _load_rows(k_pointers, dim[:, None], QK_WIDTH, D)
+        scores = tl.dot(q_tile, k_tile).to(tl.float32)
+        row_to_log2 = tl.full([BLOCK_M], 1.0, tl.float32) * to_log2
+        if q_scale is not None:
+            row_to_log2 = q_scale_tile * tl.load(k_scale + start // K_BLOCK)
+        if key_bias is not None:
+            bias = tl.load(key_bias + first + real_key).to(tl.float32)
+            scores = scores * row_to_log2[:, None] + bias[None, :] * TO_LOG2
+            row_to_log2 = tl.full([BLOCK_M], 1.0, tl.float32)
+        if keys_left < BLOCK_N:
+            scores = tl.where((key < keys_left)[None, :], scores, -float("inf"))
+
+        # Scaling after the maximum, which a positive scale allows, leaves one fused multiply-add a score.
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * row_to_log2)
+        p = tl.exp2(scores * row_to_log2[:, None] - new_max[:, None])
+        correction = tl.exp2(row_max - new_max)
+        row_max = new_max
+        row_sum = row_sum * correction + tl.sum(p, 1)
+        v_pointers = v + first * v_stride + (real_key[:, None] * v_stride + dim[None, :])
+        v_tile = _load_rows(v_pointers, dim[None, :], HEAD_DIM, D)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * correction[:, None])
+
+    # A row that read nothing has a sum of 0: its output is 0 / 1 and its lse log2(0) = -inf.
+    acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    out += (batch * out_stride_batch + head * out_stride_head + first_row.to(tl.int64) * out_stride_token) * STRIDE_UNIT
+    out_pointers = out + (row[:, None] * (out_stride_token * STRIDE_UNIT) + dim[None, :])
+    tl.store(out_pointers, acc.to(out.dtype.element_ty), mask=(row < rows_left)[:, None] & (dim < HEAD_DIM)[None, :])
+    if lse is not None:
+        tl.store(lse + row_offset + row, (row_max + tl.log2(row_sum)) / TO_LOG2, mask=row < rows_left)
+
+
+def _contiguous_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _empty_like_rows(q: Tensor) -> Tensor:
+    """An uninitialised output. If q is a view of (batch, tokens, heads, head_dim), so is it: hosts merge its heads without a copy."""
+    if q.stride(1) < q.stride(2):
+        return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask | None,
+    key_bias: Tensor | None,
+    scale: float,
+    return_lse: bool,
+    *,
+    operand_dtype: torch.dtype | None = None,
+    int8: bool = False,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Launch the kernel. Shapes as in `kernels.attention.attention`, whose checks have been made.
+
+    operand_dtype: what q, k and v are cast to before the dots; None keeps theirs, or bfloat16 for float32. With INT8 only v is.
+    config: how tiles are computed; None takes the compile table's.
+    Returns the output in q's dtype, laid out token by token if q is, and float32 `(batch, heads, q_len)` if return_lse.
+    Raises ValueError if scale is not positive.
+    """
+    if scale <= 0:
+        raise ValueError(f"attention: scale is {scale}; the Triton kernels need a positive one")
+    batch, num_heads, q_len, head_dim = q.shape
+    kv_heads, k_len = k.shape[1:3]
+    blocks = None if block_mask is None else (block_mask.block_m, block_mask.block_n)
+    config = config or config_for(head_dim, blocks)
+    out = _empty_like_rows(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
+
+    if operand_dtype is None and q.dtype == torch.float32:
+        operand_dtype = torch.bfloat16  # the only half that has float32's range
+    v = _contiguous_rows(v.to(operand_dtype or v.dtype))
+    indices = counts = None
+    mask_layout = (0, 0, 0)
+    if block_mask is not None:
+        indices, counts = block_mask.indices.contiguous(), block_mask.counts.contiguous()
+        mask_batch, mask_heads, query_blocks, width = indices.shape
+        mask_layout = (mask_heads * query_blocks if mask_batch > 1 else 0, query_blocks if mask_heads > 1 else 0, width)
+    q_scale = k_scale = lse_shift = None
+    programs = triton.cdiv(q_len, config.block_m) * num_heads * batch
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+        if int8:
+            q, k, q_scale, k_scale, lse_shift = quantize_qk(_contiguous_rows(q), _contiguous_rows(k), scale, return_lse)
+        else:
+            q, k = (_contiguous_rows(x.to(operand_dtype or x.dtype)) for x in (q, k))
+        unit, strides = stride_units(q, k, v, out)
+        attention_kernel[(programs,)](
+            q, k, v, out, lse, indices, counts, None if key_bias is None else key_bias.contiguous(), q_scale, k_scale,
+            *strides, *mask_layout, num_heads, num_heads // kv_heads, q_len, k_len, 1.0 if int8 else scale * LOG2E,
+            **attention_constants(head_dim, blocks, int8, config, unit), num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    if lse is not None and lse_shift is not None:
+        lse += lse_shift
+    return out, lse

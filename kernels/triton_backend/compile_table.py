@@ -1,0 +1,108 @@
+"""What is compiled: tile sizes, warps, pipeline stages and constants of each kernel variant, the same for every architecture.
+
+Nothing here imports Triton. The launchers read it at run time, and the tests cross-compile every entry for every
+architecture without a GPU, so a register spill or too much shared memory is found before anybody runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..quantize import K_BLOCK
+
+MAX_STRIDE_UNIT = 16
+"""Strides are passed in units of up to this many elements: twice the longest load of two-byte elements, 16 bytes."""
+
+MAX_HEAD_DIM = 128
+"""Longer rows would need tiles that spill registers or exceed shared memory."""
+
+ARCHITECTURES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+"""Compute capabilities that the tests compile for. Others of the same generation take the nearest entry's code path."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one tile is computed. block_m, block_n: queries and keys in a tile; num_stages: depth of the load pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def padded_head_dim(head_dim: int, int8: bool) -> int:
+    """The power of two that a row of q or k is padded to in registers. Tensor cores take 16 two-byte or 32 one-byte values."""
+    return max(1 << (head_dim - 1).bit_length(), 32 if int8 else 16)
+
+
+def config_for(head_dim: int, blocks: tuple[int, int] | None) -> Config:
+    """The configuration of an attention call; `blocks` is the block mask's (block_m, block_n), None for dense.
+
+    128 x 64 tiles are FlashAttention-2's. With head_dim 128 such a tile needs 8 warps (4 spill registers); smaller ones keep
+    4 busy. Three stages of 64 keys fill 96 KiB of shared memory with K and V of head_dim 128, and the smallest architecture
+    of the table has 99. No entry depends on the length, and nothing is tuned at run time. These are starting points,
+    correct by construction; `bench/gpu_attention.py` times the alternatives.
+    """
+    block_m, block_n = blocks or (128, 64)
+    block_m, block_n = min(block_m, 128), min(block_n, K_BLOCK)
+    num_warps = 8 if block_m == 128 and head_dim > 64 else 4
+    return Config(block_m, block_n, num_warps, num_stages=3)
+
+
+def attention_constants(head_dim: int, blocks: tuple[int, int] | None, int8: bool, config: Config, stride_unit: int) -> dict[str, int]:
+    """The compile-time constants of `attention_kernel`. stride_unit: a power of two that divides every stride, in elements."""
+    padded = padded_head_dim(head_dim, int8)
+    return {
+        "HEAD_DIM": head_dim,
+        "D": padded,
+        "QK_WIDTH": padded if int8 else head_dim,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "MASK_M": blocks[0] if blocks else config.block_m,
+        "MASK_N": blocks[1] if blocks else config.block_n,
+        "K_BLOCK": K_BLOCK,
+        "STRIDE_UNIT": stride_unit,
+    }
+
+
+def quantize_constants(head_dim: int, stride_unit: int) -> dict[str, int]:
+    """The compile-time constants of `quantize_q_kernel` and `quantize_k_kernel`; each program handles the rows of one K scale."""
+    return {"HEAD_DIM": head_dim, "D": padded_head_dim(head_dim, int8=True), "ROWS": K_BLOCK, "STRIDE_UNIT": stride_unit}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One variant of the attention kernel that is dispatched. `value_type`: Triton's name of the dtype of V."""
+
+    value_type: str
+    int8: bool
+    head_dim: int
+    blocks: tuple[int, int] | None
+    key_bias: bool = False
+    lse: bool = False
+
+    @property
+    def name(self) -> str:
+        shape = "dense" if self.blocks is None else f"sparse{self.blocks[0]}x{self.blocks[1]}"
+        extras = ("-bias" if self.key_bias else "") + ("-lse" if self.lse else "")
+        return f"{'int8-' if self.int8 else ''}{self.value_type}-d{self.head_dim}-{shape}{extras}"
+
+    @property
+    def config(self) -> Config:
+        return config_for(self.head_dim, self.blocks)
+
+
+def entries() -> Iterator[Entry]:
+    """The variants that models use: both head sizes, dense and sparse, each precision; then the smallest tiles and padding."""
+    for head_dim in (64, 128):
+        for blocks in (None, (128, 64), (128, 128)):
+            yield Entry("bf16", False, head_dim, blocks)
+            yield Entry("bf16", True, head_dim, blocks)
+        yield Entry("fp16", True, head_dim, (64, 64))
+        yield Entry("fp16", False, head_dim, None, key_bias=True, lse=True)
+    yield Entry("bf16", True, 128, (128, 64), key_bias=True, lse=True)
+    yield Entry("bf16", False, 128, (16, 16))
+    yield Entry("bf16", True, 128, (32, 32))
+    yield Entry("fp16", False, 96, (128, 64))
+    yield Entry("fp16", True, 40, None)

@@ -1,0 +1,48 @@
+"""Under torch.compile the attention is one opaque node: no graph break, and the same numbers as without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tessera.kernels import reference
+from tessera.kernels.attention import attention
+from tessera.kernels.block_mask import BlockMask
+
+
+def block(x: Tensor, indices: Tensor, counts: Tensor, key_bias: Tensor) -> Tensor:
+    """A model's block around the op: views before, arithmetic after, dense and sparse, with and without the lse."""
+    q, k, v = (y.unflatten(-1, (2, 32)).transpose(1, 2) for y in (x, x * 0.5, x + 1))
+    mask = BlockMask(indices, counts, 32, 16)
+    sparse, lse = attention(q, k, v, block_mask=mask, key_bias=key_bias, return_lse=True)
+    dense = attention(q, k, v, precision="native")
+    return (sparse + dense).transpose(1, 2).flatten(2) * lse.mean(1)[..., None].exp()
+
+
+def arguments(tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kept = torch.rand(1, 2, -(-tokens // 32), -(-tokens // 16)) < 0.6
+    kept[..., 0] = True
+    mask = BlockMask.from_dense(kept, 32, 16)
+    return torch.randn(2, tokens, 64), mask.indices, mask.counts, torch.randn(2, tokens)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_equals_eager(backend: str) -> None:
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    for tokens in (70, 100):
+        values = arguments(tokens)
+        torch.testing.assert_close(compiled(*values), block(*values))
+
+
+def test_compiled_equals_float64() -> None:
+    q, k, v = (torch.randn(1, 2, 50, 32) for _ in range(3))
+    compiled = torch.compile(lambda *tensors: attention(*tensors), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), reference.attention(q, k, v)[0].float(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_the_op_is_what_torch_expects_of_one(return_lse: bool) -> None:
+    """Schema, fake kernel and shapes, checked by torch itself."""
+    q = torch.randn(1, 2, 40, 32).transpose(1, 2).contiguous().transpose(1, 2)
+    torch.library.opcheck(torch.ops.tessera.attention.default, (q, q, q, None, None, 0, 0, None, "native", 0.2, return_lse))

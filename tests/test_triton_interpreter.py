@@ -1,0 +1,219 @@
+"""The Triton kernels against float64, run on the CPU by Triton's interpreter.
+
+The interpreter must be chosen before Triton is imported, so the one test of an ordinary run starts pytest again on this
+file with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tessera.kernels import dispatch, quantize, reference, selftest
+from tessera.kernels.attention import attention
+from tessera.kernels.block_mask import BlockMask, num_blocks
+from tessera.kernels.triton_backend import IMPLEMENTATIONS, interpreting
+
+pytest.importorskip("triton", reason="Triton is not installed")
+inside = pytest.mark.skipif(not interpreting(), reason="test_in_the_interpreter runs it with TRITON_INTERPRET=1")
+
+PRECISIONS = {"native": torch.float16, "bf16": torch.bfloat16, "fp16": torch.float32, "int8": torch.bfloat16}
+"""The input dtype that each precision is tested with."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(interpreting(), reason="already inside")
+def test_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def mended_interpreter() -> None:
+    """Two defects of the interpreters of Triton 3.6 and 3.7, neither of them in the kernels under test.
+
+    They multiply bfloat16 tiles as the raw 16-bit integers in which they hold them, and newer releases of numpy refuse
+    their conversion of a loop bound, an array of one element, to a Python integer.
+    """
+    if not interpreting():
+        return
+    import numpy
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    create_dot = interpreter.InterpreterBuilder.create_dot
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def widened(handle):
+        if handle.dtype != tl.bfloat16 or handle.data.dtype != numpy.uint16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(numpy.uint32) << 16).view(numpy.float32), tl.float32)
+
+    def patch_index(tensor, *scope):
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: create_dot(self, widened(a), widened(b), *rest)
+    interpreter._patch_lang_tensor = patch_index
+
+
+def poisoned_view(x: Tensor) -> Tensor:
+    """The same numbers as a view into a larger tensor of NaN, with odd strides."""
+    batch, heads, tokens, head_dim = x.shape
+    around = torch.full((batch, tokens + 3, heads + 1, head_dim + 5), float("nan"), dtype=x.dtype)
+    view = around[:, 1 : tokens + 1, :heads, 2 : head_dim + 2].transpose(1, 2)
+    view.copy_(x)
+    return view
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "token-major": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "poisoned": poisoned_view,
+    "strided rows": lambda x: torch.stack((x, x), -1)[..., 0],
+}
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, key_bias: Tensor | None, precision: str) -> None:
+    """Run the kernel and compare with float64, everywhere and in the rows that read nothing."""
+    out, lse = attention(q, k, v, block_mask=mask, key_bias=key_bias, precision=precision, return_lse=True)
+    expected, expected_lse = reference.attention(q, k, v, block_mask=mask, key_bias=key_bias)
+    assert out.dtype == q.dtype and out.shape == q.shape
+    assert torch.isfinite(out).all()
+    empty = expected_lse == -torch.inf
+    assert torch.equal(lse == -torch.inf, empty)
+    assert (out[empty] == 0).all()
+    magnitude = expected.abs().sum()
+    # The last terms: one number alone may be rounded this far, and there may be only one.
+    assert (out - expected).abs().sum() <= selftest.TOLERANCE[precision] * magnitude + 1e-3
+    assert not lse[~empty].numel() or (lse - expected_lse)[~empty].abs().max() <= selftest.LSE_TOLERANCE
+
+
+@inside
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_shape_equals_float64(data: st.DataObject) -> None:
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 2**20)))
+    precision = draw(st.sampled_from(list(PRECISIONS)))
+    batch, kv_heads, group = (draw(st.integers(1, 2)) for _ in range(3))
+    q_len, k_len = draw(st.integers(1, 150)), draw(st.integers(1, 200))
+    head_dim = draw(st.sampled_from([8, 40, 64, 72, 96, 128]))
+    layout = LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))]
+    dtype = PRECISIONS[precision]
+    q = layout(torch.randn(batch, kv_heads * group, q_len, head_dim).to(dtype))
+    k = layout((torch.randn(batch, kv_heads, k_len, head_dim) + 2 * torch.randn(1, kv_heads, 1, head_dim)).to(dtype))
+    v = layout(torch.randn(batch, kv_heads, k_len, head_dim).to(dtype))
+    mask = None
+    blocks = draw(st.sampled_from([None, (16, 16), (32, 64), (64, 32), (128, 64), (128, 128), (256, 256)]))
+    if blocks is not None:
+        mask_batch, mask_heads = draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, kv_heads * group]))
+        kept = torch.rand(mask_batch, mask_heads, num_blocks(q_len, blocks[0]), num_blocks(k_len, blocks[1])) < draw(st.sampled_from([0.0, 0.4, 1.0]))
+        mask = BlockMask.from_dense(kept, *blocks)
+    key_bias = None
+    if draw(st.booleans()):
+        key_bias = torch.randn(batch, k_len)
+        key_bias[-1, : draw(st.integers(0, k_len))] = -torch.inf
+    check(q, k, v, mask, key_bias, precision)
+
+
+@inside
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("head_dim", "blocks"), [(64, (256, 128)), (128, (64, 128)), (128, (128, 64))])
+def test_sparse_with_everything(precision: str, head_dim: int, blocks: tuple[int, int], poisoned: None) -> None:
+    """Batch 2, GQA, ragged ends, mask blocks longer than a tile, an empty mask row, hidden keys, and no memory read unwritten."""
+    dtype = PRECISIONS[precision]
+    q = poisoned_view(torch.randn(2, 4, 200, head_dim).to(dtype))
+    k = poisoned_view((torch.randn(2, 2, 333, head_dim) + 4 * torch.randn(1, 2, 1, head_dim)).to(dtype))
+    v = poisoned_view(torch.randn(2, 2, 333, head_dim).to(dtype))
+    kept = torch.rand(2, 4, num_blocks(200, blocks[0]), num_blocks(333, blocks[1])) < 0.5
+    kept[1, 2, -1] = False
+    kept[1, 3, 0] = True
+    key_bias = torch.randn(2, 333)
+    key_bias[1, 50:170] = -torch.inf
+    check(q, k, v, BlockMask.from_dense(kept, *blocks), key_bias, precision)
+
+
+@inside
+def test_a_sample_with_every_key_hidden_gives_zeros() -> None:
+    q, k, v = (torch.randn(2, 1, 20, 64).half() for _ in range(3))
+    key_bias = torch.zeros(2, 20)
+    key_bias[1] = -torch.inf
+    check(q, k, v, None, key_bias, "native")
+    check(q, k, v, None, key_bias, "int8")
+
+
+@inside
+def test_constant_keys_and_zero_queries() -> None:
+    """Keys that equal their mean and queries of zero leave INT8 nothing to quantize."""
+    q, k = torch.zeros(1, 1, 70, 64).half(), torch.ones(1, 1, 70, 64).half()
+    check(q, k, torch.randn(1, 1, 70, 64).half(), None, None, "int8")
+
+
+@inside
+@pytest.mark.parametrize("precision", ["native", "int8"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_input_is_not_hidden(precision: str, bad: float) -> None:
+    for name in ("q", "k", "v"):
+        tensors = {other: torch.randn(1, 1, 40, 64).half() for other in ("q", "k", "v")}
+        tensors[name][0, 0, 3, 5] = bad
+        assert not torch.isfinite(attention(**tensors, precision=precision)).all(), name
+
+
+@inside
+def test_large_values_do_not_overflow() -> None:
+    """bfloat16 has float32's range. v beyond float16's must come out whole: nothing may pass through float16."""
+    q, k = (torch.randn(1, 1, 40, 64).bfloat16() for _ in range(2))
+    v = 1e6 * torch.randn(1, 1, 40, 64).bfloat16()
+    for precision in ("native", "bf16", "int8"):
+        check(q, k, v, None, None, precision)
+    check(q.float(), k.float(), v.float(), None, None, "int8")
+
+
+@inside
+def test_output_keeps_the_layout_of_q() -> None:
+    q, k, v = (LAYOUTS["token-major"](torch.randn(2, 3, 20, 64).half()) for _ in range(3))
+    assert attention(q, k, v, precision="native").transpose(1, 2).is_contiguous()
+    assert attention(q.contiguous(), k, v, precision="native").is_contiguous()
+
+
+@inside
+def test_scale_must_be_positive() -> None:
+    q = torch.randn(1, 1, 16, 64).half()
+    with pytest.raises(ValueError, match="positive"):
+        attention(q, q, q, precision="native", scale=-1.0)
+
+
+@inside
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda implementation: implementation.name)
+def test_self_test_passes(implementation: dispatch.Implementation) -> None:
+    assert selftest.failure(implementation, torch.device("cpu")) is None
+
+
+@inside
+@pytest.mark.parametrize("head_dim", [40, 64, 128])
+def test_quantization_kernels_equal_plain_torch(head_dim: int) -> None:
+    from tessera.kernels.triton_backend.quantize import quantize_qk
+
+    q = poisoned_view(torch.randn(2, 4, 70, head_dim))
+    k = poisoned_view(torch.randn(2, 2, 150, head_dim) + 5)
+    scale = head_dim**-0.5
+    q8, k8, q_scale, k_scale, lse_shift = quantize_qk(q, k, scale, True)
+    mean = quantize.key_mean(k)
+    for (numbers, scales), (expected, expected_scales) in (
+        ((q8, q_scale), quantize.quantize_q(q, scale)),
+        ((k8, k_scale), quantize.quantize_k(k, mean)),
+    ):
+        torch.testing.assert_close(scales, expected_scales)
+        assert (numbers[..., :head_dim].int() - expected.int()).abs().max() <= 1
+        assert (numbers[..., :head_dim] == expected).float().mean() > 0.999
+        assert not numbers[..., head_dim:].any()
+    torch.testing.assert_close(lse_shift, scale * (q * mean.repeat_interleave(2, 1)[:, :, None]).sum(-1))
