@@ -13,6 +13,7 @@ from ..models.patchers.report import heat_map, summary
 from .host import last_report, patch_attention
 
 CATEGORY = "Tessera/attention"
+MAX_BLOCKS = 10000  # far beyond any network: a typing error must not fill the memory with numbers
 MODES = {"quality": 0.5, "balanced": 0.3, "fast": 0.2}
 
 _MODEL_TIP = "Any diffusion model. It is cloned: the model that you connect stays as it was, and bypassing this node removes the patch."
@@ -131,7 +132,7 @@ class SparseAttention(io.ComfyNode):
             known = ", ".join(name for name, recipe in RECIPES.items() if not recipe.control)
             return f"method is not known; use one of {known}"
         try:
-            parse_blocks(dense_blocks)
+            parse_blocks(dense_blocks or "")  # None: linked, and checked when its value is known
         except ValueError as error:
             return str(error)
         return True
@@ -159,9 +160,9 @@ def parse_blocks(text: str) -> frozenset[int]:
     """Block numbers of "0,1" or "0-3, 7". Raises ValueError naming the text."""
     blocks: set[int] = set()
     for part in filter(None, (piece.strip() for piece in text.split(","))):
-        first, dash, last = part.partition("-")
-        if not first.strip().isdecimal() or (dash and not last.strip().isdecimal()):
-            raise ValueError(f"dense_blocks is {text!r}; use block numbers and ranges such as 0,1 or 0-3")
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        if not first.isdecimal() or (dash and not last.isdecimal()) or not int(first) <= int(last or first) < MAX_BLOCKS:
+            raise ValueError(f"dense_blocks is {text!r}; use block numbers and ranges such as 0,1 or 0-3, below {MAX_BLOCKS}")
         blocks.update(range(int(first), int(last or first) + 1))
     return frozenset(blocks)
 

@@ -28,7 +28,7 @@ class ShapesPrompt(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, text):
         try:
-            vocabulary.encode(text)
+            vocabulary.encode(text or "")  # None: linked, and checked when its value is known
         except ValueError as error:
             return str(error)
         return True

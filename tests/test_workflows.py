@@ -1,0 +1,262 @@
+"""The shared workflows, their help pages, and the built-in text-to-video workflow on real ComfyUI servers."""
+
+from __future__ import annotations
+
+import io
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tessera.cli.comfy_server import ComfyServer, PromptRefusedError
+
+Workflow = dict[str, Any]
+
+FOLDER = Path(__file__).resolve().parent.parent / "workflows"
+NAMES = sorted(file.stem for file in FOLDER.glob("*.json"))
+HELP = FOLDER.parent / "web" / "docs"
+OWN_NODES = {"TesseraAccelerate", "TesseraSparseAttention", "TesseraAttentionReport", "TesseraShapesPrompt"}
+PATCHES = {"TesseraAccelerate", "TesseraSparseAttention"}
+ONLY_IN_THE_GRAPH = {"MarkdownNote"}
+# Widgets that ComfyUI 0.33 has and 0.18.1 has not. The API files leave them at their defaults, so that both versions run them.
+NEWER_WIDGETS = {"CreateVideo": {"bit_depth"}, "SaveVideo": {"format.codec"}}
+SEEDS = {"seed", "noise_seed"}
+
+each_workflow = pytest.mark.parametrize("name", NAMES)
+
+
+def read_api(name: str) -> Workflow:
+    return json.loads((FOLDER / "api" / f"{name}.json").read_text())
+
+
+def read_ui(name: str) -> Workflow:
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def links_of(workflow: Workflow) -> set[tuple[str, int, str, str]]:
+    """(source node, slot, node, input) of every connection in an API-format workflow."""
+    return {
+        (value[0], value[1], node, name) for node, entry in workflow.items() for name, value in entry["inputs"].items() if isinstance(value, list)
+    }
+
+
+def test_the_template_folder_holds_workflows_and_thumbnails_only():
+    """ComfyUI offers every JSON file in this folder to the user, and looks for a picture of the same name."""
+    assert "tessera_text_to_video" in NAMES
+    expected = {f"{name}.{ending}" for name in NAMES for ending in ("json", "jpg")} | {"api"}
+    assert {file.name for file in FOLDER.iterdir()} == expected
+    assert {file.name for file in (FOLDER / "api").iterdir()} == {f"{name}.json" for name in NAMES}
+
+
+@each_workflow
+def test_thumbnails_are_small_pictures(name):
+    file = FOLDER / f"{name}.jpg"
+    with Image.open(file) as picture:
+        assert picture.format == "JPEG"
+        assert max(picture.size) <= 640
+    assert file.stat().st_size < 60_000
+
+
+@each_workflow
+def test_the_graph_is_the_same_in_both_formats(name):
+    """Same nodes, titles, connections and values. Values are compared by name, as ComfyUI's front end wrote them."""
+    api, ui = read_api(name), read_ui(name)
+    nodes = {str(node["id"]): node for node in ui["nodes"]}
+    drawn = {key: node["type"] for key, node in nodes.items() if node["type"] not in ONLY_IN_THE_GRAPH}
+    assert drawn == {key: entry["class_type"] for key, entry in api.items()}
+    for key, entry in api.items():
+        node = nodes[key]
+        assert node["mode"] == 0
+        assert node.get("title", entry["_meta"]["title"]) == entry["_meta"]["title"]
+        values = {field: value for field, value in entry["inputs"].items() if not isinstance(value, list)}
+        drawn_values = dict(node.get("widgets_values_named") or {})
+        extra = set(drawn_values) - set(values) - {"control_after_generate"}
+        assert extra <= NEWER_WIDGETS.get(entry["class_type"], set())
+        assert {field: drawn_values[field] for field in values} == values
+
+
+@each_workflow
+def test_links_are_valid(name):
+    """Every link joins two existing slots, both of which name it, and the API file says the same."""
+    ui = read_ui(name)
+    nodes = {node["id"]: node for node in ui["nodes"]}
+    assert len({link[0] for link in ui["links"]}) == len(ui["links"])
+    joined = set()
+    for link, source, source_slot, target, target_slot, kind in ui["links"]:
+        output, socket = nodes[source]["outputs"][source_slot], nodes[target]["inputs"][target_slot]
+        assert link in output["links"]
+        assert socket["link"] == link
+        assert output["type"] == socket["type"] == kind
+        joined.add((str(source), source_slot, str(target), socket["name"]))
+    assert joined == links_of(read_api(name))
+    named = {socket["link"] for node in nodes.values() for socket in node.get("inputs", []) if socket.get("link") is not None}
+    assert named == {link[0] for link in ui["links"]}
+    assert ui["last_node_id"] >= max(nodes)
+    assert ui["last_link_id"] >= max(link[0] for link in ui["links"])
+
+
+@each_workflow
+def test_seeds_are_fixed(name):
+    for node in read_ui(name)["nodes"]:
+        widgets = node.get("widgets_values_named") or {}
+        if SEEDS & set(widgets):
+            assert widgets["control_after_generate"] == "fixed"
+            assert "fixed" in node["widgets_values"]
+
+
+@each_workflow
+def test_nodes_do_not_overlap(name):
+    """Every node's rectangle, with its title bar, is clear of the others, so that the graph can be read as it opens."""
+    title_bar = 30
+    boxes = [(*node["pos"], *node["size"]) for node in read_ui(name)["nodes"]]
+    for i, (x1, y1, w1, h1) in enumerate(boxes):
+        for x2, y2, w2, h2 in boxes[:i]:
+            assert x1 >= x2 + w2 or x2 >= x1 + w1 or y1 - title_bar >= y2 + h2 or y2 - title_bar >= y1 + h1
+
+
+@each_workflow
+def test_the_note_names_every_file_that_has_to_be_there(name):
+    notes = [node["widgets_values"][0] for node in read_ui(name)["nodes"] if node["type"] == "MarkdownNote"]
+    assert len(notes) == 1
+    files = {
+        value for entry in read_api(name).values() for value in entry["inputs"].values() if isinstance(value, str) and value.endswith(".safetensors")
+    }
+    for file in files - {"tessera_shapes_t2v.safetensors", "tessera_shapes_vae.safetensors"}:
+        assert file in notes[0]
+
+
+@each_workflow
+def test_files_that_have_to_be_there_can_be_downloaded_from_the_menu(name):
+    """Each loader lists its files with folder and address: ComfyUI then offers the missing ones for download."""
+    for node in read_ui(name)["nodes"]:
+        wanted = {value for value in node.get("widgets_values") or () if isinstance(value, str) and value.endswith(".safetensors")}
+        wanted = {value for value in wanted if not value.startswith("tessera_shapes_")}
+        offered = {model["name"]: model for model in node["properties"].get("models", [])}
+        assert set(offered) == wanted
+        for file, model in offered.items():
+            assert model["directory"] in ("diffusion_models", "text_encoders", "vae")
+            assert model["url"].startswith("https://huggingface.co/")
+            assert model["url"].endswith(f"/{file}")
+
+
+@each_workflow
+def test_every_sampler_runs_patched_and_reported(name):
+    """Each sampler's model comes straight from one of our patches, and a report of that model follows the sampler."""
+    api = read_api(name)
+    samplers = [key for key, entry in api.items() if entry["class_type"].startswith("KSampler")]
+    assert samplers
+    for sampler in samplers:
+        model = api[sampler]["inputs"]["model"]
+        assert api[model[0]]["class_type"] in PATCHES
+        reports = [e["inputs"] for e in api.values() if e["class_type"] == "TesseraAttentionReport" and e["inputs"]["samples"] == [sampler, 0]]
+        assert [report["model"] for report in reports] == [model]
+
+
+def test_every_node_has_a_help_page():
+    assert {file.stem for file in HELP.glob("*.md")} == OWN_NODES
+    for file in HELP.glob("*.md"):
+        assert "## Limits" in file.read_text()
+
+
+@pytest.mark.comfy
+@each_workflow
+def test_nothing_but_model_files_is_missing(any_comfy: ComfyServer, name):
+    """Every node and every input exists on this version; the only complaints are about model files that are not there."""
+    api, known = read_api(name), any_comfy.get("/object_info")
+    for entry in api.values():
+        inputs = known[entry["class_type"]]["input"]
+        assert set(inputs.get("required", {})) <= set(entry["inputs"])
+        assert set(entry["inputs"]) <= set(inputs.get("required", {})) | set(inputs.get("optional", {}))
+    if name == "tessera_text_to_video":
+        return  # its files come with the pack: the test below runs it
+    with pytest.raises(PromptRefusedError) as error:
+        any_comfy.queue(api)
+    complaints = [complaint for report in error.value.body["node_errors"].values() for complaint in report["errors"]]
+    assert {complaint["type"] for complaint in complaints} == {"value_not_in_list"}
+    assert {complaint["extra_info"]["input_name"] for complaint in complaints} <= {"unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name"}
+
+
+@pytest.mark.comfy
+@pytest.mark.slow
+def test_text_to_video_runs(any_comfy: ComfyServer):
+    """The main workflow, with random weights and fewer steps: a video that plays, and a report that says it was sparse."""
+    import av
+
+    workflow = read_api("tessera_text_to_video")
+    workflow["8"]["inputs"]["steps"] = 4
+    outputs = any_comfy.run(workflow, timeout=600).outputs
+
+    with av.open(io.BytesIO(any_comfy.fetch(outputs["12"]["images"][0]))) as video:
+        stream = video.streams.video[0]
+        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(stream)]
+        assert float(stream.average_rate) == pytest.approx(16)
+    assert len(frames) == 33
+    assert {frame.shape for frame in frames} == {(128, 128, 3)}
+
+    report = outputs["9"]["tessera"][0]
+    assert report["family"] == "Wan"
+    assert report["calls_in_window"] > 0
+    assert report["sparse_share_in_window"] >= 0.95
+    assert report["density"] == pytest.approx(0.4, abs=0.05)
+    assert "self-attention calls sparse" in outputs["9"]["text"][0]
+    heat_map = Image.open(io.BytesIO(any_comfy.fetch(outputs["9"]["images"][0])))
+    assert min(heat_map.size) > 40
+
+
+BAD_INPUTS = {
+    "unknown method": ("3", "method", "magic", "method is not known; use one of rainfusion2, draft"),
+    "density 0": ("3", "density", 0, "Value 0.0 smaller than min of 0.01: density"),
+    "density above 1": ("3", "density", 1.5, "Value 1.5 bigger than max of 1.0: density"),
+    "dense_blocks not a number": ("3", "dense_blocks", "x", "dense_blocks is 'x'; use block numbers and ranges such as 0,1 or 0-3"),
+    "dense_blocks backwards": ("3", "dense_blocks", "3-1", "dense_blocks is '3-1'; use block numbers and ranges such as 0,1 or 0-3"),
+    "dense_blocks without end": ("3", "dense_blocks", "0-99999999999", "dense_blocks is '0-99999999999'; use block numbers"),
+    "min_tokens below 0": ("3", "min_tokens", -1, "Value -1 smaller than min of 0: min_tokens"),
+    "unknown precision": ("3", "precision", "int2", "precision: 'int2' not in ['auto', 'native'"),
+    "unknown word": ("5", "text", "purple disc", "'purple' is not in the vocabulary of these weights. It has colour: red, green"),
+    "two colours": ("5", "text", "red blue disc", "'red' and 'blue'. Use one."),
+}
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_inputs_are_refused_before_the_run(any_comfy: ComfyServer, case):
+    """The answer names the input, the value where ComfyUI passes it on, and what to use instead."""
+    node, field, value, message = BAD_INPUTS[case]
+    workflow = read_api("tessera_text_to_video")
+    workflow[node]["inputs"][field] = value
+    with pytest.raises(PromptRefusedError) as error:
+        any_comfy.queue(workflow)
+    assert message in str(error.value)
+
+
+@pytest.mark.comfy
+def test_linked_texts_are_checked_when_their_value_is_known(any_comfy: ComfyServer):
+    """A text widget may be fed by another node; its value is not there yet when ComfyUI validates the workflow."""
+    workflow = {
+        "1": {"class_type": "PrimitiveString", "inputs": {"value": "green square"}},
+        "2": {"class_type": "TesseraShapesPrompt", "inputs": {"text": ["1", 0]}},
+        "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 0]}},
+    }
+    assert any_comfy.run(workflow).outputs["3"]["text"]
+
+
+@pytest.mark.comfy
+def test_templates_and_help_are_served(any_comfy: ComfyServer):
+    """Under the name of whatever folder the pack lies in."""
+    packs = {pack: files for pack, files in any_comfy.get("/workflow_templates").items() if files}
+    (pack,) = packs
+    assert sorted(packs[pack]) == NAMES
+    for name in NAMES:
+        assert any_comfy.get(f"/api/workflow_templates/{pack}/{name}.json") == read_ui(name)
+        assert download(f"{any_comfy.url}/api/workflow_templates/{pack}/{name}.jpg") == (FOLDER / f"{name}.jpg").read_bytes()
+    for node in OWN_NODES:
+        assert any_comfy.get(f"/extensions/{pack}/docs/{node}.md") == (HELP / f"{node}.md").read_text()
+
+
+def download(url: str) -> bytes:
+    """The bytes at an address on this machine, whatever proxy the environment names."""
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=60) as answer:
+        return answer.read()
