@@ -1,0 +1,91 @@
+"""Muon (Keller Jordan, 2024): momentum, then the nearest orthogonal matrix by Newton-Schulz, for hidden weight matrices."""
+import torch
+
+
+def orthogonalise(g):
+    """(n, rows, cols) -> same shape, singular values near one. Large stacks in bfloat16, which is enough here."""
+    x = g / (g.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = x.bfloat16() if g.numel() > 10 ** 5 else x
+    flip = x.shape[1] > x.shape[2]
+    x = x.mT if flip else x
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return (x.mT if flip else x).to(g.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """For weights of two or more dimensions, flattened to (out, rest). Equal shapes are updated in one batch."""
+
+    def __init__(self, params, lr=.02, momentum=.95, decay=0.):
+        super().__init__(params, dict(lr=lr, momentum=momentum, decay=decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault((p.shape[0], p[0].numel()), []).append(p)
+            for (rows, cols), ps in shapes.items():
+                g = torch.stack([p.grad.reshape(rows, cols) for p in ps])
+                for p in ps:
+                    if "m" not in self.state[p]:
+                        self.state[p]["m"] = torch.zeros(rows, cols, device=p.device)
+                m = torch.stack([self.state[p]["m"] for p in ps]).lerp_(g, 1 - group["momentum"])
+                u = orthogonalise(g.lerp(m, group["momentum"])) * max(1, rows / cols) ** .5
+                for i, p in enumerate(ps):
+                    self.state[p]["m"].copy_(m[i])
+                    if group["decay"]:
+                        p.mul_(1 - group["lr"] * group["decay"])
+                    p.add_(u[i].reshape(p.shape), alpha=-group["lr"])
+
+
+def set_rate(optimisers, factor):
+    """Multiply each group's first learning rate by `factor`."""
+    for o in optimisers:
+        for g in o.param_groups:
+            g["lr"] = g.setdefault("base", g["lr"]) * factor
+
+
+class Team:
+    """Several single-threaded processes that share one training run by averaging gradients.
+
+    On a busy CPU this is faster than one process with several threads, which waits for its slowest thread at every operation.
+    """
+
+    def __init__(self, rank=0, size=1, port=29531):
+        self.rank, self.size = rank, size
+        if size > 1:
+            torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+
+    def average(self, params):
+        """Replace each gradient by its mean over the team."""
+        if self.size > 1:
+            grads = [p.grad for p in params if p.grad is not None]
+            flat = torch.cat([g.reshape(-1) for g in grads])
+            torch.distributed.all_reduce(flat)
+            for g, part in zip(grads, (flat / self.size).split([g.numel() for g in grads])):
+                g.copy_(part.view(g.shape))
+
+    def agree(self, value):
+        """The first process's value (a float), in every process."""
+        if self.size == 1:
+            return value
+        t = torch.tensor([value], dtype=torch.float64)
+        torch.distributed.broadcast(t, 0)
+        return float(t)
+
+
+def launch(run, options):
+    """run(team, options) in options.workers processes; with options.rank, in this one only (the others are started alike)."""
+    if options.workers == 1:
+        return run(Team(), options)
+    if options.rank >= 0:
+        return _worker(options.rank, run, options)
+    torch.multiprocessing.spawn(_worker, (run, options), options.workers)
+
+
+def _worker(rank, run, options):
+    options.threads = 1
+    run(Team(rank, options.workers, options.port), options)
