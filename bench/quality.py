@@ -1,6 +1,6 @@
 """What sparsity costs in quality: every recipe against the dense run of the same seed, in real ComfyUI, on the default weights.
 
-    python bench/quality.py [--prompts 8] [--seeds 2] [--steps 20] [--out bench/results/quality.json]
+    python bench/quality.py [--prompts 8] [--seeds 2] [--steps 20] [--workers 2] [--out bench/results/quality.json]
 
 Needs ComfyUI (COMFYUI_PATH, else ~/comfy/ComfyUI). PSNR between decoded videos, latent error relative to the dense latent's norm.
 Only prompts and seeds whose dense clip shows what was asked for are used. Writes JSON and, beside it, the same table as Markdown.
@@ -16,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--workers", type=int, default=2, help="processes, each with a share of the prompts")
     parser.add_argument("--date", default=datetime.date.today().isoformat())
     parser.add_argument("--out", type=Path, default=PACK / "bench" / "results" / "quality.json")
     options = parser.parse_args()
@@ -54,11 +56,22 @@ def main() -> None:
     comfy = find_comfy()
     if comfy is None:
         sys.exit(f"bench/quality.py needs ComfyUI: {HOW_TO_GET}")
-    job = json.dumps({name: value for name, value in vars(options).items() if name in ("prompts", "seeds", "steps")})
-    import tessera
+    with ThreadPoolExecutor(options.workers) as pool:
+        parts = list(pool.map(lambda worker: run_worker(comfy, options, worker), range(options.workers)))
+    heads, rows = [part[0] for part in parts], [row for part in parts for row in part[1:]]
+    head = {**heads[0], **{name: sum(part[name] for part in heads) for name in ("clips", "tried")}}
+    result = {"date": options.date, **head, "table": summarise(rows), "runs": rows}
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    text = markdown(result)
+    options.out.with_suffix(".md").write_text(text)
+    print(text)
 
-    parent = Path(tessera.__path__[0]).parent if Path(tessera.__path__[0]).name == "tessera" else PACK / ".pkg"
-    command = [str(comfy.python), __file__, "--inside", str(comfy.path), str(parent), job]
+
+def run_worker(comfy: Any, options: argparse.Namespace, worker: int) -> list[dict[str, Any]]:
+    """One process with its share of the prompts. Small models use two cores better as two processes than as two threads."""
+    job = {"prompts": options.prompts // options.workers, "seeds": options.seeds, "steps": options.steps}
+    job |= {"worker": worker, "workers": options.workers}
+    command = [str(comfy.python), __file__, "--inside", str(comfy.path), str(PACK / ".pkg"), json.dumps(job)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     lines = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -68,13 +81,8 @@ def main() -> None:
                 lines.append(json.loads(line.removeprefix("RESULT ")))
                 print(lines[-1], flush=True)
     if process.returncode:
-        sys.exit(process.returncode)
-    head, rows = lines[0], lines[1:]
-    result = {"date": options.date, **head, "table": summarise(rows), "runs": rows}
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    text = markdown(result)
-    options.out.with_suffix(".md").write_text(text)
-    print(text)
+        raise SystemExit(process.returncode)
+    return lines
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -123,9 +131,10 @@ def inside(comfyui: str, package_parent: str, job: dict[str, int]) -> None:
 
     import comfyui_version
     import folder_paths
-    import nodes
     import utils.extra_config  # noqa: F401  (first, as main.py does: nodes.py puts a folder with another `utils` before it)
     from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    import nodes
     from tessera.kernels.sparsity import RECIPES
     from tessera.models.default import clips, vocabulary
     from tessera.models.patchers.attention import AttentionSettings
@@ -135,6 +144,8 @@ def inside(comfyui: str, package_parent: str, job: dict[str, int]) -> None:
     for folder in ("diffusion_models", "vae"):
         folder_paths.add_model_folder_path(folder, str(DEFAULT_WEIGHTS / folder))
     steps = job["steps"]
+    if job["workers"] > 1:
+        torch.set_num_threads(1)
 
     def emit(**row: Any) -> None:
         print("RESULT " + json.dumps(row), flush=True)
@@ -153,10 +164,9 @@ def inside(comfyui: str, package_parent: str, job: dict[str, int]) -> None:
         def shows(video: torch.Tensor, prompt: str) -> bool:
             return tuple(clips.score(video.permute(3, 0, 1, 2) * 2 - 1)) == tuple(vocabulary.parse(prompt))
 
-        wanted = job["prompts"] * job["seeds"]
         dense: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
         tried, good_prompts = 0, 0
-        for prompt in PROMPTS:
+        for prompt in PROMPTS[job["worker"] :: job["workers"]]:
             found = {}
             for seed in itertools.islice(itertools.count(1), 2 * job["seeds"]):
                 tried += 1
@@ -170,7 +180,15 @@ def inside(comfyui: str, package_parent: str, job: dict[str, int]) -> None:
                 good_prompts += 1
             if good_prompts == job["prompts"]:
                 break
-        emit(comfyui=comfyui_version.__version__, torch=torch.__version__, clips=len(dense), tried=tried, wanted=wanted, steps=steps, tokens=576, block=32)
+        emit(
+            comfyui=comfyui_version.__version__,
+            torch=torch.__version__,
+            clips=len(dense),
+            tried=tried,
+            steps=steps,
+            tokens=576,
+            block=32,
+        )
 
         def compare(run: tuple[torch.Tensor, torch.Tensor], base: tuple[torch.Tensor, torch.Tensor]) -> dict[str, float]:
             error = float((run[0] - base[0]).norm() / base[0].norm())
@@ -196,7 +214,14 @@ def inside(comfyui: str, package_parent: str, job: dict[str, int]) -> None:
         for (prompt, seed), base in dense.items():
             other = sample(model, prompt, seed + 1000)
             emit(
-                method="another seed (dense)", asked=None, prompt=prompt, seed=seed, density=1.0, overall_density=1.0, sparse_share=0.0, **compare(other, base)
+                method="another seed (dense)",
+                asked=None,
+                prompt=prompt,
+                seed=seed,
+                density=1.0,
+                overall_density=1.0,
+                sparse_share=0.0,
+                **compare(other, base),
             )
 
 

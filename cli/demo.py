@@ -247,7 +247,7 @@ def _share_in_window(report: dict[str, Any]) -> str:
 
 def attention_settings(widgets: dict[str, Any], dense: bool) -> Any:
     """The Sparse Attention node's inputs in API form, as AttentionSettings."""
-    from ..models.patchers.attention import AttentionSettings
+    from ..models.patchers.attention import AttentionSettings, parse_blocks
 
     return AttentionSettings(
         method=widgets["method"],
@@ -256,7 +256,7 @@ def attention_settings(widgets: dict[str, Any], dense: bool) -> Any:
         precision="native" if dense else widgets["precision"],
         start_percent=widgets["start_percent"],
         end_percent=widgets["end_percent"],
-        dense_blocks=frozenset(int(number) for number in widgets["dense_blocks"].split(",") if number),
+        dense_blocks=parse_blocks(widgets["dense_blocks"]),
         min_tokens=widgets["min_tokens"],
         block=None if widgets["block"] == "auto" else int(widgets["block"]),
         mask_refresh=widgets["mask_refresh"],

@@ -8,16 +8,17 @@ from comfy_api.latest import io, ui
 
 from ..kernels.dispatch import PRECISIONS
 from ..kernels.sparsity import RECIPES
-from ..models.patchers.attention import BLOCKS, MIN_TOKENS, AttentionSettings
+from ..models.patchers.attention import BLOCKS, MIN_TOKENS, AttentionSettings, parse_blocks
 from ..models.patchers.report import heat_map, summary
 from .host import last_report, patch_attention
 
 CATEGORY = "Tessera/attention"
-MAX_BLOCKS = 10000  # far beyond any network: a typing error must not fill the memory with numbers
 MODES = {"quality": 0.5, "balanced": 0.3, "fast": 0.2}
 
 _MODEL_TIP = "Any diffusion model. It is cloned: the model that you connect stays as it was, and bypassing this node removes the patch."
-_MIN_TOKENS_TIP = "Shorter sequences are not made sparse: below about 12k tokens dense attention is as fast. Count: frames x height x width in latent patches."
+_MIN_TOKENS_TIP = (
+    "Shorter sequences are not made sparse: below about 12k tokens dense attention is as fast. Count: frames x height x width in latent patches."
+)
 
 
 class Accelerate(io.ComfyNode):
@@ -74,7 +75,8 @@ class SparseAttention(io.ComfyNode):
                 io.DynamicCombo.Input(
                     "method",
                     options=methods,
-                    tooltip="How the kept blocks are found. " + " ".join(f"{name}: {recipe.title}." for name, recipe in RECIPES.items() if not recipe.control),
+                    tooltip="How the kept blocks are found. "
+                    + " ".join(f"{name}: {recipe.title}." for name, recipe in RECIPES.items() if not recipe.control),
                 ),
                 io.Float.Input(
                     "density",
@@ -89,7 +91,8 @@ class SparseAttention(io.ComfyNode):
                     "precision",
                     options=["auto", *PRECISIONS],
                     default="native",
-                    tooltip="native: the model's own. int8: INT8 q.k with smoothed K (Ampere or newer). auto: int8 where the GPU has it, else native.",
+                    tooltip="native: the model's own. int8: INT8 q.k with smoothed K (Ampere or newer). "
+                    "auto: int8 where the GPU has it, else native.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -99,7 +102,9 @@ class SparseAttention(io.ComfyNode):
                     step=0.01,
                     tooltip="Sampling before this part of the noise schedule stays dense: the first steps decide the composition.",
                 ),
-                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Sampling after this part of the schedule stays dense."),
+                io.Float.Input(
+                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Sampling after this part of the schedule stays dense."
+                ),
                 io.String.Input(
                     "dense_blocks",
                     default="0",
@@ -156,17 +161,6 @@ class SparseAttention(io.ComfyNode):
         return io.NodeOutput(patch_attention(model, settings, cls.hidden.unique_id))
 
 
-def parse_blocks(text: str) -> frozenset[int]:
-    """Block numbers of "0,1" or "0-3, 7". Raises ValueError naming the text."""
-    blocks: set[int] = set()
-    for part in filter(None, (piece.strip() for piece in text.split(","))):
-        first, dash, last = (piece.strip() for piece in part.partition("-"))
-        if not first.isdecimal() or (dash and not last.isdecimal()) or not int(first) <= int(last or first) < MAX_BLOCKS:
-            raise ValueError(f"dense_blocks is {text!r}; use block numbers and ranges such as 0,1 or 0-3, below {MAX_BLOCKS}")
-        blocks.update(range(int(first), int(last or first) + 1))
-    return frozenset(blocks)
-
-
 class AttentionReport(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -174,7 +168,8 @@ class AttentionReport(io.ComfyNode):
             node_id="TesseraAttentionReport",
             display_name="Attention Report",
             category=CATEGORY,
-            description="What the attention patch did in the run that made these samples: a heat map of density by step and layer, and all figures as text.",
+            description="What the attention patch did in the run that made these samples: a heat map of density by step and layer, "
+            "and all figures as text.",
             search_aliases=["sparse attention report", "heat map", "density"],
             is_output_node=True,
             not_idempotent=True,

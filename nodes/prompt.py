@@ -14,7 +14,8 @@ class ShapesPrompt(io.ComfyNode):
             node_id="TesseraShapesPrompt",
             display_name="Shapes Prompt",
             category="Tessera/default model",
-            description="Encodes a prompt for Tessera's small built-in video model (tessera_shapes_t2v). It knows a closed vocabulary: " + vocabulary.describe(),
+            description="Encodes a prompt for Tessera's small built-in video model (tessera_shapes_t2v). It knows a closed vocabulary: "
+            + vocabulary.describe(),
             inputs=[
                 io.String.Input(
                     "text",

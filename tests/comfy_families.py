@@ -18,11 +18,11 @@ from comfy.cli_args import args  # noqa: E402
 
 args.cpu = True
 
-import utils.extra_config  # noqa: E402,F401  (first, as main.py does: nodes.py puts a folder with another `utils` before it)
-
 import comfy.model_management  # noqa: E402
 import comfy.ops  # noqa: E402
 import comfy.sd  # noqa: E402
+import utils.extra_config  # noqa: E402,F401  (first, as main.py does: nodes.py puts a folder with another `utils` before it)
+
 import nodes  # noqa: E402
 import tessera.models.patchers.attention as patcher  # noqa: E402
 from tessera.nodes.attention import Accelerate, SparseAttention  # noqa: E402
@@ -136,7 +136,16 @@ def node_output(node, **inputs):
 
 
 def sparse(model, **changes):
-    inputs = dict(method={"method": "rainfusion2"}, density=0.5, precision="native", start_percent=0.0, end_percent=1.0, dense_blocks="", min_tokens=0, block="16")
+    inputs = dict(
+        method={"method": "rainfusion2"},
+        density=0.5,
+        precision="native",
+        start_percent=0.0,
+        end_percent=1.0,
+        dense_blocks="",
+        min_tokens=0,
+        block="16",
+    )
     return node_output(SparseAttention, model=model, **{**inputs, **changes})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from tessera.kernels import dispatch, reference
 from tessera.kernels.sparsity import RECIPES
 from tessera.models.families import TokenLayout
@@ -74,9 +75,7 @@ def test_density_1_is_the_hosts_own_result():
     assert patch.report.reasons == {"density 1": 1}
 
 
-@pytest.mark.parametrize(
-    ("k_len", "reason"), [(20, "cross-attention"), (None, "not the video's self-attention")], ids=["cross", "other"]
-)
+@pytest.mark.parametrize(("k_len", "reason"), [(20, "cross-attention"), (None, "not the video's self-attention")], ids=["cross", "other"])
 def test_other_attention_stays_with_the_host(k_len, reason):
     patch = AttentionPatch(settings())
     call = ModelCall(LAYOUT, 0.5)

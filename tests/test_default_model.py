@@ -1,4 +1,5 @@
 """The default weights: vocabulary, drawn clips and their reader, weight files, reconstruction."""
+
 import json
 import os
 
@@ -33,7 +34,7 @@ def test_prompt_order_case_and_fillers():
 def test_word_vectors_are_orthogonal():
     v = vocabulary.word_vectors()
     assert v.shape == (13, 64)
-    assert torch.equal(v @ v.T, 64. * torch.eye(13))
+    assert torch.equal(v @ v.T, 64.0 * torch.eye(13))
 
 
 def test_missing_words_are_zero():
@@ -56,18 +57,18 @@ def test_reader_on_drawn_clips():
     captions = clips.random_captions(72, g)
     assert len({tuple(c) for c in captions.tolist()}) == 72
     for frames, size in ((33, 128), (9, 64)):
-        for c, x in zip(captions[:36], clips.draw(captions[:36], frames, size, g)):
+        for c, x in zip(captions[:36], clips.draw(captions[:36], frames, size, g), strict=True):
             assert clips.score(x) == tuple(c.tolist())
 
 
 def test_reader_sees_nothing_in_an_empty_clip():
-    assert clips.score(torch.full((3, 9, 32, 32), -.8)) == (None, None, None)
+    assert clips.score(torch.full((3, 9, 32, 32), -0.8)) == (None, None, None)
 
 
 def test_drawn_clip_range_and_crop():
     g = torch.Generator().manual_seed(1)
     c = clips.random_captions(5, g)
-    assert clips.draw(c, 5, 128, g, (32, .8)).shape == (5, 3, 5, 32, 32)
+    assert clips.draw(c, 5, 128, g, (32, 0.8)).shape == (5, 3, 5, 32, 32)
     x = clips.draw(c, 5, 128, g)
     assert x.shape == (5, 3, 5, 128, 128) and x.min() >= -1 and x.max() <= 1
 
@@ -102,7 +103,7 @@ def test_reconstruction_of_drawn_clips():
     vae = networks.build_vae().eval()
     vae.load_state_dict({k: v.float() for k, v in read_file(VAE_FILE)[0].items()})
     g = torch.Generator().manual_seed(77)
-    captions = clips.random_captions(3, g)
+    captions = clips.random_captions(2, g)
     with torch.no_grad():
         for c in captions:
             x = clips.draw(c[None], 33, 128, g)
@@ -113,6 +114,6 @@ def test_reconstruction_of_drawn_clips():
 
 def test_transformer_shapes_and_seeded_start():
     a, b = (networks.init_transformer(networks.build_transformer(layers=1), seed=3) for _ in range(2))
-    assert all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+    assert all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
     x = torch.randn(2, 16, 3, 4, 6)
-    assert a(x, torch.tensor([500., 20.]), vocabulary.embed([[0, 1, 2], [-1, -1, -1]])).shape == x.shape
+    assert a(x, torch.tensor([500.0, 20.0]), vocabulary.embed([[0, 1, 2], [-1, -1, -1]])).shape == x.shape

@@ -74,6 +74,21 @@ class AttentionSettings:
 BLOCKS = (128, 64, 32, 16)
 
 
+MAX_BLOCKS = 10000
+"""More transformer blocks than any network has: a typing error must not fill the memory with numbers."""
+
+
+def parse_blocks(text: str) -> frozenset[int]:
+    """Block numbers of "0,1" or "0-3, 7". Raises ValueError naming the text."""
+    blocks: set[int] = set()
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        if not first.isdecimal() or (dash and not last.isdecimal()) or not int(first) <= int(last or first) < MAX_BLOCKS:
+            raise ValueError(f"dense_blocks is {text!r}; use block numbers and ranges such as 0,1 or 0-3, below {MAX_BLOCKS}")
+        blocks.update(range(int(first), int(last or first) + 1))
+    return frozenset(blocks)
+
+
 def auto_block(tokens: int) -> int:
     """Largest block size that leaves at least 16 blocks, so that there is something to choose from."""
     return next((block for block in BLOCKS if tokens >= 16 * block), BLOCKS[-1])
@@ -253,7 +268,10 @@ class AttentionPatch:
         if unsupported is not None:
             return HOST, unsupported
         if tokens < max(settings.min_tokens, 2 * self._block(tokens)):
-            return QUANTIZED, f"{tokens} tokens, fewer than min_tokens {settings.min_tokens}" if tokens < settings.min_tokens else f"only {tokens} tokens"
+            return (
+                QUANTIZED,
+                f"{tokens} tokens, fewer than min_tokens {settings.min_tokens}" if tokens < settings.min_tokens else f"only {tokens} tokens",
+            )
         if self.density >= 1.0:
             return QUANTIZED, "density 1"
         lowest, highest = self._sigma_window

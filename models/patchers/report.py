@@ -110,7 +110,9 @@ def summary(report: dict[str, Any]) -> str:
     """One line for the node, from `AttentionReport.as_dict`."""
     total = report["self_attention_calls"]
     if not total:
-        return f"{report['method']}: no self-attention call reached the patch ({_first(report['reasons']) or 'this model does not pass its calls on'})"
+        return (
+            f"{report['method']}: no self-attention call reached the patch ({_first(report['reasons']) or 'this model does not pass its calls on'})"
+        )
     calls = report["calls"]
     used = ", ".join(report["backends"]) or "host attention"
     parts = [f"{report['method']} on {used}", f"{calls.get(SPARSE, 0)} of {total} self-attention calls sparse"]
@@ -179,7 +181,9 @@ def _speedup(records: list[CallRecord], seconds: list[float]) -> float | None:
     times: dict[tuple[int, str], list[float]] = {}
     for record, second in zip(records, seconds, strict=True):
         times.setdefault((record.tokens, record.outcome), []).append(second)
-    ratios = [_median(host) / _median(times[tokens, SPARSE]) for (tokens, outcome), host in times.items() if outcome == HOST and (tokens, SPARSE) in times]
+    ratios = [
+        _median(host) / _median(times[tokens, SPARSE]) for (tokens, outcome), host in times.items() if outcome == HOST and (tokens, SPARSE) in times
+    ]
     return _median(ratios) if ratios else None
 
 
