@@ -115,7 +115,18 @@ def describe(q: Tensor, k: Tensor, v: Tensor, *, block_mask: BlockMask | None = 
                 f"attention: block_mask covers (batch, heads, query blocks) = {(mask_batch, mask_heads, query_blocks)}; expected "
                 f"({batch} or 1, {heads} or 1, {num_blocks(q_len, block_mask.block_m)}) for q_len {q_len} and block_m {block_mask.block_m}"
             )
-    return dispatch.Problem(q.device, q.dtype, heads, kv_heads, q_len, k_len, head_dim, blocks, key_bias is not None)
+    return dispatch.Problem(
+        q.device,
+        q.dtype,
+        heads,
+        kv_heads,
+        q_len,
+        k_len,
+        head_dim,
+        blocks,
+        key_bias is not None,
+        torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+    )
 
 
 def _run(problem, q, k, v, block_mask, key_bias, precision, scale, return_lse) -> tuple[Tensor, Tensor | None]:

@@ -30,6 +30,7 @@ class Problem:
     head_dim: int
     blocks: tuple[int, int] | None = None  # (block_m, block_n) of the block mask, None for dense
     key_bias: bool = False
+    requires_grad: bool = False
 
     @property
     def gpu(self) -> gpu.GPU:

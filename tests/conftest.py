@@ -95,7 +95,7 @@ def run_python(package_path: Path):
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A models folder with random weights under the default weights' names."""
-    from tiny_models import write_models
+    from tiny_models import write_models  # needs safetensors, which a bare GPU machine may lack
 
     return write_models(tmp_path_factory.mktemp("models"))
 

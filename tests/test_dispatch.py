@@ -88,6 +88,7 @@ def test_a_precision_asks_only_its_own(on_gpu) -> None:
         ({"dtype": torch.float32}, "native", "torch.float32 is not taken"),
         ({"dtype": torch.bfloat16}, "fp16", "overflow"),
         ({"dtype": torch.float64}, "int8", "torch.float64 is not taken"),
+        ({"requires_grad": True}, "int8", "no gradients"),
     ],
 )
 def test_refusals_are_sentences(on_gpu, monkeypatch: pytest.MonkeyPatch, changes: dict, precision: str, said: str) -> None:

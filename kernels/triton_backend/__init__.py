@@ -32,6 +32,10 @@ def _device(problem: Problem) -> str | None:
     return None if gpu.capability >= (8, 0) else f"GPU is {gpu.name}: Triton's tensor-core code needs sm_80 (Ampere) or newer"
 
 
+def _forward_only(problem: Problem) -> str | None:
+    return "the kernels compute no gradients; use torch.no_grad or the torch backend" if problem.requires_grad else None
+
+
 def _dtype(problem: Problem, taken: tuple[torch.dtype, ...], advice: str) -> str | None:
     return None if problem.dtype in taken else f"{problem.dtype} is not taken: {advice}"
 
@@ -76,7 +80,7 @@ def _load(operand_dtype: torch.dtype | None, int8: bool) -> Callable:
 
 
 def _implementation(precision: str, dtypes: tuple[torch.dtype, ...], advice: str, operand_dtype: torch.dtype | None = None) -> Implementation:
-    limits = (_device, partial(_dtype, taken=dtypes, advice=advice), _head_dim, _blocks, _triton)
+    limits = (_device, _forward_only, partial(_dtype, taken=dtypes, advice=advice), _head_dim, _blocks, _triton)
     return Implementation("triton", precision, limits, partial(_load, operand_dtype, precision == "int8"))
 
 
