@@ -54,7 +54,7 @@ _ALL = (
     Recipe(
         name="rainfusion2",
         title="3-D windows, block means, top-k; text and first frame stay dense",
-        source="RainFusion2.0, Ascend/MindIE-SD technical report; LightX2V rainfusion_attn",
+        source="RainFusion2.0, Chen et al. 2025, arXiv:2512.24086; window order as in ModelTC/LightX2V",
         permute="window3d",
         estimate="pooled",
         select="topk",
@@ -63,7 +63,7 @@ _ALL = (
     Recipe(
         name="draft",
         title="tiles inside a frame, block means, one threshold per head; text stays dense",
-        source="DraftAttention, Shen et al. 2025, shawnricecake/draft-attention",
+        source="DraftAttention, Shen et al. 2025, arXiv:2505.14708",
         permute="spatial_tiles",
         estimate="pooled",
         select="global_quantile",
@@ -71,7 +71,7 @@ _ALL = (
     Recipe(
         name="sparge",
         title="block means with a self-similarity guard, top-k; works without knowing the model family",
-        source="SpargeAttn, Zhang et al. 2025, thu-ml/SpargeAttn; the 3-D windows are ours, the paper suggests a Hilbert curve",
+        source="SpargeAttn, Zhang et al. 2025, arXiv:2502.18137; the 3-D windows are ours, the paper suggests a Hilbert curve",
         permute="window3d",
         estimate="pooled_similarity",
         select="topk",

@@ -2,13 +2,14 @@
 
 Clips are (3, T, H, W) in [-1, 1]. Captions are index rows [colour, shape, motion] into the vocabulary.
 """
+
 import torch
 
 from .vocabulary import COLOURS, MOTIONS, SHAPES
 
-PALETTE = torch.tensor([[.95, .15, .15], [.15, .85, .25], [.2, .35, 1.], [1., .9, .15], [.97, .97, .97], [.95, .2, .9]])
-DIRECTION = torch.tensor([[-1., 0.], [1., 0.], [0., -1.], [0., 1.]])      # (x, y) of left, right, up, down
-REACH = torch.tensor([[1., 1.], [.886, .886], [1.083, .938]])             # half width and height over r, per shape
+PALETTE = torch.tensor([[0.95, 0.15, 0.15], [0.15, 0.85, 0.25], [0.2, 0.35, 1.0], [1.0, 0.9, 0.15], [0.97, 0.97, 0.97], [0.95, 0.2, 0.9]])
+DIRECTION = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, -1.0], [0.0, 1.0]])  # (x, y) of left, right, up, down
+REACH = torch.tensor([[1.0, 1.0], [0.886, 0.886], [1.083, 0.938]])  # half width and height over r, per shape
 
 
 def random_captions(n, generator=None, device="cpu"):
@@ -22,11 +23,11 @@ def random_captions(n, generator=None, device="cpu"):
 def coverage(shape, dx, dy, r):
     """How much of each pixel the shape covers, 0..1, with a 2-pixel edge; offsets from the box centre in pixels."""
     disc = (dx.square() + dy.square()).sqrt() - r
-    square = torch.maximum(dx.abs(), dy.abs()) - .886 * r
-    up = dy - .3125 * r                                       # triangle: centroid below the box centre, apex up
-    triangle = torch.maximum(.866 * dx.abs() - .5 * up, up) - .625 * r
+    square = torch.maximum(dx.abs(), dy.abs()) - 0.886 * r
+    up = dy - 0.3125 * r  # triangle: centroid below the box centre, apex up
+    triangle = torch.maximum(0.866 * dx.abs() - 0.5 * up, up) - 0.625 * r
     d = torch.where(shape == 0, disc, torch.where(shape == 1, square, triangle))
-    return (.5 - d / 2).clamp(0, 1)
+    return (0.5 - d / 2).clamp(0, 1)
 
 
 def draw(captions, frames=33, size=128, generator=None, window=None):
@@ -36,17 +37,20 @@ def draw(captions, frames=33, size=128, generator=None, window=None):
     frame. A fraction `towards` of the crops is placed near the shape.
     """
     dev, n = captions.device, len(captions)
-    u = lambda *s: torch.rand(n, *s, generator=generator, device=dev)
+
+    def u(*s):
+        return torch.rand(n, *s, generator=generator, device=dev)
+
     shape, move = captions[:, 1], DIRECTION.to(dev)[captions[:, 2]]
-    r = (.14 + .10 * u()) * size
+    r = (0.14 + 0.10 * u()) * size
     half = REACH.to(dev)[shape] * r[:, None] + 1
     room = (size - 2 * half).clamp_min(0)
     along = move.abs()
     travel = torch.minimum((1 + 1.2 * u()) * size / 128 * (frames - 1), (room * along).sum(1))
     start = half + u(2) * (room - along * travel[:, None])
-    start = start + along * travel[:, None] * (move < 0)                 # left and up start at the far end
+    start = start + along * travel[:, None] * (move < 0)  # left and up start at the far end
     steps = torch.linspace(0, 1, frames, device=dev)
-    centre = start[:, None] + steps[None, :, None] * (move * travel[:, None])[:, None]      # (B, T, 2)
+    centre = start[:, None] + steps[None, :, None] * (move * travel[:, None])[:, None]  # (B, T, 2)
 
     if window is None:
         side, corner = size, torch.zeros(n, 2, device=dev)
@@ -55,21 +59,21 @@ def draw(captions, frames=33, size=128, generator=None, window=None):
         near = centre[torch.arange(n, device=dev), (u() * frames).long().clamp_max(frames - 1)]
         near = near + (2 * u(2) - 1) * (r[:, None] + side / 4) - side / 2
         corner = torch.where((u() < towards)[:, None], near, u(2) * (size - side)).round().clamp(0, size - side)
-    axis = torch.arange(side, device=dev) + .5
-    x, y = corner[:, :1] + axis, corner[:, 1:] + axis                    # (B, side) each
+    axis = torch.arange(side, device=dev) + 0.5
+    x, y = corner[:, :1] + axis, corner[:, 1:] + axis  # (B, side) each
     angle = 6.2832 * u()
-    ramp = .5 + .7 * (angle.cos()[:, None, None] * (x / size - .5)[:, None] + angle.sin()[:, None, None] * (y / size - .5)[:, :, None])
-    a, b = .03 + .19 * u(3), .03 + .19 * u(3)
-    ground = a[..., None, None] + (b - a)[..., None, None] * ramp[:, None]                  # (B, 3, side, side)
+    ramp = 0.5 + 0.7 * (angle.cos()[:, None, None] * (x / size - 0.5)[:, None] + angle.sin()[:, None, None] * (y / size - 0.5)[:, :, None])
+    a, b = 0.03 + 0.19 * u(3), 0.03 + 0.19 * u(3)
+    ground = a[..., None, None] + (b - a)[..., None, None] * ramp[:, None]  # (B, 3, side, side)
 
     dx = x[:, None, None, :] - centre[:, :, 0, None, None]
     dy = y[:, None, :, None] - centre[:, :, 1, None, None]
-    m = coverage(shape[:, None, None, None], dx, dy, r[:, None, None, None])[:, None]       # (B, 1, T, side, side)
+    m = coverage(shape[:, None, None, None], dx, dy, r[:, None, None, None])[:, None]  # (B, 1, T, side, side)
     colour = PALETTE.to(dev)[captions[:, 0]][:, :, None, None, None]
     return 2 * (ground[:, :, None] + (colour - ground[:, :, None]) * m) - 1
 
 
-def masks(clip, level=.5):
+def masks(clip, level=0.5):
     """(T, H, W) bool: pixels much brighter than the dark background, in their strongest channel."""
     return ((clip + 1) / 2).amax(0) > level
 
@@ -79,7 +83,7 @@ def box(mask):
     out = []
     for dim in (1, 0):
         count = mask.sum(dim)
-        keep = (count > .08 * count.max()).nonzero().flatten()
+        keep = (count > 0.08 * count.max()).nonzero().flatten()
         out += [int(keep[0]), int(keep[-1]) + 1]
     return out
 
@@ -88,8 +92,8 @@ def overlap(mask, edges):
     """Intersection over union of the mask with a disc, a square and a triangle filling the box: (3,)."""
     top, bottom, left, right = edges
     h, w = mask.shape
-    y = ((torch.arange(h) + .5 - top) / (bottom - top))[:, None]
-    x = ((torch.arange(w) + .5 - left) / (right - left))[None]
+    y = ((torch.arange(h) + 0.5 - top) / (bottom - top))[:, None]
+    x = ((torch.arange(w) + 0.5 - left) / (right - left))[None]
     inside = (x >= 0) & (x <= 1) & (y >= 0) & (y <= 1)
     shapes = torch.stack([(2 * x - 1).square() + (2 * y - 1).square() <= 1, inside, inside & ((2 * x - 1).abs() <= y)])
     return (shapes & mask).sum((1, 2)) / (shapes | mask).sum((1, 2)).clamp_min(1)
@@ -100,12 +104,15 @@ def read(clip):
     clip = clip.detach().float().cpu().clamp(-1, 1)
     mask = masks(clip)
     area = mask.float().mean((1, 2))
-    good = ((area > .01) & (area < .6)).nonzero().flatten().tolist()
-    result = dict(colour=None, shape=None, motion=None, fit=0.)
+    good = ((area > 0.01) & (area < 0.6)).nonzero().flatten().tolist()
+    result = dict(colour=None, shape=None, motion=None, fit=0.0)
     if len(good) < max(2, clip.shape[1] // 2):
         return result
     mean = torch.stack([((clip[:, t] + 1) / 2)[:, mask[t]].mean(1) for t in good]).mean(0)
-    hue = lambda c: c / c.norm(dim=-1, keepdim=True)
+
+    def hue(c):
+        return c / c.norm(dim=-1, keepdim=True)
+
     result["colour"] = int((hue(PALETTE) - hue(mean)).norm(dim=1).argmin())
     fits = torch.stack([overlap(mask[t], box(mask[t])) for t in good]).mean(0)
     result["shape"], result["fit"] = int(fits.argmax()), float(fits.max())
@@ -114,7 +121,7 @@ def read(clip):
     where = torch.stack([grid[:, mask[t]].mean(1) for t in good])
     k = max(1, len(good) // 8)
     shift = (where[-k:].mean(0) - where[:k].mean(0)) / torch.tensor([w, h])
-    if shift.abs().max() > .03:
+    if shift.abs().max() > 0.03:
         result["motion"] = int((DIRECTION @ shift).argmax())
     return result
 

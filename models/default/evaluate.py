@@ -5,6 +5,7 @@ python -m tessera.models.default.evaluate --out DIR [--clips 64] [--vae-clips 32
 Measured: reconstruction PSNR; colour, shape and motion read from generated clips against their captions, and against
 shuffled captions (chance); share of self-attention mass in the heaviest fifth of key blocks.
 """
+
 import argparse
 import json
 import os
@@ -41,7 +42,7 @@ def reconstruction(vae, n, seed=20250101):
 
 def agreement(read, captions):
     """Percentages (colour, shape, motion) of readings equal to the captions."""
-    return [100. * sum(r[i] == int(c[i]) for r, c in zip(read, captions)) / len(read) for i in range(3)]
+    return [100.0 * sum(r[i] == int(c[i]) for r, c in zip(read, captions, strict=True)) / len(read) for i in range(3)]
 
 
 def tile_order(grid, tile):
@@ -51,18 +52,18 @@ def tile_order(grid, tile):
     for t in range(0, grid[0], tile[0]):
         for h in range(0, grid[1], tile[1]):
             for w in range(0, grid[2], tile[2]):
-                parts.append(index[t:t + tile[0], h:h + tile[1], w:w + tile[2]].flatten())
+                parts.append(index[t : t + tile[0], h : h + tile[1], w : w + tile[2]].flatten())
     return torch.cat(parts)
 
 
-def heavy_mass(p, block, share=.2):
+def heavy_mass(p, block, share=0.2):
     """Mass of the heaviest `share` of key blocks for each query block; p (..., L, L) rows sum to one -> (...) mean."""
     length = p.shape[-1]
     n = -(-length // block)
     pad = n * block - length
     p = torch.nn.functional.pad(p, (0, pad, 0, pad))
-    p = p.unflatten(-1, (n, block)).sum(-1).unflatten(-2, (n, block)).sum(-2)       # (..., query block, key block)
-    keep = max(1, int(share * n + .5))
+    p = p.unflatten(-1, (n, block)).sum(-1).unflatten(-2, (n, block)).sum(-2)  # (..., query block, key block)
+    keep = max(1, int(share * n + 0.5))
     top = p.topk(keep, -1).values.sum(-1)
     return top.sum(-1) / length
 
@@ -72,11 +73,11 @@ def attention_mass(model, x, sigma, context, settings):
     """{name: (layers, heads)} for each setting name -> (token order, block size), mean over the batch."""
     t = torch.full((len(x),), 1000 * sigma, device=x.device)
     y, _, e6, words, table = model.embed(x, t, context)
-    out = {name: [] for name in settings}
+    out: dict = {name: [] for name in settings}
     for block in model.blocks:
         e = (block.modulation + e6).chunk(6, 1)
         q, k = block.self_attn.qk(block.norm1(y) * (1 + e[1]) + e[0], table=table)
-        p = (q @ k.mT / q.shape[-1] ** .5).softmax(-1)
+        p = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
         for name, (order, size) in settings.items():
             out[name].append(heavy_mass(p[..., order, :][..., order], size).mean(0))
         y = block(y, e6, words, table)
@@ -89,8 +90,8 @@ def main():
     ap.add_argument("--folder", default=HERE, help="where the weight files are")
     ap.add_argument("--clips", type=int, default=64)
     ap.add_argument("--vae-clips", type=int, default=32)
-    ap.add_argument("--cfg", type=float, default=3.)
-    ap.add_argument("--shift", type=float, default=5.)
+    ap.add_argument("--cfg", type=float, default=3.0)
+    ap.add_argument("--shift", type=float, default=5.0)
     ap.add_argument("--steps", type=int, default=20)
     ap.add_argument("--seed", type=int, default=4242)
     ap.add_argument("--device", default="cpu")
@@ -99,7 +100,7 @@ def main():
     torch.set_num_threads(o.threads)
     os.makedirs(o.out, exist_ok=True)
     vae, model = load(o.folder, o.device)
-    gates = dict(settings=dict(frames=33, size=128, steps=o.steps, cfg=o.cfg, shift=o.shift, seed=o.seed, clips=o.clips))
+    gates: dict = dict(settings=dict(frames=33, size=128, steps=o.steps, cfg=o.cfg, shift=o.shift, seed=o.seed, clips=o.clips))
 
     if o.vae_clips:
         p = reconstruction(vae, o.vae_clips)
@@ -113,27 +114,34 @@ def main():
     masses = []
 
     def probe(sigma, x, context):
-        if min(abs(sigma - s) for s in (.952, .833, .625, .417)) < .012:
+        if min(abs(sigma - s) for s in (0.952, 0.833, 0.625, 0.417)) < 0.012:
             masses.append((sigma, attention_mass(model, x[:2], sigma, context[:2], settings)))
 
     videos, spread = [], []
     for i in range(0, o.clips, 16):
-        z = sampling.latents(model, captions[i:i + 16], steps=o.steps, cfg=o.cfg, shift=o.shift, seed=o.seed + i, probe=probe if i == 0 else None)
+        z = sampling.latents(model, captions[i : i + 16], steps=o.steps, cfg=o.cfg, shift=o.shift, seed=o.seed + i, probe=probe if i == 0 else None)
         spread.append(float(z.std()))
         videos += list(sampling.decode(vae, z).cpu())
         print(f"generated {len(videos)}", flush=True)
     found = [clips.read(v) for v in videos]
     read = [(r["colour"], r["shape"], r["motion"]) for r in found]
     names = ("colour", "shape", "motion")
-    gates["generated_percent"] = dict(zip(names, agreement(read, captions)))
-    gates["shuffled_percent"] = dict(zip(names, agreement(read, captions[torch.randperm(len(captions), generator=torch.Generator().manual_seed(1))])))
-    gates["chance_percent"] = dict(colour=100 / 6, shape=100 / 3, motion=25.)
-    gates["all_three_percent"] = 100. * sum(list(r) == c.tolist() for r, c in zip(read, captions)) / len(read)
+    gates["generated_percent"] = dict(zip(names, agreement(read, captions), strict=True))
+    gates["shuffled_percent"] = dict(
+        zip(names, agreement(read, captions[torch.randperm(len(captions), generator=torch.Generator().manual_seed(1))]), strict=True)
+    )
+    gates["chance_percent"] = dict(colour=100 / 6, shape=100 / 3, motion=25.0)
+    gates["all_three_percent"] = 100.0 * sum(list(r) == c.tolist() for r, c in zip(read, captions, strict=True)) / len(read)
     gates["mean_overlap_with_shape"] = sum(r["fit"] for r in found) / len(found)
     gates["latent_std"] = sum(spread) / len(spread)
-    gates["attention_mass_top20"] = {name: dict(mean=float(torch.stack([m[name] for _, m in masses]).mean()),
-                                                per_sigma={f"{s:.3f}": float(m[name].mean()) for s, m in masses},
-                                                per_layer_head=torch.stack([m[name] for _, m in masses]).mean(0).tolist()) for name in settings}
+    gates["attention_mass_top20"] = {
+        name: dict(
+            mean=float(torch.stack([m[name] for _, m in masses]).mean()),
+            per_sigma={f"{s:.3f}": float(m[name].mean()) for s, m in masses},
+            per_layer_head=torch.stack([m[name] for _, m in masses]).mean(0).tolist(),
+        )
+        for name in settings
+    }
     sampling.sheet(videos[:24], os.path.join(o.out, "sheet.png"))
     with open(os.path.join(o.out, "gates.json"), "w") as f:
         json.dump(gates, f, indent=1)

@@ -2,6 +2,7 @@
 
 python -m tessera.models.default.export --work DIR [--folder WHERE] [--vae vae_final.pt] [--note TEXT]
 """
+
 import argparse
 import json
 import os
@@ -14,8 +15,11 @@ from . import networks
 HERE = os.path.dirname(os.path.abspath(__file__))
 VAE_FILE = os.path.join("vae", "tessera_shapes_vae.safetensors")
 DIT_FILE = os.path.join("diffusion_models", "tessera_shapes_t2v.safetensors")
-COMMON = {"license": "Apache-2.0", "dataset": "procedurally drawn clips (clips.py), no external data",
-          "architecture_source": "Wan 2.1 (github.com/Wan-Video/Wan2.1, Apache-2.0); weights trained from scratch"}
+COMMON = {
+    "license": "Apache-2.0",
+    "dataset": "procedurally drawn clips (clips.py), no external data",
+    "architecture_source": "Wan 2.1 (github.com/Wan-Video/Wan2.1, Apache-2.0); weights trained from scratch",
+}
 
 
 def write(state, path, dtype, meta):
@@ -33,15 +37,33 @@ def main():
     ap.add_argument("--note-vae", default="")
     ap.add_argument("--note", default="")
     o = ap.parse_args()
-    load = lambda name: torch.load(os.path.join(o.work, name), weights_only=True, map_location="cpu")
-    write(load(o.vae)["model"], os.path.join(o.folder, VAE_FILE), torch.float16,
-          {**COMMON, "title": "Tessera shapes VAE", "training": o.note_vae or "Muon and AdamW, mean squared error, small L1 and KL terms",
-           "config": json.dumps({"vae": {k: v for k, v in networks.VAE_CONFIG.items()}})})
+
+    def load(name):
+        return torch.load(os.path.join(o.work, name), weights_only=True, map_location="cpu")
+
+    write(
+        load(o.vae)["model"],
+        os.path.join(o.folder, VAE_FILE),
+        torch.float16,
+        {
+            **COMMON,
+            "title": "Tessera shapes VAE",
+            "training": o.note_vae or "Muon and AdamW, mean squared error, small L1 and KL terms",
+            "config": json.dumps({"vae": {k: v for k, v in networks.VAE_CONFIG.items()}}),
+        },
+    )
     dit = load("dit.pt")
-    write(dit["ema"], os.path.join(o.folder, DIT_FILE), torch.bfloat16,
-          {**COMMON, "title": "Tessera shapes text-to-video",
-           "training": o.note or f"rectified flow, {dit['step']} steps, {dit['seen']} samples, averaged weights",
-           "config": json.dumps({"transformer": {"text_dim": networks.DIT_CONFIG["text_dim"], "num_heads": networks.DIT_CONFIG["heads"]}})})
+    write(
+        dit["ema"],
+        os.path.join(o.folder, DIT_FILE),
+        torch.bfloat16,
+        {
+            **COMMON,
+            "title": "Tessera shapes text-to-video",
+            "training": o.note or f"rectified flow, {dit['step']} steps, {dit['seen']} samples, averaged weights",
+            "config": json.dumps({"transformer": {"text_dim": networks.DIT_CONFIG["text_dim"], "num_heads": networks.DIT_CONFIG["heads"]}}),
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -4,21 +4,40 @@ Module names give Wan's native state-dict layout (github.com/Wan-Video/Wan2.1, A
 Wan 2.1 loader. Video is (batch, channel, time, height, width). The VAE here runs on whole sequences (no frame cache);
 that is the same function as the cached, chunk-by-chunk form used at inference elsewhere.
 """
+
+import itertools
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 # Channel statistics of Wan 2.1 latents (Wan2.1 repository, wan/modules/vae.py, class WanVAE); samplers whiten with them.
-WAN21_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-              0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
-WAN21_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-             3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+WAN21_MEAN = (
+    -0.7571,
+    -0.7089,
+    -0.9113,
+    0.1075,
+    -0.1745,
+    0.9653,
+    -0.1517,
+    1.5508,
+    0.4134,
+    -0.0715,
+    0.5517,
+    -0.3632,
+    -0.1922,
+    -0.9497,
+    0.2503,
+    -0.2921,
+)
+WAN21_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 
 VAE_CONFIG = dict(dim=8, z_dim=16, mult=(1, 2, 4, 4), blocks=2, time_down=(False, True, True))
 DIT_CONFIG = dict(dim=192, heads=3, layers=6, ffn=576, channels=16, text_dim=64, freq_dim=256)
 
 
 # ---------------------------------------------------------------- VAE
+
 
 class CausalConv3d(nn.Conv3d):
     """3-D convolution padded with zeros in the past only: (B, C, T, H, W) -> (B, C', T, H, W)."""
@@ -47,8 +66,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, cin, cout):
         super().__init__()
-        self.residual = nn.Sequential(ChannelNorm(cin), nn.SiLU(), CausalConv3d(cin, cout),
-                                      ChannelNorm(cout), nn.SiLU(), nn.Identity(), CausalConv3d(cout, cout))
+        self.residual = nn.Sequential(
+            ChannelNorm(cin), nn.SiLU(), CausalConv3d(cin, cout), ChannelNorm(cout), nn.SiLU(), nn.Identity(), CausalConv3d(cout, cout)
+        )
         self.shortcut = CausalConv3d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x):
@@ -109,8 +129,7 @@ class Up(nn.Module):
 
     def __init__(self, channels, time):
         super().__init__()
-        self.resample = nn.Sequential(nn.Upsample(scale_factor=(2., 2.), mode="nearest-exact"),
-                                      nn.Conv2d(channels, channels // 2, 3, padding=1))
+        self.resample = nn.Sequential(nn.Upsample(scale_factor=(2.0, 2.0), mode="nearest-exact"), nn.Conv2d(channels, channels // 2, 3, padding=1))
         if time:
             self.time_conv = TimeConv(channels, channels * 2)
         self.time = time
@@ -131,8 +150,8 @@ class Encoder(nn.Module):
         super().__init__()
         dims = [dim * m for m in (1, *mult)]
         self.conv1 = CausalConv3d(3, dims[0])
-        layers = []
-        for i, (a, b) in enumerate(zip(dims[:-1], dims[1:])):
+        layers: list[nn.Module] = []
+        for i, (a, b) in enumerate(itertools.pairwise(dims)):
             layers += [ResBlock(a if j == 0 else b, b) for j in range(blocks)]
             if i < len(mult) - 1:
                 layers.append(Down(b, time_down[i]))
@@ -152,8 +171,8 @@ class Decoder(nn.Module):
         dims = [dim * m for m in (mult[-1], *mult[::-1])]
         self.conv1 = CausalConv3d(z_dim, dims[0])
         self.middle = nn.Sequential(ResBlock(dims[0], dims[0]), FrameAttention(dims[0]), ResBlock(dims[0], dims[0]))
-        layers = []
-        for i, (a, b) in enumerate(zip(dims[:-1], dims[1:])):
+        layers: list[nn.Module] = []
+        for i, (a, b) in enumerate(itertools.pairwise(dims)):
             a = a // 2 if i else a
             layers += [ResBlock(a if j == 0 else b, b) for j in range(blocks + 1)]
             if i < len(mult) - 1:
@@ -192,19 +211,19 @@ def init_vae(model, seed=0):
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("gamma"):
-                p.fill_(1.)
+                p.fill_(1.0)
             elif name.endswith("bias"):
-                scale = .5 if "conv1" in name or "resample" in name else .1 if "residual" in name else 0.
+                scale = 0.5 if "conv1" in name or "resample" in name else 0.1 if "residual" in name else 0.0
                 p.copy_(torch.randn(p.shape, generator=g) * scale)
             else:
-                gain = .2 if "residual.6" in name or "proj" in name else 1.4 if "residual.2" in name else 1.
-                p.copy_(torch.randn(p.shape, generator=g) * gain / p[0].numel() ** .5)
-        for m in model.modules():                       # time convolutions start as "copy the current frame"
+                gain = 0.2 if "residual.6" in name or "proj" in name else 1.4 if "residual.2" in name else 1.0
+                p.copy_(torch.randn(p.shape, generator=g) * gain / p[0].numel() ** 0.5)
+        for m in model.modules():  # time convolutions start as "copy the current frame"
             if isinstance(m, TimeConv):
-                m.weight.mul_(.1)
+                m.weight.mul_(0.1)
                 for i in range(m.out_channels):
-                    m.weight[i, i % m.in_channels, -1] += 1.
-        model.conv1.bias[model.conv2.in_channels:] = -4.    # little posterior noise at first
+                    m.weight[i, i % m.in_channels, -1] += 1.0
+        model.conv1.bias[model.conv2.in_channels :] = -4.0  # little posterior noise at first
     return model
 
 
@@ -248,10 +267,11 @@ def unwhiten(z):
 
 # ---------------------------------------------------------------- transformer
 
+
 def sinusoid(t, dim):
     """(B,) -> (B, dim): cosines then sines, base 10000."""
     half = dim // 2
-    angle = t.float()[:, None] * torch.pow(10000., -torch.arange(half, device=t.device).float() / half)
+    angle = t.float()[:, None] * torch.pow(10000.0, -torch.arange(half, device=t.device).float() / half)
     return torch.cat([angle.cos(), angle.sin()], 1)
 
 
@@ -263,13 +283,13 @@ def axis_sizes(head_dim):
 
 def rotary_frequencies(n):
     """(n/2,) rotation per position of each channel pair of one axis."""
-    return torch.pow(10000., -torch.arange(0, n, 2, dtype=torch.float64) / n)
+    return torch.pow(10000.0, -torch.arange(0, n, 2, dtype=torch.float64) / n)
 
 
 def rotary(grid, head_dim, device=None):
     """cos and sin, each (T*H*W, 1, head_dim/2), for tokens in raster order."""
     parts = []
-    for size, n, axis in zip(grid, axis_sizes(head_dim), range(3)):
+    for size, n, axis in zip(grid, axis_sizes(head_dim), range(3), strict=True):
         a = torch.arange(size, dtype=torch.float64)[:, None] * rotary_frequencies(n)
         shape = [1, 1, 1, n // 2]
         shape[axis] = size
@@ -302,7 +322,7 @@ class PlainAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v):
-        q = q * q.shape[-1] ** -.5
+        q = q * q.shape[-1] ** -0.5
         p = (q @ k.mT).softmax(-1)
         y = p @ v
         ctx.save_for_backward(q, k, v, p, y)
@@ -312,7 +332,7 @@ class PlainAttention(torch.autograd.Function):
     def backward(ctx, g):
         q, k, v, p, y = ctx.saved_tensors
         ds = (g @ v.mT).sub_((g * y).sum(-1, keepdim=True)).mul_(p)
-        return (ds @ k) * q.shape[-1] ** -.5, ds.mT @ q, p.mT @ g
+        return (ds @ k) * q.shape[-1] ** -0.5, ds.mT @ q, p.mT @ g
 
 
 class Attention(nn.Module):
@@ -353,7 +373,7 @@ class Block(nn.Module):
         self.cross_attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn), nn.GELU(approximate="tanh"), nn.Linear(ffn, dim))
-        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** .5)
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(self, x, e, context, table):
         e = (self.modulation + e).chunk(6, 1)
@@ -369,7 +389,7 @@ class Head(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
         self.head = nn.Linear(dim, out)
-        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim ** .5)
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
     def forward(self, x, e):
         shift, scale = (self.modulation + e[:, None]).chunk(2, 1)
@@ -398,7 +418,7 @@ class WanTransformer(nn.Module):
 
     def embed(self, x, t, context):
         """Token stream (B, L, dim), time vector (B, dim), block modulation (B, 6, dim), context, rotary table."""
-        b, _, f, h, w = x.shape
+        _b, _, f, h, w = x.shape
         y = self.patch_embedding(x).flatten(2).transpose(1, 2)
         e = self.time_embedding(sinusoid(t, self.freq_dim))
         return y, e, self.time_projection(e).unflatten(1, (6, -1)), self.text_embedding(context), self.table((f, h // 2, w // 2), x.device)
@@ -420,7 +440,7 @@ def local_bias(head_dim, axes, strength):
     out, start = torch.zeros(head_dim), 0
     for axis, n in enumerate(axis_sizes(head_dim)):
         if axis in axes:
-            out[start:start + 6:2] = strength
+            out[start : start + 6 : 2] = strength
         start += n
     return out
 
@@ -431,23 +451,23 @@ def init_transformer(model, seed=0):
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "norm" in name and name.endswith("weight"):
-                p.fill_(1.)
+                p.fill_(1.0)
             elif name.endswith("modulation"):
-                p.copy_(torch.randn(p.shape, generator=g) * .02)
+                p.copy_(torch.randn(p.shape, generator=g) * 0.02)
             elif name.endswith("bias"):
                 p.zero_()
             else:
-                s = p[0].numel() ** -.5
+                s = p[0].numel() ** -0.5
                 if name.startswith("head.head"):
-                    s = 0.
+                    s = 0.0
                 elif name.startswith("time_projection"):
-                    s *= .1
+                    s *= 0.1
                 elif ".o." in name or "ffn.2" in name:
-                    s *= .3
+                    s *= 0.3
                 p.copy_(torch.randn(p.shape, generator=g) * s)
         for depth, block in enumerate(model.blocks):
-            block.modulation[:, 2] += .5
-            block.modulation[:, 5] += .5
+            block.modulation[:, 2] += 0.5
+            block.modulation[:, 5] += 0.5
             a, d = block.self_attn, model.head_dim
             kinds = ((0, 1, 2), (0,), (1, 2) if depth % 2 == 0 else ())
             for lin in (a.q, a.k):

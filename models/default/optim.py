@@ -1,11 +1,12 @@
 """Muon (Keller Jordan, 2024): momentum, then the nearest orthogonal matrix by Newton-Schulz, for hidden weight matrices."""
+
 import torch
 
 
 def orthogonalise(g):
     """(n, rows, cols) -> same shape, singular values near one. Large stacks in bfloat16, which is enough here."""
     x = g / (g.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    x = x.bfloat16() if g.numel() > 10 ** 5 else x
+    x = x.bfloat16() if g.numel() > 10**5 else x
     flip = x.shape[1] > x.shape[2]
     x = x.mT if flip else x
     for _ in range(5):
@@ -17,13 +18,13 @@ def orthogonalise(g):
 class Muon(torch.optim.Optimizer):
     """For weights of two or more dimensions, flattened to (out, rest). Equal shapes are updated in one batch."""
 
-    def __init__(self, params, lr=.02, momentum=.95, decay=0.):
+    def __init__(self, params, lr=0.02, momentum=0.95, decay=0.0):
         super().__init__(params, dict(lr=lr, momentum=momentum, decay=decay))
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
         for group in self.param_groups:
-            shapes = {}
+            shapes: dict = {}
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault((p.shape[0], p[0].numel()), []).append(p)
@@ -33,7 +34,7 @@ class Muon(torch.optim.Optimizer):
                     if "m" not in self.state[p]:
                         self.state[p]["m"] = torch.zeros(rows, cols, device=p.device)
                 m = torch.stack([self.state[p]["m"] for p in ps]).lerp_(g, 1 - group["momentum"])
-                u = orthogonalise(g.lerp(m, group["momentum"])) * max(1, rows / cols) ** .5
+                u = orthogonalise(g.lerp(m, group["momentum"])) * max(1, rows / cols) ** 0.5
                 for i, p in enumerate(ps):
                     self.state[p]["m"].copy_(m[i])
                     if group["decay"]:
@@ -65,7 +66,7 @@ class Team:
             grads = [p.grad for p in params if p.grad is not None]
             flat = torch.cat([g.reshape(-1) for g in grads])
             torch.distributed.all_reduce(flat)
-            for g, part in zip(grads, (flat / self.size).split([g.numel() for g in grads])):
+            for g, part in zip(grads, (flat / self.size).split([g.numel() for g in grads]), strict=True):
                 g.copy_(part.view(g.shape))
 
     def agree(self, value):

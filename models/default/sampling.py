@@ -1,4 +1,5 @@
 """Generate clips with the two models: shifted linear schedule, Euler steps, classifier-free guidance."""
+
 import torch
 
 from . import networks, vocabulary
@@ -11,7 +12,7 @@ def schedule(steps, shift):
 
 
 @torch.no_grad()
-def latents(model, captions, frames=33, size=128, steps=20, cfg=3., shift=5., seed=0, probe=None):
+def latents(model, captions, frames=33, size=128, steps=20, cfg=3.0, shift=5.0, seed=0, probe=None):
     """(B, 3) captions -> whitened latents (B, 16, 1 + frames // 4, size / 8, size / 8). probe(sigma, x, context) sees each step."""
     device = next(model.parameters()).device
     context = vocabulary.embed(captions).to(device)
@@ -19,7 +20,7 @@ def latents(model, captions, frames=33, size=128, steps=20, cfg=3., shift=5., se
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(len(captions), model.channels, (frames - 1) // 4 + 1, size // 8, size // 8, generator=g).to(device)
     levels = schedule(steps, shift)
-    for now, after in zip(levels[:-1].tolist(), levels[1:].tolist()):
+    for now, after in zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True):
         if probe:
             probe(now, x, context)
         said, unsaid = model(x.repeat(2, 1, 1, 1, 1), torch.full((2 * len(x),), 1000 * now, device=device), both).chunk(2)
@@ -36,12 +37,13 @@ def decode(vae, z):
 def sheet(clips, path, columns=6):
     """One PNG row per clip (3, T, H, W), `columns` frames each, two clips side by side."""
     from PIL import Image
+
     rows = []
     for c in clips:
         pick = torch.linspace(0, c.shape[1] - 1, columns).round().long()
-        row = torch.cat([torch.nn.functional.pad(c[:, i], (1, 1, 1, 1), value=.2) for i in pick], 2)
-        rows.append(torch.nn.functional.pad(row, (0, 6, 0, 0), value=1.))
-    rows += [torch.full_like(rows[0], -1.)] * (len(rows) % 2)
+        row = torch.cat([torch.nn.functional.pad(c[:, i], (1, 1, 1, 1), value=0.2) for i in pick], 2)
+        rows.append(torch.nn.functional.pad(row, (0, 6, 0, 0), value=1.0))
+    rows += [torch.full_like(rows[0], -1.0)] * (len(rows) % 2)
     half = len(rows) // 2
     image = torch.cat([torch.cat([rows[i], rows[half + i]], 2) for i in range(half)], 1)
     Image.fromarray(((image.permute(1, 2, 0) + 1) * 127.5).clamp(0, 255).byte().cpu().numpy()).save(path)

@@ -7,6 +7,7 @@ python -m tessera.models.default.train_dit train --work DIR --minutes 70 [--resu
 The first n latent frames of a clip are the latents of its first 4n - 3 frames (the encoder is causal), so training starts
 on short prefixes of the same cache and ends on whole clips.
 """
+
 import argparse
 import glob
 import math
@@ -19,7 +20,7 @@ from . import clips, networks, sampling, vocabulary
 from .optim import Muon, launch, set_rate
 
 # (until this fraction of the time, latent frames, batch)
-STAGES = ((.22, 3, 24), (.34, 5, 16), (9., 9, 8))
+STAGES = ((0.22, 3, 24), (0.34, 5, 16), (9.0, 9, 8))
 
 
 def load_vae(work, name="vae_folded.pt", device="cpu"):
@@ -63,10 +64,10 @@ def load_latents(paths):
     return torch.cat([p["z"] for p in parts]), torch.cat([p["captions"] for p in parts])
 
 
-def draw_sigma(n, g, device, shift=3.):
+def draw_sigma(n, g, device, shift=3.0):
     """Shifted logit-normal noise levels, one in five uniform before the shift."""
     u = torch.sigmoid(torch.randn(n, generator=g, device=device))
-    u = torch.where(torch.rand(n, generator=g, device=device) < .2, torch.rand(n, generator=g, device=device), u)
+    u = torch.where(torch.rand(n, generator=g, device=device) < 0.2, torch.rand(n, generator=g, device=device), u)
     return shift * u / (1 + (shift - 1) * u)
 
 
@@ -83,10 +84,11 @@ def flow_loss(model, x0, noise, sigma, context, bf16=False, weight=None):
 def held_out_loss(model, z, captions, bf16):
     """Fixed noise and levels."""
     g = torch.Generator().manual_seed(9)
-    noise, sigma = torch.randn(z.shape, generator=g).to(z.device), (torch.arange(len(z)) % 12 + .5).to(z.device) / 12
+    noise, sigma = torch.randn(z.shape, generator=g).to(z.device), (torch.arange(len(z)) % 12 + 0.5).to(z.device) / 12
     sigma = 3 * sigma / (1 + 2 * sigma)
     context = vocabulary.embed(captions).to(z.device)
-    return sum(float(flow_loss(model, *(a[i:i + 12] for a in (z, noise, sigma, context)), bf16)) for i in range(0, 36, 12)) / 3
+    parts = [slice(i, i + 12) for i in range(0, 36, 12)]
+    return sum(float(flow_loss(model, z[i], noise[i], sigma[i], context[i], bf16)) for i in parts) / len(parts)
 
 
 def train(team, o):
@@ -98,28 +100,32 @@ def train(team, o):
     ema.load_state_dict(model.state_dict())
     vae = load_vae(o.work, device=o.device)
     # channels the VAE hardly uses (before whitening) count less
-    weight = (torch.load(os.path.join(o.work, "vae_folded.pt"), weights_only=True)["std"] / .5).clamp(.2, 1).to(o.device)
+    weight = (torch.load(os.path.join(o.work, "vae_folded.pt"), weights_only=True)["std"] / 0.5).clamp(0.2, 1).to(o.device)
     big = [p for k, p in model.named_parameters() if k.startswith("blocks") and p.ndim == 2]
     ids = {id(p) for p in big}
     rest = [p for p in model.parameters() if id(p) not in ids]
-    opts = [Muon(big, o.rate, decay=.01), torch.optim.AdamW(rest, o.rate / 10, (.9, .98), weight_decay=0)]
-    step, used, seen = 0, 0., 0
+    opts = [Muon(big, o.rate, decay=0.01), torch.optim.AdamW(rest, o.rate / 10, (0.9, 0.98), weight_decay=0)]
+    step, used, seen = 0, 0.0, 0
     if o.resume:
         saved = torch.load(path, weights_only=True, map_location=o.device)
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
-        for opt, s in zip(opts, saved["opt"]):
+        for opt, s in zip(opts, saved["opt"], strict=True):
             opt.load_state_dict(s)
         step, used, seen = saved["step"], saved["used"], saved["seen"]
-    g = torch.Generator().manual_seed(50 + step + 10 ** 7 * team.rank)
+    g = torch.Generator().manual_seed(50 + step + 10**7 * team.rank)
     zh, ch = load_latents([os.path.join(folder, "000.pt")])
     zh = zh.float().to(o.device)
-    names, z, captions = [], None, None
-    begin, total, mark, sampled, log = time.time() - used, o.minutes * 60, time.time(), time.time(), []
+    names: list = []
+    log: list = []
+    z = captions = torch.empty(0)
+    begin, total, mark, sampled = time.time() - used, o.minutes * 60, time.time(), time.time()
 
     def save():
-        torch.save(dict(model=model.state_dict(), ema=ema.state_dict(), opt=[x.state_dict() for x in opts], step=step,
-                        used=time.time() - begin, seen=seen), path + ".tmp")
+        torch.save(
+            dict(model=model.state_dict(), ema=ema.state_dict(), opt=[x.state_dict() for x in opts], step=step, used=time.time() - begin, seen=seen),
+            path + ".tmp",
+        )
         os.replace(path + ".tmp", path)
 
     def samples():
@@ -127,7 +133,7 @@ def train(team, o):
         x = sampling.latents(ema, c, seed=step, cfg=o.cfg)
         y = sampling.decode(vae, x)
         read = [clips.score(v) for v in y]
-        right = [sum(r[i] == int(k[i]) for r, k in zip(read, c)) for i in range(3)]
+        right = [sum(r[i] == int(k[i]) for r, k in zip(read, c, strict=True)) for i in range(3)]
         print(f"  {step} samples: std {x.std():.2f} colour {right[0]}/12 shape {right[1]}/12 motion {right[2]}/12", flush=True)
         sampling.sheet(list(y.cpu()), os.path.join(o.work, f"sheet_{step:05d}.png"))
 
@@ -135,18 +141,18 @@ def train(team, o):
         f = team.agree((time.time() - begin) / total)
         if f >= 1:
             break
-        if step % 50 == 0 or z is None:                       # take up shards that the cache has added
+        if step % 50 == 0 or not names:  # take up shards that the cache has added
             found = sorted(glob.glob(os.path.join(folder, "[0-9]*.pt")))[1:]
             if found != names:
                 z, captions = load_latents(found)
                 names = found
         frames, batch = next(s[1:] for s in STAGES if f < s[0])
         batch //= team.size
-        flat = .45
-        set_rate(opts, min(1, (step + 1) / 100) * (1 if f < flat else .01 + .99 * .5 * (1 + math.cos(math.pi * (f - flat) / (1 - flat)))))
+        flat = 0.45
+        set_rate(opts, min(1, (step + 1) / 100) * (1 if f < flat else 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (f - flat) / (1 - flat)))))
         pick = torch.randint(len(z), (batch,), generator=g)
-        said = torch.rand(batch, 3, generator=g) > .06
-        said &= torch.rand(batch, 1, generator=g) > .12
+        said = torch.rand(batch, 3, generator=g) > 0.06
+        said &= torch.rand(batch, 1, generator=g) > 0.12
         context = vocabulary.embed(torch.where(said, captions[pick], -1)).to(o.device)
         x0 = z[pick, :, :frames].float().to(o.device)
         noise = torch.randn(x0.shape, generator=g).to(o.device)
@@ -154,20 +160,23 @@ def train(team, o):
         model.zero_grad()
         loss.backward()
         team.average(list(model.parameters()))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
             opt.step()
         step, seen = step + 1, seen + batch * team.size
         with torch.no_grad():
-            d = min(.998, (step + 1) / (step + 20))
+            d = min(0.998, (step + 1) / (step + 20))
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
         log.append(loss.item())
         if team.rank:
             continue
         if step % 50 == 0:
             t = time.time() - begin
-            print(f"{step} {t:.0f}s seen {seen} of {len(z)} clips, frames {frames} batch {batch * team.size} loss {sum(log) / len(log):.4f} "
-                  f"rate {opts[0].param_groups[0]['lr']:.4f}", flush=True)
+            print(
+                f"{step} {t:.0f}s seen {seen} of {len(z)} clips, frames {frames} batch {batch * team.size} loss {sum(log) / len(log):.4f} "
+                f"rate {opts[0].param_groups[0]['lr']:.4f}",
+                flush=True,
+            )
             log = []
         if time.time() - mark > 120:
             save()
@@ -191,9 +200,9 @@ def main():
     ap.add_argument("--minutes", type=float, default=70, help="total, including the time before --resume")
     ap.add_argument("--resume", action="store_true")
     ap.add_argument("--device", default="cpu")
-    ap.add_argument("--rate", type=float, default=.02, help="Muon step; AdamW uses a tenth of it")
+    ap.add_argument("--rate", type=float, default=0.02, help="Muon step; AdamW uses a tenth of it")
     ap.add_argument("--bf16", action="store_true")
-    ap.add_argument("--cfg", type=float, default=3.)
+    ap.add_argument("--cfg", type=float, default=3.0)
     ap.add_argument("--sample-every", type=float, default=10, help="minutes")
     ap.add_argument("--threads", type=int, default=2)
     ap.add_argument("--workers", type=int, default=1, help="training processes that average gradients, one thread each if more than one")

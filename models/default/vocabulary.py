@@ -1,4 +1,5 @@
 """The closed vocabulary of the default weights: one colour, one shape, one motion. Imports torch only."""
+
 import re
 
 import torch
@@ -18,7 +19,7 @@ def describe():
 
 def parse(prompt):
     """Indices [colour, shape, motion], None where the prompt does not say. Unknown words raise ValueError."""
-    found = [None, None, None]
+    found: list = [None, None, None]
     for word in re.findall(r"[^\s,.;:!]+", prompt.lower()):
         if word in FILLERS:
             continue
@@ -40,7 +41,7 @@ def word_vectors():
     parity = torch.zeros_like(bits)
     for i in range(6):
         parity ^= (bits >> i) & 1
-    return 1. - 2. * parity.float()
+    return 1.0 - 2.0 * parity.float()
 
 
 def embed(indices):
@@ -59,4 +60,4 @@ def encode(prompt):
 
 def caption(indices):
     """[colour, shape, motion] -> text such as "red disc left"."""
-    return " ".join(words[int(i)] for (_, words), i in zip(KINDS, indices))
+    return " ".join(words[int(i)] for (_, words), i in zip(KINDS, indices, strict=True))
