@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 from ..kernels.dispatch import PRECISIONS
 from ..kernels.sparsity import RECIPES
 from ..models.patchers.attention import BLOCKS, MIN_TOKENS, AttentionSettings, parse_blocks
+from ..models.patchers.report import AttentionReport as Report
 from ..models.patchers.report import heat_map, summary
 from .host import last_report, patch_attention
 
@@ -186,12 +187,9 @@ class AttentionReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, samples) -> io.NodeOutput:
-        report = last_report(model)
-        if report is None:
-            raise ValueError(
-                "Attention Report: this model carries no attention patch that has run; connect the model output of Accelerate or "
-                "Sparse Attention to both the sampler and this node"
-            )
+        report, line = last_report(model), None
+        if report is None:  # its patch node is bypassed, or was never there: say so, and let the workflow run on
+            report, line = Report("none", "native").as_dict(), "No attention patch on this model: it ran as ComfyUI runs it."
         picture = heat_map(report)
         preview = ui.PreviewImage(picture, cls=cls).as_dict()
-        return io.NodeOutput(samples, picture, json.dumps(report), ui={**preview, "text": (summary(report),), "tessera": (report,)})
+        return io.NodeOutput(samples, picture, json.dumps(report), ui={**preview, "text": (line or summary(report),), "tessera": (report,)})

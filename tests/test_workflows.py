@@ -206,6 +206,34 @@ def test_text_to_video_runs(any_comfy: ComfyServer):
     assert min(heat_map.size) > 40
 
 
+@pytest.mark.comfy
+@pytest.mark.slow
+def test_accelerate_runs(any_comfy: ComfyServer):
+    """The other patch node, in place of Sparse Attention: two steps are few, so one is dense and the other keeps half."""
+    workflow = read_api("tessera_text_to_video")
+    model = workflow["3"]["inputs"]["model"]
+    workflow["3"] = {"class_type": "TesseraAccelerate", "inputs": {"model": model, "mode": "fast", "min_tokens": 0}}
+    workflow["8"]["inputs"]["steps"] = 2
+    report = any_comfy.run(workflow, targets=["9"], timeout=600).outputs["9"]["tessera"][0]
+    assert report["sparse_share_in_window"] == 1.0
+    assert report["density"] == pytest.approx(0.5, abs=0.05)
+    assert any("one dense step" in note for note in report["notes"])
+
+
+@pytest.mark.comfy
+@pytest.mark.slow
+def test_a_bypassed_patch_node_leaves_the_workflow_running(any_comfy: ComfyServer):
+    """What bypassing does in the graph: its consumers get the model that went into it. The report says that nothing was patched."""
+    workflow = read_api("tessera_text_to_video")
+    model = workflow.pop("3")["inputs"]["model"]
+    for node in workflow.values():
+        node["inputs"] = {name: model if value == ["3", 0] else value for name, value in node["inputs"].items()}
+    workflow["8"]["inputs"]["steps"] = 1
+    output = any_comfy.run(workflow, targets=["9"], timeout=600).outputs["9"]
+    assert output["text"] == ["No attention patch on this model: it ran as ComfyUI runs it."]
+    assert output["tessera"][0]["self_attention_calls"] == 0
+
+
 BAD_INPUTS = {
     "unknown method": ("3", "method", "magic", "method is not known; use one of rainfusion2, draft"),
     "density 0": ("3", "density", 0, "Value 0.0 smaller than min of 0.01: density"),
