@@ -12,6 +12,15 @@ from tessera.models.default.export import DIT_FILE, HERE, VAE_FILE
 safetensors = pytest.importorskip("safetensors")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors: several threads on a busy machine only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def path(name):
     full = os.path.join(HERE, name)
     if not os.path.exists(full):
