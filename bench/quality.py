@@ -22,6 +22,7 @@ from typing import Any
 
 PACK = Path(__file__).resolve().parent.parent
 DENSITIES = (0.6, 0.4, 0.2)
+METHODS = ("rainfusion2", "draft", "sparge", "random")
 PROMPTS = (
     "red disc right",
     "green square left",
@@ -46,6 +47,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--start-percent", type=float, default=0.2)
     parser.add_argument("--workers", type=int, default=2, help="processes, each with a share of the prompts")
     parser.add_argument("--date", default=datetime.date.today().isoformat())
     parser.add_argument("--out", type=Path, default=PACK / "bench" / "results" / "quality.json")
@@ -70,6 +73,7 @@ def main() -> None:
 def run_worker(comfy: Any, options: argparse.Namespace, worker: int) -> list[dict[str, Any]]:
     """One process with its share of the prompts. Small models use two cores better as two processes than as two threads."""
     job = {"prompts": options.prompts // options.workers, "seeds": options.seeds, "steps": options.steps}
+    job |= {"methods": list(options.methods), "start_percent": options.start_percent}
     job |= {"worker": worker, "workers": options.workers}
     command = [str(comfy.python), __file__, "--inside", str(comfy.path), str(PACK / ".pkg"), json.dumps(job)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -102,7 +106,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"`python bench/quality.py`, {result['date']}: ComfyUI {result['comfyui']}, torch {result['torch']}, CPU. {result['clips']} clips of "
         f"{FRAMES} frames, {SIZE} x {SIZE} ({result['tokens']} tokens, blocks of {result['block']}), {result['steps']} steps, "
-        "start_percent 0.2, block 0 dense.",
+        f"start_percent {result['start_percent']}, block 0 dense.",
         f"Mean over prompts and seeds whose dense clip shows its caption ({result['clips']} of {result['tried']} tried). "
         "Density counts forced blocks. *random* keeps random blocks; *another seed* compares two dense runs.",
         "",
@@ -118,7 +122,7 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def inside(comfyui: str, package_parent: str, job: dict[str, int]) -> None:
+def inside(comfyui: str, package_parent: str, job: dict[str, Any]) -> None:
     """Runs in ComfyUI's own Python: stock loaders, stock sampler, our nodes."""
     sys.argv = sys.argv[:1]
     sys.path.insert(0, comfyui)
@@ -135,7 +139,6 @@ def inside(comfyui: str, package_parent: str, job: dict[str, int]) -> None:
     from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
     import nodes
-    from tessera.kernels.sparsity import RECIPES
     from tessera.models.default import clips, vocabulary
     from tessera.models.patchers.attention import AttentionSettings
     from tessera.nodes import DEFAULT_WEIGHTS
@@ -195,8 +198,10 @@ def inside(comfyui: str, package_parent: str, job: dict[str, int]) -> None:
             return {"psnr": float(-10 * torch.log10((run[1] - base[1]).square().mean().clamp_min(1e-12))), "latent_error": error}
 
         for density in DENSITIES:
-            for method in RECIPES:
-                settings = AttentionSettings(method=method, density=density, precision="native", dense_blocks=frozenset({0}), min_tokens=0)
+            for method in job["methods"]:
+                settings = AttentionSettings(
+                    method=method, density=density, precision="native", start_percent=job["start_percent"], dense_blocks=frozenset({0}), min_tokens=0
+                )
                 patched = patch_attention(model, settings, None)
                 for (prompt, seed), base in dense.items():
                     run = sample(patched, prompt, seed)
