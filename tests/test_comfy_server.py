@@ -74,13 +74,16 @@ def test_refusal_names_node_input_and_value(any_comfy: ComfyServer):
 
 @comfy_only
 def test_a_failing_node_is_reported(any_comfy: ComfyServer):
+    """A start after the end is found when the node runs, before any sampling."""
+    settings = {"method": "sparge", "method.similarity": 0.0, "density": 0.3, "precision": "native", "dense_blocks": "", "min_tokens": 0}
+    settings |= {"start_percent": 0.8, "end_percent": 0.2}
     graph = {
-        "1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}},
         "2": {"class_type": "UNETLoader", "inputs": {"unet_name": "tessera_shapes_t2v.safetensors", "weight_dtype": "default"}},
         "3": {"class_type": "EmptyHunyuanLatentVideo", "inputs": {"width": 64, "height": 64, "length": 9, "batch_size": 1}},
-        "4": {"class_type": "TesseraAttentionReport", "inputs": {"model": ["2", 0], "samples": ["3", 0]}},
+        "4": {"class_type": "TesseraSparseAttention", "inputs": {"model": ["2", 0], **settings}},
+        "5": {"class_type": "TesseraAttentionReport", "inputs": {"model": ["4", 0], "samples": ["3", 0]}},
     }
-    with pytest.raises(PromptFailedError, match=r"TesseraAttentionReport \(node 4\) raised ValueError") as error:
+    with pytest.raises(PromptFailedError, match=r"TesseraSparseAttention \(node 4\) raised ValueError.*start_percent is 0.8") as error:
         any_comfy.run(graph)
     assert "traceback" in error.value.body
 
