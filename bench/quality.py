@@ -104,8 +104,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Sparse against dense on the default weights",
         "",
-        f"`python bench/quality.py --steps {result['steps']}`, {result['date']}: ComfyUI {result['comfyui']}, torch {result['torch']}, CPU. {result['clips']} clips of "
-        f"{FRAMES} frames, {SIZE} x {SIZE} ({result['tokens']} tokens, blocks of {result['block']}), {result['steps']} steps, "
+        f"`python bench/quality.py --steps {result['steps']}`, {result['date']}: ComfyUI {result['comfyui']}, torch {result['torch']}, CPU. "
+        f"{result['clips']} clips of {FRAMES} frames, {SIZE} x {SIZE} ({result['tokens']} tokens, blocks of {result['block']}), "
         f"start_percent {result['start_percent']}, block 0 dense.",
         f"Mean over prompts and seeds whose dense clip shows its caption ({result['clips']} of {result['tried']} tried). "
         "Density counts forced blocks. *random* keeps random blocks; *another seed* compares two dense runs.",
