@@ -7,7 +7,7 @@ user can read, never an exception from inside a kernel.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -107,8 +107,3 @@ def choose(problem: Problem, precision: str = "auto") -> Choice:
             return Choice(implementation, refusals)
         refusals[implementation.name] = reason
     return Choice(None, refusals)
-
-
-def dense(problem: Problem) -> Problem:
-    """The same problem without its block mask."""
-    return replace(problem, blocks=None)

@@ -131,6 +131,7 @@ def test_non_finite_input_is_repeated_dense_and_disabled(value, which):
     report = patch.report.as_dict()
     assert report["repeated_model_calls"] == 1
     assert report["self_attention_calls"] == 2  # the struck call is not counted
+    assert report["backends"] == {}
     assert "non-finite output at layer 0 (native)" in summary(report)
 
 

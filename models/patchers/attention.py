@@ -7,6 +7,7 @@ per forward of the network, and hands every attention call to `AttentionPatch.at
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -119,7 +120,7 @@ class ModelCall:
         self.step = 0
         self.layer = 0
         self.force_dense = False
-        self.first_record = 0
+        self.before: tuple[int, Counter[str], Counter[str]] = (0, Counter(), Counter())  # the report when this call began
         self.checks: list[tuple[int, str, Tensor]] = []
 
 
@@ -173,11 +174,12 @@ class AttentionPatch:
         if call.sigma not in self._sigmas:
             self._sigmas.append(call.sigma)
         call.step = self._sigmas.index(call.sigma)
-        call.first_record = len(self.report.records)
+        call.before = (len(self.report.records), self.report.reasons.copy(), self.report.backends.copy())
 
     def again(self, call: ModelCall) -> ModelCall:
         """The call that repeats `call` dense. What `call` recorded is struck from the report."""
-        del self.report.records[call.first_record :]
+        first, self.report.reasons, self.report.backends = call.before
+        del self.report.records[first:]
         repeat = ModelCall(call.layout, call.sigma, call.branch)
         repeat.force_dense = True
         self.begin(repeat)
