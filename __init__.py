@@ -21,6 +21,7 @@ _PUBLIC = {
     "Recipe": "kernels.sparsity",
     "TokenGrid": "kernels.sparsity",
     "sparse_attention": "kernels.sparsity",
+    "offload": "models.offload",
 }
 
 sys.modules.setdefault("tessera", sys.modules[__name__])

@@ -1,0 +1,99 @@
+"""How many blocks stay, how many slots stream: the numbers of a policy for a budget, and what they will cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .devices import VirtualDevice
+from .schedule import BACKWARD, FORWARD, Plan, Scheduler, resident
+
+GB = 1 << 30  # as graphics cards are sold and as ComfyUI counts
+SLOTS = (2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One steady pass over the blocks, in virtual time.
+
+    step_seconds: the pass. bound_seconds: the least any schedule with these residents could take, max(compute, transfer).
+    copy_seconds: time the link was busy. hidden_share: part of that during which the device computed. peak_bytes: of blocks and slots.
+    """
+
+    step_seconds: float
+    bound_seconds: float
+    compute_seconds: float
+    copy_seconds: float
+    hidden_share: float
+    peak_bytes: int
+    copied_bytes: int
+
+
+def predict(
+    plan: Plan, nbytes: Sequence[int], seconds: Sequence[float], bytes_per_second: float | Sequence[float], *, backward: float = 0.0, passes: int = 4
+) -> Prediction:
+    """Run the scheduler in virtual time. backward: seconds of a block's backward for one of its forward; 0 for inference."""
+    device = VirtualDevice(nbytes, seconds, bytes_per_second)
+    scheduler = Scheduler(device, plan, nbytes)
+    scheduler.set_backward(backward > 0)
+    scheduler.start()
+    start, before = 0.0, 0
+    for index in range(passes):
+        if index == passes - 2:  # the first passes fill the slots
+            start, before = device.now, scheduler.copied_bytes
+        run_pass(scheduler, device, backward)
+    steady = 2
+    compute = sum(seconds) * (1 + backward)
+    copied = (scheduler.copied_bytes - before) // steady
+    step = (device.now - start) / steady
+    copying = sum(device.copy_seconds[block] for block in plan.streamed) * copied / max(sum(nbytes[block] for block in plan.streamed), 1)
+    hidden = 1.0 if copying <= 0 else min(max(1 - (step - compute) / copying, 0.0), 1.0)
+    residents = sum(nbytes[block] for block in plan.resident)
+    return Prediction(step, max(compute, copying), compute, copying, hidden, residents + device.peak_bytes, copied)
+
+
+def run_pass(scheduler: Scheduler, device: VirtualDevice, backward: float = 0.0) -> None:
+    """One pass of a module's blocks over a virtual device, with its backward when asked."""
+    blocks = range(scheduler.plan.blocks)
+    for block in blocks:
+        scheduler.acquire(block, FORWARD)
+        device.compute(block)
+        scheduler.release(block)
+    for block in reversed(blocks) if backward else ():
+        scheduler.acquire(block, BACKWARD)
+        device.compute(block, backward)
+        scheduler.release(block)
+
+
+def device_bytes(plan: Plan, nbytes: Sequence[int]) -> int:
+    """Most bytes that residents and slots can take: every slot is as large as the largest streamed block."""
+    return sum(nbytes[block] for block in plan.resident) + plan.slots * max((nbytes[block] for block in plan.streamed), default=0)
+
+
+def smallest_budget(nbytes: Sequence[int]) -> int:
+    """Bytes without which nothing overlaps: two of the largest block, one that computes and one that arrives."""
+    return 2 * max(nbytes)
+
+
+def choose(
+    nbytes: Sequence[int], budget: int, seconds: Sequence[float] | None = None, bytes_per_second: float | Sequence[float] | None = None
+) -> Plan:
+    """The resident policy that fits `budget` bytes of blocks and slots, fastest in virtual time where times are known.
+
+    Raises ValueError below `smallest_budget`.
+    """
+    if budget < smallest_budget(nbytes):
+        raise ValueError(f"{budget} bytes are less than two blocks, {smallest_budget(nbytes)}")
+    plans = [plan for slots in SLOTS if (plan := _fitting(nbytes, budget, slots)) is not None]
+    if seconds is None or bytes_per_second is None:
+        return plans[0]
+    return min(plans, key=lambda plan: predict(plan, nbytes, seconds, bytes_per_second).step_seconds)
+
+
+def _fitting(nbytes: Sequence[int], budget: int, slots: int) -> Plan | None:
+    """With this many slots the most residents that fit."""
+    for residents in range(len(nbytes), -1, -1):
+        plan = resident(len(nbytes), residents, slots)
+        if device_bytes(plan, nbytes) <= budget:
+            return plan
+    return None
