@@ -39,7 +39,8 @@ gpu: $(PACKAGE)
 	if $$python -c "import pytest" 2>/dev/null; then \
 		$$python -m pytest -m gpu $$(grep -l "mark.gpu" tests/test_*.py) || status=$$?; \
 	else echo "pytest is not installed: the GPU tests were skipped, the benchmark checks its kernels itself"; fi; \
-	$$python bench/gpu_attention.py --minutes 6 || status=$$?; \
+	$$python bench/gpu_attention.py --minutes 5 || status=$$?; \
+	$$python bench/gpu_offload.py --minutes 2 || status=$$?; \
 	exit $$status
 
 bench: $(VENV)

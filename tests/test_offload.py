@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from offload_models import WIDTH, Layer, Network, Scaled, gigabytes, quantize, same_state, untouched
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import tessera
@@ -23,53 +25,16 @@ from tessera.models.offload import find_blocks
 from tessera.models.offload.devices import CpuArena
 from tessera.models.offload.planner import GB
 
-WIDTH = 32
+ROOT = Path(__file__).parent.parent
 
 
-class Layer(nn.Module):
-    def __init__(self, width: int = WIDTH, dtype: torch.dtype = torch.float32):
-        super().__init__()
-        self.norm = nn.LayerNorm(width, dtype=dtype)
-        self.qkv = nn.Linear(width, 3 * width, bias=False, dtype=dtype)
-        self.up, self.down = nn.Linear(width, 4 * width, dtype=dtype), nn.Linear(4 * width, width, dtype=dtype)
-        self.scale = nn.Parameter(torch.ones(width, dtype=dtype))
-        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, x):
-        self.calls.add_(1)
-        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
-        x = x + F.scaled_dot_product_attention(q, k, v) * self.scale
-        return x + self.down(F.gelu(self.up(self.norm(x))))
-
-
-class Network(nn.Module):
-    def __init__(self, blocks: int = 7, dtype: torch.dtype = torch.float32):
-        super().__init__()
-        self.embed = nn.Linear(8, WIDTH, dtype=dtype)
-        self.blocks = nn.ModuleList(Layer(dtype=dtype) for _ in range(blocks))
-        self.head = nn.Linear(WIDTH, 8, dtype=dtype)
-
-    def forward(self, x):
-        x = self.embed(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
-def gigabytes(module: nn.Module, blocks: float) -> float:
-    """A budget with room for that many blocks and for what is outside of them."""
-    sizes = [block.nbytes for block in find_blocks(module)]
-    rest = sum(tensor.numel() * tensor.element_size() for tensor in [*module.parameters(), *module.buffers()]) - sum(sizes)
-    return (rest + 256 * 40 + blocks * (max(sizes) + 256 * 9)) / GB
-
-
-def same_state(module: nn.Module, reference: nn.Module) -> bool:
-    states = (module.state_dict(), reference.state_dict())
-    return all(torch.equal(a, b) for a, b in zip(*(state.values() for state in states), strict=True))
-
-
-def untouched(module: nn.Module) -> bool:
-    return not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads do not help matrices of this size, and wait for one another on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 POLICIES = st.one_of(
@@ -159,38 +124,6 @@ def test_evicted_weights_are_poisoned():
         module(torch.randn(1, 4, 8))
         hook.remove()
         assert seen["weight"].isnan().all()
-
-
-class Scaled(torch.Tensor):
-    """A quantized weight as tensor subclass: int8 values with a scale for each row."""
-
-    @staticmethod
-    def __new__(cls, values, scale):
-        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype, device=values.device)
-
-    def __init__(self, values, scale):
-        self.values, self.scale = values, scale
-
-    def __tensor_flatten__(self):
-        return ["values", "scale"], None
-
-    @staticmethod
-    def __tensor_unflatten__(inner, context, size, stride):
-        return Scaled(inner["values"], inner["scale"])
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.detach.default:
-            return Scaled(args[0].values, args[0].scale)
-        args = torch.utils._pytree.tree_map_only(Scaled, lambda x: x.values.to(x.scale.dtype) * x.scale, args)
-        return function(*args, **(kwargs or {}))
-
-
-def quantize(module: nn.Module) -> None:
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            scale = layer.weight.detach().abs().amax(1, keepdim=True) / 127
-            layer.weight = nn.Parameter(Scaled((layer.weight.detach() / scale).round().to(torch.int8), scale), requires_grad=False)
 
 
 def test_tensor_subclasses():
@@ -488,6 +421,14 @@ def test_backward_outside_the_context_is_refused():
         out.backward()
 
 
+def test_the_gpu_benchmark_runs(tmp_path, run_python):
+    """Its code, on a tiny model without a GPU: right outputs and peaks, whatever the times."""
+    out = tmp_path / "result.json"
+    run_python(str(ROOT / "bench" / "gpu_offload.py"), "--device", "cpu", "--out", str(out))
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) > 6 and not any("error" in row for row in rows)
+
+
 def test_blocks_are_found_by_structure():
     class Two(nn.Module):
         def __init__(self):
@@ -499,3 +440,5 @@ def test_blocks_are_found_by_structure():
     assert [block.name for block in find_blocks(Two())] == ["double.0", "double.1", "single.0", "single.1", "single.2"]
     stages = nn.Sequential(nn.Conv2d(3, 3, 1), *(nn.Sequential(Layer(), Layer()) for _ in range(2)), nn.Conv2d(3, 3, 1))
     assert [block.name for block in find_blocks(stages)] == ["1", "2"]
+    lists = nn.ModuleList(nn.ModuleList(Layer() for _ in range(2)) for _ in range(2))
+    assert [block.name for block in find_blocks(lists)] == ["0.0", "0.1", "1.0", "1.1"]

@@ -36,6 +36,8 @@ def find_blocks(module: nn.Module) -> list[Block]:
         if isinstance(parent, CONTAINERS):
             groups: dict[type, list[Block]] = {}
             for name, child in parent.named_children():
+                if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+                    continue  # a list of lists: they cannot be called, their members can
                 groups.setdefault(type(_unwrapped(child)), []).append(Block(prefix + name, child, nbytes_of(child)))
             for group in groups.values():
                 if len(group) > 1 and sum(block.nbytes for block in group) >= max(SMALLEST_SHARE * total, 1):

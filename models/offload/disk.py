@@ -7,12 +7,13 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
 
 def open_weights(path: str | Path) -> Mapping[str, Tensor]:
     """name -> memory-mapped tensor. Raises FileNotFoundError or ValueError with one sentence when the file is missing or truncated."""
+    from safetensors import safe_open  # here, because everything else runs where there is torch alone
+
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"weights: {path} does not exist; give the safetensors file that holds this module's weights")
