@@ -8,6 +8,7 @@ import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 from .attention import Accelerate, AttentionReport, SparseAttention
+from .offload import LayerOffload, OffloadReport
 from .prompt import ShapesPrompt
 
 DEFAULT_WEIGHTS = Path(__file__).parent.parent / "models" / "default"
@@ -19,7 +20,7 @@ class Tessera(ComfyExtension):
             folder_paths.add_model_folder_path(folder, str(DEFAULT_WEIGHTS / folder))
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [Accelerate, SparseAttention, AttentionReport, ShapesPrompt]
+        return [Accelerate, SparseAttention, AttentionReport, LayerOffload, OffloadReport, ShapesPrompt]
 
 
 async def comfy_entrypoint() -> Tessera:

@@ -18,7 +18,14 @@ Workflow = dict[str, Any]
 FOLDER = Path(__file__).resolve().parent.parent / "workflows"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.json"))
 HELP = FOLDER.parent / "web" / "docs"
-OWN_NODES = {"TesseraAccelerate", "TesseraSparseAttention", "TesseraAttentionReport", "TesseraShapesPrompt"}
+OWN_NODES = {
+    "TesseraAccelerate",
+    "TesseraSparseAttention",
+    "TesseraAttentionReport",
+    "TesseraLayerOffload",
+    "TesseraOffloadReport",
+    "TesseraShapesPrompt",
+}
 PATCHES = {"TesseraAccelerate", "TesseraSparseAttention"}
 ONLY_IN_THE_GRAPH = {"MarkdownNote"}
 # Widgets that ComfyUI 0.33 has and 0.18.1 has not. The API files leave them at their defaults, so that both versions run them.
@@ -170,8 +177,8 @@ def test_nothing_but_model_files_is_missing(any_comfy: ComfyServer, name):
         inputs = known[entry["class_type"]]["input"]
         assert set(inputs.get("required", {})) <= set(entry["inputs"])
         assert set(entry["inputs"]) <= set(inputs.get("required", {})) | set(inputs.get("optional", {}))
-    if name == "tessera_text_to_video":
-        return  # its files come with the pack: the test below runs it
+    if name.startswith("tessera_text_to_video"):
+        return  # its files come with the pack: the tests below run it
     with pytest.raises(PromptRefusedError) as error:
         any_comfy.queue(api)
     complaints = [complaint for report in error.value.body["node_errors"].values() for complaint in report["errors"]]
@@ -204,6 +211,32 @@ def test_text_to_video_runs(any_comfy: ComfyServer):
     assert "self-attention calls sparse" in outputs["9"]["text"][0]
     heat_map = Image.open(io.BytesIO(any_comfy.fetch(outputs["9"]["images"][0])))
     assert min(heat_map.size) > 40
+
+
+@pytest.mark.comfy
+@pytest.mark.slow
+def test_text_to_video_within_a_memory_limit_runs(any_comfy: ComfyServer):
+    """The same clip with Layer Offload in front of Sparse Attention: both reports, and the same video, bit for bit."""
+    workflow, plain = read_api("tessera_text_to_video_offload"), read_api("tessera_text_to_video")
+    videos = []
+    for graph in (workflow, plain):
+        graph["8"]["inputs"]["steps"] = 2
+        graph["16"] = {"class_type": "SaveImage", "inputs": {"images": ["10", 0], "filename_prefix": "frames"}}
+        outputs = any_comfy.run(graph, timeout=600).outputs
+        videos.append([any_comfy.fetch(file) for file in outputs["16"]["images"][::8]])
+        if graph is workflow:
+            report, line = outputs["15"]["tessera"][0], outputs["15"]["text"][0]
+            assert outputs["9"]["tessera"][0]["calls"]["sparse"] > 0
+    assert pixels(videos[0]) == pixels(videos[1])
+    assert report["blocks"] >= 2
+    assert report["steps"] == 2
+    assert all(seconds > 0 for seconds in report["seconds_per_block"])
+    assert "had no effect: this model runs on the CPU" in line or "resident" in line
+
+
+def pixels(pictures: list[bytes]) -> list[bytes]:
+    """The pixels of PNG files, without the workflow that they also hold."""
+    return [Image.open(io.BytesIO(picture)).tobytes() for picture in pictures]
 
 
 @pytest.mark.comfy

@@ -1,0 +1,327 @@
+"""What a run under a memory limit did: the split of the limit, weights resident and streamed, times, and the one line that a node shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+GB = 1024**3  # what hosts, drivers and task managers call a GB
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a limit divides, in bytes. weights: of the whole model. blocks: of each of its repeated blocks."""
+
+    limit: int  # what the process may hold on the device in total
+    activations: int
+    activations_from: str
+    reserve: int
+    weights: int
+    blocks: tuple[int, ...]
+
+    @property
+    def outside(self) -> int:
+        """Weights outside the repeated blocks."""
+        return max(self.weights - sum(self.blocks), 0)
+
+    @property
+    def room(self) -> int:
+        """What is left for weights and the buffers that they stream through."""
+        return max(self.limit - self.activations - self.reserve, 0)
+
+    @property
+    def smallest(self) -> int:
+        """The smallest limit that works: one block computes while the next arrives."""
+        return self.activations + self.reserve + self.outside + sum(sorted(self.blocks)[-2:])
+
+    def __str__(self) -> str:
+        return (
+            f"activations {size(self.activations)} {self.activations_from}, reserve {size(self.reserve)}, "
+            f"weights outside blocks {size(self.outside)}, two blocks {size(sum(sorted(self.blocks)[-2:]))}"
+        )
+
+
+@dataclass(slots=True)
+class BlockSpan:
+    """One run of one block. start, end: as `report.clock` gives them. memory: bytes on the device when it began, None where not read."""
+
+    step: int
+    block: int
+    start: Any
+    end: Any = None
+    memory: int | None = None
+
+
+@dataclass(slots=True)
+class StepSpan:
+    """One evaluation of the model for all conditions."""
+
+    start: Any
+    end: Any = None
+
+
+@dataclass
+class OffloadReport:
+    """Everything that one sampling run reports. Sizes in bytes. `as_dict` reads the device once, so call it after the run.
+
+    budget: what the policy gives this model's weights and streaming buffers; at most the split's room.
+    """
+
+    policy: str
+    asked: str  # the limit in the user's words
+    backend: str = "none"  # how the host was told: legacy, dynamic, or none
+    split: Split | None = None
+    other_weights: int = 0  # of other models on the device
+    budget: int | None = None
+    weights: int = 0
+    resident: int = 0
+    blocks: list[tuple[str, int]] = field(default_factory=list)  # name, bytes; in order
+    peak: int | None = None
+    bytes_per_second: float | None = None  # of the link, where it was measured
+    resident_step_seconds: float | None = None  # of an earlier run of the same shape with every weight on the device
+    no_effect: str | None = None  # why the limit changed nothing
+    notes: list[str] = field(default_factory=list)
+    model_calls: int = 0
+    steps: list[StepSpan] = field(default_factory=list)
+    spans: list[BlockSpan] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, ready for JSON. None: not measured, or not known."""
+        split = self.split
+        steps = [step for step in self.steps if step.end is not None]
+        spans = [span for span in self.spans if span.end is not None]
+        for end in (*(step.end for step in steps[-1:]), *(span.end for span in spans[-1:])):
+            if not isinstance(end, float):
+                end.synchronize()
+        step_seconds = [_seconds(step.start, step.end) for step in steps]
+        by_block: dict[int, list[float]] = {}
+        for span in spans:
+            by_block.setdefault(span.block, []).append(_seconds(span.start, span.end))
+        calls_per_step = self.model_calls / len(self.steps) if self.steps else None
+        streamed = max(self.weights - self.resident, 0)
+        copied = None if calls_per_step is None else round(streamed * calls_per_step)
+        step = _median(step_seconds)
+        rate = copied / step if copied and step and self.peak is not None else None  # only a device with its own memory has a link
+        return {
+            "policy": self.policy,
+            "asked": self.asked,
+            "backend": self.backend,
+            "no_effect": self.no_effect,
+            "notes": list(self.notes),
+            "limit_bytes": split.limit if split else None,
+            "activation_bytes": split.activations if split else None,
+            "activations_from": split.activations_from if split else None,
+            "reserve_bytes": split.reserve if split else None,
+            "smallest_limit_bytes": split.smallest if split else None,
+            "other_weights_bytes": self.other_weights,
+            "weights_budget_bytes": self.budget,
+            "weights_bytes": self.weights,
+            "resident_bytes": self.resident,
+            "streamed_bytes": streamed,
+            "blocks": len(self.blocks),
+            "block_bytes": [nbytes for _, nbytes in self.blocks],
+            "outside_blocks_bytes": max(self.weights - sum(nbytes for _, nbytes in self.blocks), 0),
+            "peak_bytes": self.peak,
+            "within_limit": self._within(),
+            "steps": len(self.steps),
+            "model_calls_per_step": calls_per_step,
+            "copied_bytes_per_step": copied,
+            "seconds_per_step": step,
+            "seconds_per_block": [_median(by_block.get(index, [])) for index in range(len(self.blocks))],
+            "resident_seconds_per_step": self.resident_step_seconds,
+            "copied_bytes_per_second": rate,
+            "link_bytes_per_second": self.bytes_per_second,
+            "hidden_share": self._hidden(copied, step),
+            "timeline": self._timeline(steps, spans),
+        }
+
+    def _within(self) -> bool | None:
+        if self.no_effect is not None or self.split is None:
+            return None
+        if self.peak is not None:
+            return self.peak <= self.split.limit
+        return None if self.budget is None else self.resident <= self.budget
+
+    def _hidden(self, copied: int | None, step: float | None) -> float | None:
+        """Share of the copy time that did not lengthen the step; needs the link's speed and a run without copies to compare with."""
+        if not copied or step is None or self.bytes_per_second is None or self.resident_step_seconds is None:
+            return None
+        return min(max(1 - (step - self.resident_step_seconds) * self.bytes_per_second / copied, 0.0), 1.0)
+
+    def _timeline(self, steps: list[StepSpan], spans: list[BlockSpan]) -> dict[str, Any] | None:
+        """One step, seconds from its start: the second where there is one, since the first also warms up."""
+        known = [index for index in (1, 0) if index < len(steps) and any(span.step == index for span in spans)]
+        if not known:
+            return None
+        step = steps[known[0]]
+        inside = [span for span in spans if span.step == known[0]]
+        starts = [_seconds(step.start, span.start) for span in inside]
+        return {
+            "step": known[0],
+            "seconds": _seconds(step.start, step.end),
+            "compute": [[span.block, start, _seconds(step.start, span.end)] for span, start in zip(inside, starts, strict=True)],
+            "copies": None,  # the host does the copies, and does not say when
+            "memory": [[start, span.memory] for span, start in zip(inside, starts, strict=True) if span.memory is not None],
+        }
+
+
+def summary(report: dict[str, Any]) -> str:
+    """One line for the node, from `OffloadReport.as_dict`."""
+    if report["no_effect"] is not None:
+        return f"{report['asked']} had no effect: {report['no_effect']} · weights {size(report['weights_bytes'])}"
+    parts = [f"weights {_of(report['resident_bytes'], report['weights_bytes'])} resident"]
+    if not report["streamed_bytes"]:
+        parts.append("nothing streamed")
+    elif report["copied_bytes_per_step"] is not None:
+        parts.append(f"{size(report['copied_bytes_per_step'])} streamed a step")
+    if report["peak_bytes"] is not None:
+        parts.append(f"peak {_of(report['peak_bytes'], report['limit_bytes'])}")
+    elif report["weights_budget_bytes"] is not None:
+        parts.append(f"{report['asked']} leaves {size(report['weights_budget_bytes'])} for weights")
+    line = ", ".join(parts)
+    extra = []
+    if report["within_limit"] is False:
+        extra.append("over the limit")
+    if report["seconds_per_step"] is not None:
+        extra.append(f"{report['seconds_per_step']:.3g} s a step")
+    if report["hidden_share"] is not None:
+        extra.append(f"{report['hidden_share']:.0%} of the copies hidden")
+    return " · ".join([line, *extra, *report["notes"][:1]])
+
+
+def size(nbytes: float) -> str:
+    """Bytes for a reader."""
+    amount, unit, digits = _scaled(nbytes, nbytes)
+    return f"{amount:.{digits}f} {unit}"
+
+
+def picture(report: dict[str, Any], line: str, width: int = 760) -> Tensor:
+    """Time line of one step and memory against the limit, under `line`: `(1, height, width, 3)` float32 in 0..1."""
+    left, right, top, row, curve = 90, width - 14, 58, 26, 96
+    height = top + 2 * (row + 12) + curve + 66
+    image = Image.new("RGB", (width, height), (24, 24, 28))
+    draw = ImageDraw.Draw(image)
+    draw.text((8, 4), f"{report['asked']}   back-end: {report['backend']}   policy: {report['policy']}", fill=_BRIGHT)
+    for y, words in zip((20, 36), _wrapped(line, width // 6 - 4), strict=False):
+        draw.text((8, y), words, fill=_GREY)
+    timeline = report["timeline"]
+    seconds = timeline["seconds"] if timeline else 0.0
+
+    def x_of(second: float) -> float:
+        return left + (right - left) * min(max(second / seconds, 0.0), 1.0) if seconds else left
+
+    y = top
+    draw.text((8, y + 7), "compute", fill=_GREY)
+    draw.rectangle((left, y, right, y + row), fill=_PANEL)
+    for block, start, end in timeline["compute"] if timeline else ():
+        draw.rectangle((x_of(start), y, max(x_of(end) - 1, x_of(start)), y + row), fill=_BLOCKS[block % len(_BLOCKS)])
+    if timeline is None:
+        draw.text((left + 6, y + 7), "times of blocks: not measured", fill=_GREY)
+    y += row + 12
+    draw.text((8, y + 7), "copies", fill=_GREY)
+    draw.rectangle((left, y, right, y + row), fill=_PANEL)
+    copies = timeline["copies"] if timeline else None
+    for block, start, end in copies or ():
+        draw.rectangle((x_of(start), y, max(x_of(end) - 1, x_of(start)), y + row), fill=_BLOCKS[block % len(_BLOCKS)])
+    if copies is None:
+        draw.text((left + 6, y + 7), _copies_text(report), fill=_GREY)
+    y += row + 12
+    _draw_memory(draw, report, timeline, x_of, (left, y, right, y + curve))
+    y += curve + 6
+    if timeline:
+        draw.text((left, y), "0", fill=_GREY)
+        end_label = f"{seconds:.3g} s, step {timeline['step']}"
+        draw.text((right - 6 * len(end_label), y), end_label, fill=_GREY)
+    draw.text((8, y + 18), _rates_text(report), fill=_BRIGHT)
+    draw.text((8, y + 34), _split_text(report), fill=_GREY)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(1, image.height, image.width, 3).float() / 255
+
+
+_BRIGHT, _GREY, _PANEL, _LIMIT = (230, 230, 230), (170, 170, 170), (44, 44, 50), (216, 72, 64)
+_BLOCKS = ((86, 132, 214), (120, 170, 236))
+_RESIDENT, _STREAMED = (96, 168, 110), (92, 92, 100)
+
+
+def _draw_memory(draw: ImageDraw.ImageDraw, report: dict[str, Any], timeline: dict[str, Any] | None, x_of: Any, box: tuple[int, ...]) -> None:
+    """The curve of device memory where it was measured, else the resident share of the weights; the limit as a red line."""
+    left, top, right, bottom = box
+    draw.text((8, top + 7), "memory", fill=_GREY)
+    draw.rectangle(box, fill=_PANEL)
+    limit = report["limit_bytes"]
+    curve = timeline["memory"] if timeline else []
+    if not curve or not limit:
+        weights = max(report["weights_bytes"], 1)
+        middle = left + (right - left) * min(report["resident_bytes"] / weights, 1.0)
+        draw.rectangle((left, top + 34, right, top + 60), fill=_STREAMED)
+        draw.rectangle((left, top + 34, middle, top + 60), fill=_RESIDENT)
+        draw.text((left + 6, top + 12), f"weights resident: {_of(report['resident_bytes'], report['weights_bytes'])}", fill=_BRIGHT)
+        draw.text((left + 6, top + 70), "memory over time: read on CUDA devices only", fill=_GREY)
+        return
+    highest = max(limit, *(memory for _, memory in curve), report["peak_bytes"] or 0) * 1.08
+
+    def y_of(nbytes: float) -> float:
+        return bottom - (bottom - top) * nbytes / highest
+
+    points = [(x_of(second), y_of(memory)) for second, memory in curve]
+    draw.line([*points, (right, points[-1][1])], fill=_RESIDENT, width=2)
+    draw.line((left, y_of(limit), right, y_of(limit)), fill=_LIMIT, width=2)
+    draw.text((left + 6, y_of(limit) + 3), f"limit {size(limit)}", fill=_LIMIT)
+
+
+def _copies_text(report: dict[str, Any]) -> str:
+    if report["no_effect"] is not None or not report["streamed_bytes"]:
+        return "none: every weight stays where it is"
+    return "the host copies while it computes, and does not say when"
+
+
+def _rates_text(report: dict[str, Any]) -> str:
+    hidden = "hidden share: not known" if report["hidden_share"] is None else f"hidden share: {report['hidden_share']:.0%}"
+    rate = report["copied_bytes_per_second"]
+    reached = "GB/s: not measured" if rate is None else f"{rate / GB:.1f} GB/s over the whole step"
+    return f"{hidden}   {reached}"
+
+
+def _split_text(report: dict[str, Any]) -> str:
+    if report["limit_bytes"] is None:
+        return f"weights {size(report['weights_bytes'])}"
+    parts = [f"limit {size(report['limit_bytes'])}: activations {size(report['activation_bytes'])} {report['activations_from']}"]
+    parts.append(f"reserve {size(report['reserve_bytes'])}")
+    if report["other_weights_bytes"]:
+        parts.append(f"other models {size(report['other_weights_bytes'])}")
+    return ", ".join([*parts, f"weights {size(report['weights_budget_bytes'] or 0)}"])
+
+
+def _of(part: float, whole: float) -> str:
+    """`3.1 of 7.2 GB`: both in the unit of the whole."""
+    amount, unit, digits = _scaled(whole, whole)
+    return f"{_scaled(part, whole)[0]:.{digits}f} of {amount:.{digits}f} {unit}"
+
+
+def _scaled(nbytes: float, like: float) -> tuple[float, str, int]:
+    """(number, unit, decimals) of a size, in the unit that suits `like`."""
+    if abs(like) >= GB:
+        return nbytes / GB, "GB", 1
+    megabytes = abs(like) / 1024**2
+    return nbytes / 1024**2, "MB", 0 if megabytes >= 100 or not megabytes else 1 if megabytes >= 1 else 3
+
+
+def _wrapped(text: str, columns: int) -> list[str]:
+    lines = [""]
+    for word in text.split(" "):
+        if lines[-1] and len(lines[-1]) + len(word) + 1 > columns:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines
+
+
+def _seconds(start: Any, end: Any) -> float:
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
+
+
+def _median(values: list[float]) -> float | None:
+    return sorted(values)[len(values) // 2] if values else None
