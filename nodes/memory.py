@@ -98,10 +98,10 @@ def patch_memory(model: Any, settings: MemorySettings, node_id: str | None) -> A
     for kind in _CALLBACKS:
         patched.remove_callbacks_with_key(kind, KEY)
     host = _MemoryHost(settings, node_id)
-    for kind, function in zip(_WRAPPERS, (host.prepare_sampling, host.predict_noise, host.apply_model), strict=True):
-        patched.add_wrapper_with_key(kind, KEY, function)
-    for kind, function in zip(_CALLBACKS, (host.pre_run, host.cleanup), strict=True):
-        patched.add_callback_with_key(kind, KEY, function)
+    for kind, wrapper in zip(_WRAPPERS, (host.prepare_sampling, host.predict_noise, host.apply_model), strict=True):
+        patched.add_wrapper_with_key(kind, KEY, wrapper)
+    for kind, callback in zip(_CALLBACKS, (host.pre_run, host.cleanup), strict=True):
+        patched.add_callback_with_key(kind, KEY, callback)
     patched.set_attachments(KEY, host)
     return patched
 
