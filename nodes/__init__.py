@@ -8,8 +8,10 @@ import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 from .attention import Accelerate, AttentionReport, SparseAttention
+from .diffusion_upscale import PatchUpscaleVideo
 from .offload import LayerOffload, OffloadReport
 from .prompt import ShapesPrompt
+from .upscale import PatchUpscale, UpscaleReport
 
 DEFAULT_WEIGHTS = Path(__file__).parent.parent / "models" / "default"
 
@@ -20,7 +22,8 @@ class Tessera(ComfyExtension):
             folder_paths.add_model_folder_path(folder, str(DEFAULT_WEIGHTS / folder))
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [Accelerate, SparseAttention, AttentionReport, LayerOffload, OffloadReport, ShapesPrompt]
+        upscalers = [PatchUpscale, PatchUpscaleVideo, UpscaleReport]
+        return [Accelerate, SparseAttention, AttentionReport, LayerOffload, OffloadReport, *upscalers, ShapesPrompt]
 
 
 async def comfy_entrypoint() -> Tessera:

@@ -24,7 +24,10 @@ OWN_NODES = {
     "TesseraAttentionReport",
     "TesseraLayerOffload",
     "TesseraOffloadReport",
+    "TesseraPatchUpscale",
+    "TesseraPatchUpscaleVideo",
     "TesseraShapesPrompt",
+    "TesseraUpscaleReport",
 }
 PATCHES = {"TesseraAccelerate", "TesseraSparseAttention"}
 ONLY_IN_THE_GRAPH = {"MarkdownNote"}

@@ -185,7 +185,7 @@ class Tiling:
         progress.total = len(patches)
         weights = [axis.weights(factor) for axis, factor in zip(self.axes, scale, strict=True)]
         for patch in patches[progress.done :]:
-            part = x[_last(patch.slices)]
+            part = x[last(patch.slices)]
             out = operator(part if device is None else part.to(device))
             expected = [part.shape[part.ndim - len(size) + axis] * scale[axis] for axis in range(len(size))]
             if list(out.shape[out.ndim - len(size) :]) != expected:
@@ -197,7 +197,7 @@ class Tiling:
                 weight = weights[axis][index].to(x.device)
                 out = out * weight.view(-1, *(1,) * (len(size) - 1 - axis))
             target = tuple(slice(part.start * factor, part.stop * factor) for part, factor in zip(patch.slices, scale, strict=True))
-            progress._sum[_last(target)] += out
+            progress._sum[last(target)] += out
             progress.done += 1
             if on_patch is not None:
                 on_patch(progress, patch, progress._sum)
@@ -206,7 +206,7 @@ class Tiling:
         return result
 
 
-def _last(slices: tuple[slice, ...]) -> Any:
+def last(slices: tuple[slice, ...]) -> Any:
     """An index of the last axes."""
     return (..., *slices)
 

@@ -1,0 +1,221 @@
+"""Patch Upscale and Upscale Report."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.utils
+import torch
+from comfy_api.latest import io
+from PIL import Image
+from torch import Tensor
+
+from ..models.upscale.metrics import flicker, psnr, seam_excess, ssim
+from ..models.upscale.pictures import NAMED, Network, passes, plan, target_size, upscale
+from ..models.upscale.tiling import Progress
+
+CATEGORY = "Tessera/upscale"
+PREVIEW = 512  # pixels of the longer side
+_RESUME = "tessera_upscale"
+
+
+def size_input() -> Any:
+    """The widget of a target size."""
+    return io.DynamicCombo.Input(
+        "size",
+        options=[
+            io.DynamicCombo.Option(
+                "factor",
+                [io.Float.Input("factor", default=2.0, min=0.1, max=64.0, step=0.1, tooltip="Times as wide and as high. Need not be whole.")],
+            ),
+            io.DynamicCombo.Option(
+                "megapixels", [io.Float.Input("megapixels", default=8.0, min=0.01, max=1000.0, step=0.1, tooltip="Millions of pixels.")]
+            ),
+            io.DynamicCombo.Option(
+                "named", [io.Combo.Input("name", options=list(NAMED), tooltip="As large as fits; a portrait fits it turned on its side.")]
+            ),
+        ],
+        tooltip="How large. The aspect ratio is kept. The network runs as often as needed, and what is too much is scaled down.",
+    )
+
+
+def size_of(image: Tensor, size: dict[str, Any]) -> tuple[int, int]:
+    """(width, height) that the widget asks for, for an image `(batch, height, width, channels)`."""
+    kind = size["size"]
+    return target_size(image.shape[2], image.shape[1], **{{"named": "name"}.get(kind, kind): size["name" if kind == "named" else kind]})
+
+
+class PatchUpscale(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TesseraPatchUpscale",
+            display_name="Patch Upscale (network)",
+            category=CATEGORY,
+            description="Upscales pictures with an upscale model, patch by patch: any size in constant memory, without seams, alpha kept.",
+            search_aliases=["upscale image", "tiled upscale", "super resolution", "4k", "catanet"],
+            inputs=[
+                io.UpscaleModel.Input("upscale_model", tooltip="From Load Upscale Model."),
+                io.Image.Input("image", tooltip="A picture or a batch, RGB or RGBA (straight alpha). Each picture is upscaled by itself."),
+                size_input(),
+                io.Int.Input(
+                    "tile",
+                    default=256,
+                    min=64,
+                    max=4096,
+                    step=32,
+                    advanced=True,
+                    tooltip="Side of a patch, in pixels before upscaling. Smaller needs less memory. It is halved by itself when memory runs out.",
+                ),
+                io.Int.Input(
+                    "overlap",
+                    default=32,
+                    min=0,
+                    max=1024,
+                    step=8,
+                    advanced=True,
+                    tooltip="Pixels that neighbouring patches share. More is safer for networks that look far.",
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="image", tooltip="The upscaled pictures.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, tile, overlap):
+        if tile is not None and overlap is not None and overlap > tile // 2:
+            return f"overlap is {overlap} and tile {tile}; use at most {tile // 2}, half the tile"
+        return True
+
+    @classmethod
+    def execute(cls, upscale_model, image, size, tile, overlap) -> io.NodeOutput:
+        batch, height, width, channels = image.shape
+        if channels not in (1, 3, 4) or min(batch, height, width) < 1:
+            raise ValueError(f"image is {tuple(image.shape)} (pictures, height, width, channels); give at least one picture of 1, 3 or 4 channels")
+        target = size_of(image, size)
+        device = _load(upscale_model, image, tile)
+        network = _network(upscale_model)
+        count = passes(width, height, target, network.scale)
+        key = (target, tile, overlap)
+        resume = _unfinished(upscale_model, image, key)
+        results, progress = resume.results, resume.progress
+        bar = comfy.utils.ProgressBar(batch * 1000)
+        try:
+            for index in range(len(results), batch):
+
+                def on_patch(state: Progress, patch: Any, canvas: Tensor, index: int = index) -> None:
+                    bar.update_absolute(index * 1000 + round(1000 * state.done / state.total), batch * 1000, ("JPEG", _preview(canvas), PREVIEW))
+                    mm.throw_exception_if_processing_interrupted()
+
+                picture = image[index].movedim(-1, 0)
+                out = upscale(picture, network, target, tile=tile, overlap=overlap, progress=progress, on_patch=on_patch, device=device)
+                results.append(out.movedim(0, -1).to(mm.intermediate_device()))
+                progress = resume.progress = Progress()
+        except BaseException:
+            resume.keep(upscale_model)
+            raise
+        finally:
+            _unload(upscale_model)
+        patches = len(plan(height, width, tile, overlap).patches)
+        line = f"{width} x {height} to {target[0]} x {target[1]}: {count} x {network.scale}x network, {patches} patches"
+        line += "".join(f" · {reason}" for reason in progress.steps_down)
+        return io.NodeOutput(torch.stack(results), ui={"text": (line,)})
+
+
+class _Unfinished:
+    """Pictures and patches that an interrupted run had finished. It lives on the upscale model's object and dies with it."""
+
+    def __init__(self, image: Tensor, key: Any):
+        self.image, self.key = image, key
+        self.results: list[Tensor] = []
+        self.progress = Progress()
+
+    def keep(self, upscale_model: Any) -> None:
+        setattr(upscale_model, _RESUME, self)
+
+
+def _unfinished(upscale_model: Any, image: Tensor, key: Any) -> _Unfinished:
+    found = upscale_model.__dict__.pop(_RESUME, None)
+    if found is not None and found.key == key and found.image is image:
+        return found
+    return _Unfinished(image, key)
+
+
+def _network(upscale_model: Any) -> Network:
+    requirements = upscale_model.size_requirements
+    multiple = requirements.multiple_of
+    return Network(lambda x: upscale_model(x), int(upscale_model.scale), max(requirements.minimum, 1), max(multiple, 1))
+
+
+def _load(upscale_model: Any, image: Tensor, tile: int) -> torch.device:
+    """Bring the network to the device through ComfyUI's manager. 384 bytes an output pixel and channel is ComfyUI's own estimate."""
+    needed = tile * tile * 3 * image.element_size() * max(upscale_model.scale, 1.0) * 384.0
+    patcher = getattr(upscale_model, "patcher", None)
+    if patcher is not None:  # ComfyUI >= 0.3x
+        mm.load_models_gpu([patcher], memory_required=needed, force_full_load=True)
+        return patcher.load_device
+    device = mm.get_torch_device()
+    mm.free_memory(mm.module_size(upscale_model.model) + needed, device)
+    upscale_model.to(device)
+    return device
+
+
+def _unload(upscale_model: Any) -> None:
+    if getattr(upscale_model, "patcher", None) is None:
+        upscale_model.to("cpu")
+
+
+def _preview(canvas: Tensor) -> Image.Image:
+    step = max(math.ceil(max(canvas.shape[-2:]) / PREVIEW), 1)
+    small = canvas[..., ::step, ::step].clamp(0, 1).movedim(0, -1)
+    return Image.fromarray((small * 255).round().to(torch.uint8).cpu().numpy())
+
+
+class UpscaleReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TesseraUpscaleReport",
+            display_name="Upscale Report",
+            category=CATEGORY,
+            description="Seams, flicker and, with a reference, PSNR and SSIM of upscaled pictures, as figures.",
+            search_aliases=["psnr", "ssim", "seams", "upscale quality"],
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("image", tooltip="The upscaled pictures; a batch counts as a clip. They pass through unchanged."),
+                io.Image.Input("original", optional=True, tooltip="What they were upscaled from: tells where the patches met."),
+                io.Image.Input("reference", optional=True, tooltip="What they should look like, at the same size."),
+                io.Int.Input("tile", default=256, min=64, max=4096, step=32, tooltip="As in Patch Upscale."),
+                io.Int.Input("overlap", default=32, min=0, max=1024, step=8, tooltip="As in Patch Upscale."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="The pictures, unchanged."),
+                io.String.Output(display_name="report", tooltip="All figures as JSON."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, image, tile, overlap, original=None, reference=None) -> io.NodeOutput:
+        report: dict[str, float] = {"width": image.shape[2], "height": image.shape[1], "frames": image.shape[0]}
+        pictures = image.movedim(-1, 1)
+        if original is not None:
+            scale = image.shape[1] / original.shape[1]
+            if scale != int(scale):
+                raise ValueError(f"image is {scale:.3f} times as high as original; seams are measured at whole factors: leave original out")
+            cut = plan(original.shape[1], original.shape[2], tile, overlap)
+            report["seam_excess"] = sum(seam_excess(picture, cut, int(scale)) for picture in pictures) / len(pictures)
+        if len(pictures) > 2:
+            report["flicker"] = flicker(pictures)
+        if reference is not None:
+            if reference.shape[:3] != image.shape[:3]:
+                raise ValueError(
+                    f"reference is {tuple(reference.shape[:3])} and image {tuple(image.shape[:3])} (pictures, height, width); give the same size"
+                )
+            colours = min(image.shape[-1], reference.shape[-1], 3)
+            report["psnr"] = psnr(image[..., :colours], reference[..., :colours])
+            report["ssim"] = ssim(pictures[:, :colours], reference.movedim(-1, 1)[:, :colours])
+        line = ", ".join(f"{name} {value:.4g}" for name, value in report.items())
+        return io.NodeOutput(image, json.dumps(report), ui={"text": (line,), "tessera": (report,)})
