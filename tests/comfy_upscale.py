@@ -1,0 +1,116 @@
+"""Runs inside ComfyUI's Python (see test_comfy_upscale.py): fused windows with operators whose result is known, and the network node.
+
+    python comfy_upscale.py COMFYUI PACKAGE_PARENT
+
+Prints one JSON object per case.
+"""
+
+import json
+import sys
+
+COMFYUI, PACKAGE_PARENT = sys.argv[1:]
+sys.argv = sys.argv[:1]
+sys.path.insert(0, COMFYUI)
+sys.path.append(PACKAGE_PARENT)
+
+import torch  # noqa: E402
+from comfy.cli_args import args  # noqa: E402
+
+args.cpu = True
+torch.set_num_threads(1)
+
+import comfy.conds  # noqa: E402
+import utils.extra_config  # noqa: E402,F401  (first, as main.py does)
+
+import nodes  # noqa: E402
+from tessera.models.default import vocabulary  # noqa: E402
+from tessera.nodes import DEFAULT_WEIGHTS  # noqa: E402
+from tessera.nodes.windows import JointModulation  # noqa: E402
+
+
+def emit(case, **values):
+    print("RESULT " + json.dumps({"case": case, **values}), flush=True)
+
+
+def windows():
+    """The handler with operators in place of the model."""
+    torch.manual_seed(0)
+    for shape in ((1, 4, 40, 56), (2, 16, 9, 24, 34), (1, 4, 17 * 2, 23 * 2)):
+        for fusion in ("joint", "average"):
+            for frames in (0, 4):
+                x = torch.randn(shape)
+                seen = []
+
+                def identity(model, conds, part, timestep, options, seen=seen):
+                    seen.append((tuple(part.shape), options["transformer_options"].get("rope_options")))
+                    return [part, 2 * part]
+
+                handler = JointModulation(8, "canvas", frames, frames // 2, fusion)
+                options = {"transformer_options": {"mine": 1}}
+                out = handler.execute(identity, None, [[{}], [{}]], x, None, options)
+                error = max(float((out[0] - x).abs().max()), float((out[1] - 2 * x).abs().max()))
+                constant = handler.execute(lambda m, c, part, t, o: [torch.full_like(part, 0.5)], None, [[{}]], x, None, options)[0]
+                sides = {size[-2:] for size, _ in seen}
+                emit(
+                    f"windows {shape} {fusion} {frames}",
+                    error=error,
+                    constant=float((constant - 0.5).abs().max()),
+                    largest=max(max(side) for side in sides),
+                    shifts=sorted({(rope["shift_y"], rope["shift_x"]) for _, rope in seen}),
+                    untouched=options == {"transformer_options": {"mine": 1}},
+                    used=handler.should_use_context(None, None, x, None, options),
+                )
+    small = torch.randn(1, 4, 16, 16)
+    emit("small", used=JointModulation(8).should_use_context(None, None, small, None, {}))
+
+
+def conditions():
+    """What lies on the latent is cut like it; the rest is for all windows."""
+    x = torch.arange(40 * 40.0).view(1, 1, 40, 40)
+    cond = {
+        "model_conds": {"c_concat": comfy.conds.CONDNoiseShape(x.clone()), "c_crossattn": comfy.conds.CONDCrossAttn(torch.ones(1, 7, 8))},
+        "strength": 1.0,
+    }
+    equal, whole = [], []
+
+    def operator(model, conds, part, timestep, options):
+        inner = conds[0][0]["model_conds"]
+        equal.append(torch.equal(inner["c_concat"].cond, part))
+        whole.append(tuple(inner["c_crossattn"].cond.shape) == (1, 7, 8))
+        return [part]
+
+    JointModulation(8, "window").execute(operator, None, [[cond], None][:1], x, None, {"transformer_options": {}})
+    emit("conditions", cut=all(equal), whole=all(whole), windows=len(equal), untouched=torch.equal(cond["model_conds"]["c_concat"].cond, x))
+    try:
+        JointModulation(8).execute(operator, None, [[{**cond, "control": object()}]], x, None, {"transformer_options": {}})
+    except ValueError as error:
+        emit("control", error=str(error))
+
+
+def seams():
+    """One step's prediction of the default model, fused both ways: how much the seams of the grid stand out against other lines."""
+    model = nodes.UNETLoader().load_unet("tessera_shapes_t2v.safetensors", "default")[0]
+    positive = [[vocabulary.encode("red disc right"), {}]]
+    generator = torch.Generator().manual_seed(5)
+    latent = torch.randn(1, 16, 5, 48, 48, generator=generator)
+    result = {}
+    for fusion in ("joint", "average"):
+        patched = model.clone()
+        patched.model_options["context_handler"] = JointModulation(8, "window", fusion=fusion)
+        out = nodes.common_ksampler(patched, 3, 4, 1.0, "euler", "simple", positive, positive, {"samples": latent}, denoise=0.5)[0]["samples"]
+        lines = list(range(16, 48, 16)) if fusion == "joint" else list(range(8, 48, 8))
+        steps = (out.diff(dim=-1).abs().mean((0, 1, 2, 3)), out.diff(dim=-2).abs().mean((0, 1, 2, 4)))
+        on = sum(float(step[[line - 1 for line in lines]].mean()) for step in steps)
+        every = sum(float(step.mean()) for step in steps)
+        result[fusion] = on / every
+    emit("seams", **result)
+
+
+folder = DEFAULT_WEIGHTS / "diffusion_models"
+import folder_paths  # noqa: E402
+
+folder_paths.add_model_folder_path("diffusion_models", str(folder))
+with torch.inference_mode():
+    windows()
+    conditions()
+    seams()

@@ -1,0 +1,91 @@
+"""Upscaling in real ComfyUI, old and new: the fused windows with known operators in process, and the nodes through the server's queue."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import _installed
+from PIL import Image
+
+from tessera.cli.comfy_server import ComfyServer, PromptFailedError, PromptRefusedError
+
+HERE = Path(__file__).parent
+
+pytestmark = [pytest.mark.comfy, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["new", "old"])
+def results(request, package_path) -> dict[str, dict]:
+    install = _installed(old=request.param)
+    command = [install.python, HERE / "comfy_upscale.py", install.path, package_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return {line["case"]: line for line in lines}
+
+
+def test_windows_put_together_are_the_whole(results):
+    cases = [line for name, line in results.items() if name.startswith("windows")]
+    assert len(cases) == 12
+    for line in cases:
+        assert line["error"] < 5e-6 and line["constant"] < 1e-6
+        assert line["largest"] == 16, "a window of eight tokens has sixteen latent positions, never more"
+        assert line["used"] and line["untouched"]
+        assert [0.0, 0.0] in line["shifts"] and len(line["shifts"]) > 6
+    assert not results["small"]["used"]
+
+
+def test_conditions_are_cut_where_they_lie_on_the_latent(results):
+    assert results["conditions"]["cut"] and results["conditions"]["whole"] and results["conditions"]["untouched"]
+    assert results["conditions"]["windows"] > 4
+    assert "control net" in results["control"]["error"]
+
+
+def test_joint_modulation_has_less_seam_than_multidiffusion(results):
+    assert results["seams"]["joint"] < 1.0 < results["seams"]["average"]
+
+
+def clip_graph(**changes) -> dict[str, dict]:
+    """Five frames of 64 x 64 by the default model in two steps."""
+    return {
+        "1": {"class_type": "UNETLoader", "inputs": {"unet_name": "tessera_shapes_t2v.safetensors", "weight_dtype": "default"}},
+        "2": {"class_type": "VAELoader", "inputs": {"vae_name": "tessera_shapes_vae.safetensors"}},
+        "3": {"class_type": "TesseraShapesPrompt", "inputs": {"text": "red disc right"}},
+        "4": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 48, "batch_size": 6, "color": 0x804020}},
+        "5": {
+            "class_type": "TesseraPatchUpscaleVideo",
+            "inputs": {
+                **{"model": ["1", 0], "vae": ["2", 0], "positive": ["3", 0], "negative": ["3", 0], "image": ["4", 0]},
+                **{"size": "factor", "size.factor": 2.7, "denoise": 0.5, "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"},
+                **{"seed": 1, "tile": 64, "frames": 0, "coordinates": "canvas", "fusion": "joint", "colour": "wavelet", **changes},
+            },
+        },
+        "6": {"class_type": "TesseraUpscaleReport", "inputs": {"image": ["5", 0], "tile": 64, "overlap": 0}},
+        "7": {"class_type": "SaveImage", "inputs": {"images": ["6", 0], "filename_prefix": "up"}},
+    }
+
+
+@pytest.mark.parametrize("changes", [{"denoise": 0.1}, {"frames": 5, "coordinates": "window", "fusion": "average", "colour": "lab"}], ids=["joint", "average"])
+def test_a_clip_through_the_queue(any_comfy: ComfyServer, changes):
+    """Odd size, six frames (no 4 n + 1): as many come out, of the size asked for, and a plain picture keeps its colour to the border."""
+    outputs = any_comfy.run(clip_graph(**changes), timeout=600).outputs
+    pictures = [Image.open(io.BytesIO(any_comfy.fetch(file))) for file in outputs["7"]["images"]]
+    assert [picture.size for picture in pictures] == [(173, 130)] * 6
+    report = outputs["6"]["tessera"][0]
+    assert (report["width"], report["height"], report["frames"]) == (173, 130, 6) and report["flicker"] >= 0
+    if "denoise" in changes:  # little noise: a plain picture stays what it was, up to the border
+        for x, y in ((0, 0), (172, 0), (0, 129), (172, 129), (86, 65)):
+            assert all(abs(found - wanted) < 40 for found, wanted in zip(pictures[0].getpixel((x, y)), (0x80, 0x40, 0x20), strict=True))
+
+
+def test_bad_sizes_are_refused(any_comfy: ComfyServer):
+    with pytest.raises(PromptRefusedError, match=r"TesseraPatchUpscaleVideo \(node 5\).*factor"):
+        any_comfy.run(clip_graph(**{"size.factor": 0.0}))
+    graph = clip_graph()
+    graph["6"]["inputs"]["reference"] = ["4", 0]
+    with pytest.raises(PromptFailedError, match="give the same size"):
+        any_comfy.run(graph, timeout=600)
