@@ -612,6 +612,6 @@ CASES = {
 
 with torch.inference_mode():
     for case, run in CASES.items():
-        print("RESULT " + json.dumps({"case": case, **run()}), flush=True)  # noqa: T201  (what it prints is its result)
+        print("RESULT " + json.dumps({"case": case, **run()}), flush=True)
         mm.unload_all_models()
         gc.collect()

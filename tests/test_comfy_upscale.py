@@ -69,7 +69,10 @@ def clip_graph(**changes) -> dict[str, dict]:
     }
 
 
-@pytest.mark.parametrize("changes", [{"denoise": 0.1}, {"frames": 5, "coordinates": "window", "fusion": "average", "colour": "lab"}], ids=["joint", "average"])
+OTHER = {"frames": 5, "coordinates": "window", "fusion": "average", "colour": "lab"}
+
+
+@pytest.mark.parametrize("changes", [{"denoise": 0.1}, OTHER], ids=["joint", "average"])
 def test_a_clip_through_the_queue(any_comfy: ComfyServer, changes):
     """Odd size, six frames (no 4 n + 1): as many come out, of the size asked for, and a plain picture keeps its colour to the border."""
     outputs = any_comfy.run(clip_graph(**changes), timeout=600).outputs
