@@ -442,3 +442,46 @@ def test_blocks_are_found_by_structure():
     assert [block.name for block in find_blocks(stages)] == ["1", "2"]
     lists = nn.ModuleList(nn.ModuleList(Layer() for _ in range(2)) for _ in range(2))
     assert [block.name for block in find_blocks(lists)] == ["0.0", "0.1", "1.0", "1.1"]
+
+
+def test_the_plan_follows_the_compute():
+    """Compute and transfer in balance take a third slot; when the blocks get slower, two are enough again and another block can stay."""
+    module = Network(24)
+    cost = {"now": 0.0, "block": 1.0}
+
+    class Clock(CpuArena):
+        """Real memory, and time as the test says."""
+
+        def record(self):
+            return cost["now"]
+
+        def bandwidth(self, *, pinned):
+            return size / 1.25  # a copy takes 1.25 of the first second a block
+
+    class Counting(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x):
+            cost["now"] += cost["block"]
+            return self.block(x)
+
+    module.blocks = nn.ModuleList(Counting(block) for block in module.blocks)
+    size = find_blocks(module)[0].nbytes + 256 * 9
+    x = torch.randn(1, 3, 8)
+    with torch.no_grad():
+        expected = module(x)
+        with tessera.offload(module, gigabytes(module, 24 * 0.2 + 2.2), device=Clock()) as handle:
+            assert handle.plan.slots == 2
+            for _ in range(3):
+                assert torch.equal(module(x), expected)
+            assert handle.plan.slots == 3
+            predicted = handle.report()["predicted"]
+            assert predicted["step_seconds"] == pytest.approx(predicted["bound_seconds"], rel=0.01)
+            residents = len(handle.plan.resident)
+            cost["block"] = 5.0  # a larger picture: transfers hide anyway
+            for _ in range(3):
+                assert torch.equal(module(x), expected)
+            assert handle.plan.slots == 2 and len(handle.plan.resident) == residents + 1
+            assert handle.report()["plans"] == 3
