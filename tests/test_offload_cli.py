@@ -96,8 +96,8 @@ def test_cards_are_found_by_any_spelling():
 def test_the_answer(wan):
     text = "\n".join(lines(wan, 8, "RTX 3060", "81x480x832", None, None))
     assert "40 blocks, 26.17 GB" in text and "32760 tokens" in text
-    assert "resident: 9 blocks stay, 2 slots" in text and "100% hidden" in text
-    assert "superpipeline: k = 11, k' = 1" in text
+    assert "resident: 10 blocks stay, 2 slots" in text and "100% hidden" in text
+    assert "superpipeline: k = 12, k' = 1" in text
     assert "Prediction, not a measurement" in text and "4.0 of 12 GB are left" in text
     image = "\n".join(lines(wan, 8, "RTX 4090", "512x512", None, None))
     assert "t/c = 3.8" in image  # the link is the bottleneck, and is said to be
