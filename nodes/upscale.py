@@ -85,7 +85,9 @@ class PatchUpscale(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, tile, overlap):
+    def validate_inputs(cls, tile, overlap, size=None):
+        if size is None:  # ComfyUI leaves out a choice that it does not know
+            return "size is not known; use factor, megapixels or named"
         if tile is not None and overlap is not None and overlap > tile // 2:
             return f"overlap is {overlap} and tile {tile}; use at most {tile // 2}, half the tile"
         return True
