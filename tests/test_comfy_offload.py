@@ -370,3 +370,15 @@ def test_through_the_queue_on_a_gpu(server_with_gpu: ComfyServer):
     assert reports[1]["resident_bytes"] < 0.7 * reports[1]["weights_bytes"]
     assert "MB streamed a step" in results[1].outputs["6"]["text"][0]
     assert len({latent(server_with_gpu, result) for result in results}) == 1
+
+
+def test_the_library_streams_comfyuis_quantized_formats(package_path):
+    """FP8, NVFP4 and INT8 tensors, values and scales: bitwise, and their own bytes are copied, not those of a float."""
+    install = _installed(old=False)
+    done = subprocess.run([install.python, HERE / "comfy_quantized.py", install.path, package_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert len(rows) == 3
+    for row in rows:
+        assert row["equal"] and row["after"], row["case"]
+        assert 0 < row["copied"] < 4.5 * row["nbytes"]
