@@ -15,7 +15,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import comfy.model_management as mm
@@ -26,7 +28,8 @@ from server import PromptServer
 
 from ..models.offload.blocks import Block, find_blocks
 from ..models.offload.devices import CudaDevice
-from ..models.patchers.offload_report import GB, BlockSpan, OffloadReport, Split, StepSpan, size, summary
+from ..models.offload.memory import nbytes_of
+from ..models.patchers.offload_report import GB, BlockSpan, ModuleSpan, OffloadReport, Split, StepSpan, size, summary
 from ..models.patchers.report import clock
 
 try:  # ComfyUI >= 0.21
@@ -40,7 +43,7 @@ LIMITS = (USE_AT_MOST, LEAVE_FREE)
 AUTO, RESIDENT, SUPERPIPELINE = "auto", "resident", "superpipeline"
 POLICIES = (AUTO, RESIDENT, SUPERPIPELINE)
 RECORDED_CALLS = 64  # model calls whose blocks are timed: enough for medians, and no growth with the number of steps
-CURVE_STEPS = 2  # steps whose memory is read block by block
+CURVE_STEPS = 2  # steps whose memory is read block by block, and whose streamed modules are timed
 COMPILE_KEY = "torch.compile"  # ComfyUI's own key for compiled models
 _WRAPPERS = (WrappersMP.PREPARE_SAMPLING, WrappersMP.PREDICT_NOISE, WrappersMP.APPLY_MODEL)
 _CALLBACKS = (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_CLEANUP)
@@ -188,6 +191,7 @@ class _MemoryHost:
             report.notes.append("blocks are not timed in a compiled model")
         else:
             self._add_hooks(report, device)
+            self._add_module_hooks(report, patcher)
 
     def predict_noise(self, executor, *args, **kwargs):
         """PREDICT_NOISE wrapper: one evaluation for all conditions, which is what a step costs."""
@@ -224,6 +228,9 @@ class _MemoryHost:
             _call(_vbar(patcher), "set_watermark_limit", 0)
         if device.type == "cuda":
             self._measure(report, patcher, device)
+        if report.resident < report.weights and report.steps and report.steps[-1].end is not None:  # not where memory has just run out
+            with suppress(RuntimeError):  # no room to measure in, on the device or in pinned memory: the run was good all the same
+                report.bytes_per_second = _link(device)
         self.result = report.as_dict()
         if device.type == "cuda" and self.result["seconds_per_step"] is not None and not self.result["streamed_bytes"]:
             _measured(patcher)["seconds", self.shape] = self.result["seconds_per_step"]
@@ -318,6 +325,42 @@ class _MemoryHost:
 
         return before, after
 
+    def _add_module_hooks(self, report: OffloadReport, patcher: Any) -> None:
+        """Time what ComfyUI streams, module by module as it does."""
+        device, dynamic = patcher.load_device, report.backend == "dynamic"
+        report.streams = mm.NUM_STREAMS
+        if mm.is_device_cpu(device):
+            report.copies_unknown = "none: this model runs on the CPU, and there is no link to copy over"
+        elif self.ahead is not None:
+            report.copies_unknown = "not predicted: blocks are fetched ahead in groups"
+        if report.no_effect is not None or report.copies_unknown is not None:
+            return
+        block_of = {id(part): index for index, block in enumerate(self.blocks) for part in block.module.modules()}
+        for module in patcher.model.modules():
+            if hasattr(module, "_v_signature") if dynamic else _is_streamed(module, device):
+                before, after = self._module_hooks(report, block_of.get(id(module)), nbytes_of(module), device, dynamic)
+                self.handles.append(module.register_forward_pre_hook(before))
+                self.handles.append(module.register_forward_hook(after))
+
+    def _module_hooks(self, report: OffloadReport, block: int | None, nbytes: int, device: torch.device, dynamic: bool) -> tuple[Callable, Callable]:
+        open_span: list[ModuleSpan] = []
+
+        def before(module: Any, inputs: Any) -> None:
+            open_span.clear()
+            if len(report.steps) > CURVE_STEPS or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+                return
+            if hasattr(module, "_prefetch"):  # ComfyUI has fetched it with its whole block
+                report.copies_unknown = "not predicted: ComfyUI fetches this model's blocks ahead"
+                return
+            open_span.append(ModuleSpan(max(len(report.steps) - 1, 0), block, nbytes, clock(device), None))
+
+        def after(module: Any, inputs: Any, output: Any) -> None:
+            if open_span and not (dynamic and module._v_signature is not None):  # with one it has a place on the device
+                open_span[0].end = clock(device)
+                report.modules.append(open_span.pop())
+
+        return before, after
+
     def _measure(self, report: OffloadReport, patcher: Any, device: torch.device) -> None:
         """Peak of the run, and what it holds beside weights, kept for the next run of this shape."""
         peak = torch.cuda.max_memory_allocated(device)
@@ -326,11 +369,6 @@ class _MemoryHost:
         pages = _vbar(patcher) if report.backend == "dynamic" else None
         report.peak = peak + (pages.loaded_size() if pages is not None else 0)  # torch does not count the pages of the range
         report.resident_step_seconds = _measured(patcher).get(("seconds", self.shape))
-        if report.resident_step_seconds is not None and report.resident < report.weights:
-            link = ("link", ())
-            if link not in _measured(patcher):
-                _measured(patcher)[link] = CudaDevice(device).bandwidth(pinned=getattr(mm, "MAX_PINNED_MEMORY", 0) > 0)
-            report.bytes_per_second = _measured(patcher)[link]
 
     def _remove_hooks(self) -> None:
         for handle in self.handles:
@@ -465,6 +503,23 @@ def _call(vbar: Any, name: str, nbytes: int) -> bool:
         return False
     getattr(vbar, name)(int(nbytes))
     return True
+
+
+def _is_streamed(module: Any, device: torch.device) -> bool:
+    """Whether ComfyUI's ModelPatcher has left this layer's weights off the device, to be copied at every use."""
+    weight = next(module.parameters(recurse=False), None)
+    return (
+        hasattr(module, "comfy_cast_weights")
+        and not getattr(module, "comfy_patched_weights", False)
+        and weight is not None
+        and weight.device != device
+    )
+
+
+@cache
+def _link(device: torch.device) -> float | None:
+    """Bytes per second from host memory, pinned where ComfyUI pins, to the device: measured once. None where there is no way to."""
+    return CudaDevice(device).bandwidth(pinned=mm.MAX_PINNED_MEMORY > 0) if device.type == "cuda" else None
 
 
 def _measured(patcher: Any) -> dict[tuple[str, tuple[int, ...]], Any]:

@@ -109,7 +109,7 @@ class OffloadReport(io.ComfyNode):
             ],
             outputs=[
                 io.Latent.Output(display_name="samples", tooltip="The samples, unchanged."),
-                io.Image.Output(display_name="time line", tooltip="Blocks of one step over time, copies where known, memory against the limit."),
+                io.Image.Output(display_name="time line", tooltip="Blocks of one step over time, the copies as predicted, memory against the limit."),
                 io.String.Output(display_name="report", tooltip="All figures as JSON."),
             ],
         )

@@ -181,6 +181,45 @@ def run_policies():
     return result
 
 
+def run_copies():
+    """What the report says ComfyUI copies, against what its own cast function was called for; the link is pretended."""
+    model = load()
+    stock = sample(model)
+    smallest, everything = limits(model)
+    calls, cast, link, streams = [], comfy.ops.cast_bias_weight, memory._link, mm.NUM_STREAMS
+
+    def spy(module, *args, **kwargs):
+        calls.append(sum(tensor.nbytes for tensor in (module.weight, module.bias) if tensor is not None))
+        return cast(module, *args, **kwargs)
+
+    result = {}
+    for name, limit, rate, mm.NUM_STREAMS in (
+        ("no link", smallest, None, 2),
+        ("two streams", smallest, 2e9, 2),
+        ("no stream", smallest, 2e9, 0),
+        ("nothing streamed", everything, 2e9, 2),
+    ):
+        memory._link = lambda device, rate=rate: rate
+        patched = limited(model, limit)
+        calls.clear()
+        comfy.ops.cast_bias_weight = spy
+        same = torch.equal(sample(patched), stock)
+        comfy.ops.cast_bias_weight = cast
+        report = last_report(patched)
+        image = picture(report, summary(report))
+        result[name] = {"bitwise": same, "calls": len(calls), "bytes": sum(calls), "report": report, "line": summary(report)}
+        result[name].update({"hooks": forward_hooks(model), "picture": list(image.shape)})
+
+    def full(device):
+        raise torch.cuda.OutOfMemoryError("no room for 64 MB")
+
+    memory._link = full
+    patched = limited(model, smallest)
+    result["no room to measure"] = {"bitwise": torch.equal(sample(patched), stock), "report": last_report(patched)}
+    memory._link, mm.NUM_STREAMS = link, streams
+    return result
+
+
 def run_lora():
     """The error against the fully loaded run, with our limit and with stock's own partial load of as many weights."""
     model = load(dtype=torch.bfloat16)  # rounding a patched weight to 16 bits is where a partial load differs
@@ -590,6 +629,18 @@ def run_dynamic():
         result[name] = {"bitwise": same, "fetched": fetched, "left": left, "report": last_report(patched), "events": list(events)}
     memory.model_prefetch = real
 
+    streamed = []
+    for index, block in enumerate(find_blocks(model.model.diffusion_model)):
+        for module in block.module.modules():
+            if hasattr(module, "comfy_cast_weights") and module.weight is not None:
+                module._v, module._v_signature = object(), None if index >= 3 else 7  # as above and below the watermark
+                streamed += [mm.module_size(module)] if index >= 3 else []
+    link, memory._link = memory._link, lambda device: 2e9
+    patched = limited(model, smallest)
+    same = torch.equal(sample(patched), stock)
+    result["copies"] = {"bitwise": same, "report": last_report(patched), "streamed": streamed}
+    memory._link = link
+
     old_events = []
     old = dynamic(old_events, OldVbar)
     patched = limited(old, smallest)
@@ -601,6 +652,7 @@ CASES = {
     "limits, video": lambda: run_limits(load, COND, SHAPE),
     "limits, image": lambda: run_limits(flux, conditioning(8, 768, pooled_output=torch.zeros(1, 768), guidance=3.5), (1, 16, 8, 8)),
     "policies": run_policies,
+    "copies": run_copies,
     "lora": run_lora,
     "together": run_together,
     "failures": run_failures,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import subprocess
@@ -109,6 +110,49 @@ def test_superpipeline_keeps_a_window(results):
         assert run["loaded"] <= report["weights_budget_bytes"]
         assert report["notes"] == ["k_prime has no effect: without DynamicVRAM, ComfyUI looks ahead by layers, by itself"]
     assert runs[0]["loaded"] < runs[1]["loaded"]
+
+
+@pytest.mark.parametrize("case", ["two streams", "no stream"])
+def test_the_predicted_copies_are_those_that_core_makes(results, case):
+    """As many, and as many bytes, as ComfyUI's own cast function was called for; on the measured time line, one at a time."""
+    run = results["copies"][case]
+    report = run["report"]
+    predicted, timeline, steps = report["predicted"], report["timeline"], report["steps"]
+    copies = predicted["copies"]
+    assert run["bitwise"] and not run["hooks"]
+    assert len(copies) * steps == run["calls"] > 20
+    assert predicted["copied_bytes"] * steps == run["bytes"]
+    assert predicted["copied_bytes"] == pytest.approx(report["copied_bytes_per_step"], rel=0.02), "but for weights that no layer reads"
+    assert predicted["bytes_per_second"] == report["link_bytes_per_second"] == 2e9
+    assert all(start <= waited <= end <= timeline["seconds"] for _, start, waited, end in copies)
+    assert all(before[3] <= after[1] for before, after in itertools.pairwise(copies))
+    assert sum(end - waited for _, _, waited, end in copies) == pytest.approx(predicted["wait_seconds"])
+    assert sum(end - start for _, start, _, end in copies) == pytest.approx(predicted["copy_seconds"])
+    assert predicted["hidden_share"] == pytest.approx(1 - predicted["wait_seconds"] / predicted["copy_seconds"])
+    for block, _, waited, end in copies:
+        if block is not None and waited < end:
+            spans = [(begin, done) for index, begin, done in timeline["compute"] if index == block]
+            assert any(begin <= waited and end <= done + 1e-6 for begin, done in spans), "a block waits for its copies within its own time"
+    assert f"predicted: {predicted['hidden_share']:.0%} of the copies hidden" in run["line"]
+    assert predicted["streams"] == {"two streams": 2, "no stream": 0}[case]
+    assert predicted["hidden_share"] == 0 if case == "no stream" else predicted["hidden_share"] > 0
+
+
+@pytest.mark.parametrize(
+    ("case", "missing"),
+    [("no link", "not predicted: the rate of the link was not measured"), ("nothing streamed", "none: every weight stays where it is")],
+)
+def test_without_a_link_or_a_copy_none_is_predicted(results, case, missing):
+    run = results["copies"][case]
+    assert run["bitwise"]
+    assert (run["report"]["predicted"], run["report"]["predicted_missing"]) == (None, missing)
+    assert run["picture"][0] == 1
+
+
+def test_a_link_that_cannot_be_measured_does_not_spoil_the_run(results):
+    run = results["copies"]["no room to measure"]
+    assert run["bitwise"]
+    assert run["report"]["predicted_missing"] == "not predicted: the rate of the link was not measured"
 
 
 def test_leave_free_leaves_free(results):
@@ -234,6 +278,7 @@ def test_on_a_cpu_the_limit_has_no_effect_and_says_so(results):
     assert run["line"].startswith("use at most 0.1 GB had no effect: this model runs on the CPU, where everything lives in RAM")
     assert run["report"]["backend"] == "none"
     assert run["report"]["streamed_bytes"] == run["hooks"] == 0
+    assert run["report"]["predicted_missing"] == "none: this model runs on the CPU, and there is no link to copy over"
 
 
 def test_dynamic_sets_the_watermark_after_every_load(results):
@@ -251,6 +296,17 @@ def test_dynamic_sets_the_watermark_after_every_load(results):
         assert run["others_hold"] + report["resident_bytes"] <= report["limit_bytes"] - report["activation_bytes"] - report["reserve_bytes"]
         assert run["other"][0][0] == "free_memory", "the other model's pages are given back as far as the limit demands"
     assert dynamic["bypass"] == {"bitwise": True, "events": [["prioritize"]], "loaded": dynamic["fully"]}
+
+
+def test_dynamic_copies_are_of_the_modules_without_a_page(results):
+    """Layers without a signature are streamed at every use; the others are on the device. With a look-ahead, nothing is predicted."""
+    run = results["dynamic"]["copies"]
+    predicted = run["report"]["predicted"]
+    assert run["bitwise"]
+    assert len(predicted["copies"]) == len(run["streamed"])
+    assert predicted["copied_bytes"] == sum(run["streamed"])
+    assert {block for block, *_ in predicted["copies"]} == {3, 4, 5}
+    assert results["dynamic"]["look ahead"]["report"]["predicted_missing"] == "not predicted: blocks are fetched ahead in groups"
 
 
 def test_dynamic_interrupt(results):
@@ -370,6 +426,26 @@ def test_through_the_queue_on_a_gpu(server_with_gpu: ComfyServer):
     assert reports[1]["resident_bytes"] < 0.7 * reports[1]["weights_bytes"]
     assert "MB streamed a step" in results[1].outputs["6"]["text"][0]
     assert len({latent(server_with_gpu, result) for result in results}) == 1
+    assert [report["predicted_missing"] for report in reports] == [
+        "none: every weight stays where it is",
+        "not predicted: the rate of the link was not measured",
+    ]
+
+    linked = graph(smallest)
+    linked["8"] = {"class_type": "PretendLink", "inputs": {"model": ["1", 0], "rate": 1e9}}
+    linked["2"]["inputs"]["model"] = ["8", 0]
+    drawn = server_with_gpu.run(linked, timeout=300)
+    predicted = drawn.outputs["6"]["tessera"][0]["predicted"]
+    assert predicted["streams"] == 2
+    assert len(predicted["copies"]) > 10
+    assert predicted["copied_bytes"] == pytest.approx(reports[1]["copied_bytes_per_step"], rel=0.02)
+    assert f"predicted: {predicted['hidden_share']:.0%} of the copies hidden" in drawn.outputs["6"]["text"][0]
+    rows = [
+        Image.open(io.BytesIO(server_with_gpu.fetch(result.outputs["6"]["images"][0]))).convert("RGB").crop((90, 97, 746, 121))
+        for result in (drawn, results[1])
+    ]
+    blue = [sum(count for count, (red, _, colour) in row.getcolors(1 << 16) if colour > red + 80) for row in rows]
+    assert blue[0] > 0 == blue[1], "copies in the colours of their blocks, or words"
 
 
 def test_the_library_streams_comfyuis_quantized_formats(package_path):

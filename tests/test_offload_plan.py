@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessera.models.offload.devices import VirtualDevice
-from tessera.models.offload.planner import choose, device_bytes, predict, run_pass, smallest_budget
+from tessera.models.offload.planner import choose, device_bytes, predict, replay, run_pass, smallest_budget
 from tessera.models.offload.schedule import Plan, Scheduler, resident, superpipeline
 
 RATIOS = (0.25, 0.5, 0.75, 0.9, 1, 1.1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 6, 8)
@@ -154,3 +154,76 @@ def test_plans_that_cannot_be():
         superpipeline(10, 4, 0)
     assert resident(5, 3, 2).streamed == []  # two slots for two blocks: they may as well stay
     assert superpipeline(5, 7, 2).streamed == []
+
+
+def host_in_turn(sizes, compute, between, streams: int, rate: float):
+    """A host that streams by module over `streams` clocks, after comfy.model_management.get_offload_stream and sync_stream, word for word.
+
+    Returns (begins, ends, copies): when compute reached each module and left it, and each copy's (start, wait, end).
+    """
+    device = VirtualDevice(sizes, compute, rate)
+    device.now = between[0]
+    clocks, turn = [device.now] * streams, 0
+    begins, ends, copies = [], [], []
+    for index in range(len(sizes)):
+        begins.append(device.now)
+        buffer, _ = device.alloc(sizes[index])
+        if streams:
+            clocks[turn] = max(clocks[turn], device.now)  # the stream of the module before waits for the compute stream
+            turn = (turn + 1) % streams
+            start, done = device.copy(buffer, index, clocks[turn])
+            clocks[turn] = done
+        else:
+            start, done = device.copy(buffer, index, device.now)
+        device.wait(done)
+        copies.append((start, device.now - begins[-1], done))
+        device.compute(index)
+        ends.append(device.now)
+        device.now += between[(index + 1) % len(between)]
+    return begins, ends, copies
+
+
+@given(
+    modules=st.lists(st.tuples(st.integers(1, 9), st.floats(0, 9), st.floats(0, 5)), min_size=1, max_size=20),
+    streams=st.integers(0, 4),
+    rate=st.sampled_from([0.25, 1.0, 4.0]),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_replay_of_measured_modules_finds_the_copies_again(modules, streams, rate):
+    """From nothing but the times of the modules, their bytes, and the link."""
+    sizes, compute, between = zip(*modules, strict=True)
+    begins, ends, expected = host_in_turn(sizes, compute, between, streams, rate)
+    for copy, (start, wait, end), begin in zip(replay(sizes, begins, ends, rate, streams), expected, begins, strict=True):
+        assert copy.start == pytest.approx(start) and copy.end == pytest.approx(end)
+        assert copy.end - copy.waited == pytest.approx(wait, abs=1e-9)
+        assert copy.start <= copy.waited <= copy.end and not (copy.end > begin and copy.waited > begin + 1e-9)
+
+
+@pytest.mark.parametrize(("streams", "hidden"), [(0, 0), (1, 0), (2, 9)])
+def test_replay_against_closed_forms(streams, hidden):
+    """Ten modules of 3 s compute and 2 s copy: a step of n (c + t) where nothing overlaps, else n c + t, of which only the first t is waited for."""
+    count, compute, copy = 10, 3.0, 2.0
+    step = count * (compute + copy) if streams < 2 else count * compute + copy
+    lengths = [compute + copy] * count if streams < 2 else [compute + copy, *[compute] * (count - 1)]
+    ends = [sum(lengths[: index + 1]) for index in range(count)]
+    copies = replay([2] * count, [0.0, *ends[:-1]], ends, 1.0, streams)
+    waited = [copy.end - copy.waited for copy in copies]
+    assert ends[-1] == step == pytest.approx(count * compute + sum(waited))
+    assert sum(copy.end - copy.start for copy in copies) == pytest.approx(count * copy)
+    assert waited == pytest.approx([copy] * (count - hidden) + [0.0] * hidden)
+    assert not any(copy.early for copy in copies)
+
+
+def test_copies_longer_than_compute_hide_only_that_much():
+    """t = 3, c = 1, two streams: every module but the first waits for t - c."""
+    ends = [4.0 + 3 * index for index in range(6)]
+    copies = replay([3] * 6, [0.0, *ends[:-1]], ends, 1.0, 2)
+    assert [copy.end - copy.waited for copy in copies] == pytest.approx([3.0] + [2.0] * 5)
+
+
+def test_a_module_that_ended_before_its_copy_could_is_told():
+    """The link brings one byte a second; the second module took half a second for two bytes. The third is not held up by what did not happen."""
+    copies = replay([1, 2, 1], [0.0, 2.0, 4.0], [1.5, 2.5, 6.0], 1.0, 1)
+    assert [copy.early for copy in copies] == [False, True, False]
+    assert (copies[1].end, copies[2].start, copies[2].end) == (2.5, 4.0, 5.0)
+    assert replay([1], [-5.0], [0.0], 1.0, 2)[0].start == -5.0, "whatever the clock counts from"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
-from tessera.models.patchers.offload_report import GB, BlockSpan, OffloadReport, Split, StepSpan, picture, size, summary
+from tessera.models.patchers.offload_report import GB, BlockSpan, ModuleSpan, OffloadReport, Split, StepSpan, picture, size, summary
 
 
 def make_report(**changes) -> OffloadReport:
@@ -22,6 +24,21 @@ def make_report(**changes) -> OffloadReport:
             report.spans.append(BlockSpan(step, index, start, start + 0.5, memory=(5 + index % 2) * GB))
     for name, value in changes.items():
         setattr(report, name, value)
+    return report
+
+
+def add_modules(report: OffloadReport) -> OffloadReport:
+    """Two steps of 8 s; in each, four modules that compute 1 s, 1.5 s apart, with copies of 1 s on two streams.
+
+    The first of a run is waited for. After it, each copy has the second and a half since the module before was reached, the first of the
+    second step even more: nothing is waited for there.
+    """
+    report.streams = 2
+    for step in range(2):
+        for index in range(4):
+            start = 10.0 * step + 1.5 * index + (1 if step or index else 0)
+            first = step == index == 0
+            report.modules.append(ModuleSpan(step, index if index else None, GB, start, start + (1 if not first else 2)))
     return report
 
 
@@ -54,6 +71,100 @@ def test_hidden_share(alone, hidden):
     """5 GB a step at 1 GB/s: what a step lost against one without copies was not hidden."""
     report = make_report(bytes_per_second=float(GB), resident_step_seconds=alone)
     assert report.as_dict()["hidden_share"] == pytest.approx(hidden)
+
+
+def test_copies_are_predicted_on_the_measured_modules():
+    report = add_modules(make_report(bytes_per_second=float(GB)))
+    predicted = report.as_dict()["predicted"]
+    assert predicted["hidden_share"] == pytest.approx(1.0)
+    assert predicted["copied_bytes"] == 4 * GB
+    assert predicted["copy_seconds"] == pytest.approx(4.0)
+    assert predicted["copies"][0] == pytest.approx([None, -4.5, -3.5, -3.5]), "once the last module of the step before was reached"
+    assert predicted["copies"][1] == pytest.approx([1, 1.0, 2.0, 2.0])
+    assert json.loads(json.dumps(predicted)) == predicted
+    del report.steps[1:], report.modules[4:], report.spans[4:]
+    alone = report.as_dict()["predicted"]
+    assert alone["hidden_share"] == pytest.approx(0.75), "a run's first copy has nothing to hide behind"
+    assert alone["copies"][0] == [None, 0.0, 0.0, 1.0]
+
+
+class Event:
+    """torch.cuda.Event as far as it is read: milliseconds between two, once the device has reached them."""
+
+    def __init__(self, second: float):
+        self.second, self.reached = second, False
+
+    def synchronize(self):
+        self.reached = True
+
+    def elapsed_time(self, end: Event) -> float:
+        return (end.second - self.second) * 1e3
+
+
+def test_events_of_a_device_give_what_seconds_give():
+    expected = add_modules(make_report(bytes_per_second=float(GB))).as_dict()
+    report = add_modules(make_report(bytes_per_second=float(GB)))
+    timed = (report.steps, report.spans, report.modules)
+    for span in (span for spans in timed for span in spans):
+        span.start, span.end = Event(span.start), Event(span.end)
+    found = report.as_dict()
+    assert [spans[-1].end.reached for spans in timed] == [True] * 3
+    assert found["predicted"].pop("copies")[1] == pytest.approx(expected["predicted"].pop("copies")[1])
+    assert found["predicted"] == pytest.approx(expected["predicted"])
+
+
+@pytest.mark.parametrize("streams", [0, 1])
+def test_without_overlap_no_copy_is_hidden(streams):
+    report = add_modules(make_report(bytes_per_second=2.0 * GB))
+    report.streams = streams
+    figures = report.as_dict()
+    assert figures["predicted"]["hidden_share"] == 0
+    assert figures["predicted"]["wait_seconds"] == pytest.approx(2.0)
+    assert "predicted: 0% of the copies hidden" in summary(figures)
+
+
+def test_predicted_and_measured_share_stand_beside_each_other():
+    report = add_modules(make_report(bytes_per_second=float(GB), resident_step_seconds=5.5))
+    assert "50% of the copies hidden, predicted 100%" in summary(report.as_dict())
+    report.resident_step_seconds = None
+    assert "predicted: 100% of the copies hidden" in summary(report.as_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"bytes_per_second": None}, "not predicted: the rate of the link was not measured"),
+        ({"modules": []}, "not predicted: no step has times of its modules"),
+        ({"spans": []}, "not predicted: no step has times of its modules"),
+        ({"resident": make_report().weights}, "none: every weight stays where it is"),
+        ({"no_effect": "on several GPUs"}, "not predicted: on several GPUs"),
+        ({"no_effect": "on the CPU", "copies_unknown": "none: there is no link"}, "none: there is no link"),
+    ],
+)
+def test_a_prediction_without_its_inputs_says_which_is_missing(changes, reason):
+    report = add_modules(make_report(bytes_per_second=float(GB)))
+    assert report.as_dict()["predicted_missing"] is None
+    for name, value in changes.items():
+        setattr(report, name, value)
+    figures = report.as_dict()
+    assert (figures["predicted"], figures["predicted_missing"]) == (None, reason)
+    assert "predicted" not in summary(figures)
+    assert not orange(figures).any()
+
+
+def orange(figures: dict) -> torch.Tensor:
+    """Columns of the row of copies where the device is drawn waiting."""
+    row = picture(figures, "")[0, 58 + 26 + 12 + 2]
+    return (row[:, 0] > 0.8) & (row[:, 2] < 0.3)
+
+
+def test_the_picture_shows_what_was_waited_for():
+    """2 of 8 s of waiting: a quarter of the time axis is orange."""
+    report = add_modules(make_report(bytes_per_second=2.0 * GB))
+    report.streams = 1
+    assert int(orange(report.as_dict()).sum()) == pytest.approx((760 - 14 - 90) / 4, abs=8)
+    report.streams = 2
+    assert not orange(report.as_dict()).any()
 
 
 def test_line():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,6 +64,35 @@ def run_pass(scheduler: Scheduler, device: VirtualDevice, backward: float = 0.0)
         scheduler.acquire(block, BACKWARD)
         device.compute(block, backward)
         scheduler.release(block)
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A predicted copy on the link, in seconds. waited: from here to `end` the compute stream stood still for it."""
+
+    start: float
+    waited: float
+    end: float
+    early: bool  # its module was measured to end before the link could have brought all of it: `end` is when the module ended
+
+
+def replay(nbytes: Sequence[int], begins: Sequence[float], ends: Sequence[float], bytes_per_second: float, streams: int) -> list[Copy]:
+    """When a host that streams module by module must have copied, from the measured times of the modules on the compute stream.
+
+    One entry for each run of a streamed module, in order: bytes of its weights, and seconds at which the compute stream reached it and was
+    done with it, the wait for the weights included. `streams` copy streams are used in turn, as ComfyUI does (comfy.model_management's
+    get_offload_stream): whenever a module is reached, the stream of the one before is told to wait for the compute queued so far. So a copy
+    begins once compute has reached the module `streams` - 1 before, and with one stream, or none, nothing overlaps. The link makes one copy
+    at a time; the host is taken to queue ahead of the device.
+    """
+    copies: list[Copy] = []
+    free, ahead = -math.inf, max(streams, 1) - 1
+    for index, (size, begin, end) in enumerate(zip(nbytes, begins, ends, strict=True)):
+        start = max(free, begins[max(index - ahead, 0)])
+        arrived = start + size / bytes_per_second
+        free = min(arrived, end)
+        copies.append(Copy(start, min(max(start, begin), free), free, arrived > end))
+    return copies
 
 
 def device_bytes(plan: Plan, nbytes: Sequence[int]) -> int:

@@ -9,6 +9,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..offload.planner import replay
+
 GB = 1024**3  # what hosts, drivers and task managers call a GB
 
 
@@ -57,6 +59,17 @@ class BlockSpan:
 
 
 @dataclass(slots=True)
+class ModuleSpan:
+    """One run of one module whose weights are streamed, the wait for them included. block: None outside the blocks. nbytes: of the weights."""
+
+    step: int
+    block: int | None
+    nbytes: int
+    start: Any
+    end: Any
+
+
+@dataclass(slots=True)
 class StepSpan:
     """One evaluation of the model for all conditions."""
 
@@ -83,18 +96,21 @@ class OffloadReport:
     peak: int | None = None
     bytes_per_second: float | None = None  # of the link, where it was measured
     resident_step_seconds: float | None = None  # of an earlier run of the same shape with every weight on the device
+    streams: int = 0  # on which the host copies, in turn
+    copies_unknown: str | None = None  # why the host's copies cannot be predicted
     no_effect: str | None = None  # why the limit changed nothing
     notes: list[str] = field(default_factory=list)
     model_calls: int = 0
     steps: list[StepSpan] = field(default_factory=list)
     spans: list[BlockSpan] = field(default_factory=list)
+    modules: list[ModuleSpan] = field(default_factory=list)  # of the first steps, in order
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, ready for JSON. None: not measured, or not known."""
         split = self.split
         steps = [step for step in self.steps if step.end is not None]
         spans = [span for span in self.spans if span.end is not None]
-        for end in (*(step.end for step in steps[-1:]), *(span.end for span in spans[-1:])):
+        for end in (span.end for timed in (steps, spans, self.modules) for span in timed[-1:]):
             if not isinstance(end, float):
                 end.synchronize()
         step_seconds = [_seconds(step.start, step.end) for step in steps]
@@ -105,6 +121,8 @@ class OffloadReport:
         streamed = max(self.weights - self.resident, 0)
         copied = None if calls_per_step is None else round(streamed * calls_per_step)
         step = _median(step_seconds)
+        timeline = self._timeline(steps, spans)
+        missing = self._missing(timeline)
         rate = copied / step if copied and step and self.peak is not None else None  # only a device with its own memory has a link
         return {
             "policy": self.policy,
@@ -136,7 +154,9 @@ class OffloadReport:
             "copied_bytes_per_second": rate,
             "link_bytes_per_second": self.bytes_per_second,
             "hidden_share": self._hidden(copied, step),
-            "timeline": self._timeline(steps, spans),
+            "predicted": None if timeline is None or missing is not None else self._predicted(timeline["step"]),
+            "predicted_missing": missing,
+            "timeline": timeline,
         }
 
     def _within(self) -> bool | None:
@@ -152,6 +172,39 @@ class OffloadReport:
             return None
         return min(max(1 - (step - self.resident_step_seconds) * self.bytes_per_second / copied, 0.0), 1.0)
 
+    def _missing(self, timeline: dict[str, Any] | None) -> str | None:
+        """Why no copies are predicted; None where they are."""
+        if self.copies_unknown is not None:
+            return self.copies_unknown
+        if self.no_effect is not None:
+            return f"not predicted: {self.no_effect}"
+        if self.resident >= self.weights:
+            return "none: every weight stays where it is"
+        if timeline is None or not any(span.step == timeline["step"] for span in self.modules):
+            return "not predicted: no step has times of its modules"
+        return "not predicted: the rate of the link was not measured" if self.bytes_per_second is None else None
+
+    def _predicted(self, step: int) -> dict[str, Any]:
+        """The copies of one step: the host's rule, on the measured times of the modules that it streams, at the measured rate of the link."""
+        assert self.bytes_per_second is not None
+        origin = self.steps[0].start
+        begins, ends = ([_seconds(origin, getattr(span, edge)) for span in self.modules] for edge in ("start", "end"))
+        copies = replay([span.nbytes for span in self.modules], begins, ends, self.bytes_per_second, self.streams)
+        inside = [(span, copy) for span, copy in zip(self.modules, copies, strict=True) if span.step == step]
+        begin = _seconds(origin, self.steps[step].start)
+        seconds = sum(copy.end - copy.start for _, copy in inside)
+        waited = sum(copy.end - copy.waited for _, copy in inside)
+        return {
+            "hidden_share": 1 - waited / seconds if seconds > 0 else None,
+            "copy_seconds": seconds,
+            "wait_seconds": waited,
+            "copied_bytes": sum(span.nbytes for span, _ in inside),
+            "streams": self.streams,
+            "bytes_per_second": self.bytes_per_second,
+            "early": sum(copy.early for _, copy in inside),
+            "copies": [[span.block, copy.start - begin, copy.waited - begin, copy.end - begin] for span, copy in inside],
+        }
+
     def _timeline(self, steps: list[StepSpan], spans: list[BlockSpan]) -> dict[str, Any] | None:
         """One step, seconds from its start: the second where there is one, since the first also warms up."""
         known = [index for index in (1, 0) if index < len(steps) and any(span.step == index for span in spans)]
@@ -164,7 +217,6 @@ class OffloadReport:
             "step": known[0],
             "seconds": _seconds(step.start, step.end),
             "compute": [[span.block, start, _seconds(step.start, span.end)] for span, start in zip(inside, starts, strict=True)],
-            "copies": None,  # the host does the copies, and does not say when
             "memory": [[start, span.memory] for span, start in zip(inside, starts, strict=True) if span.memory is not None],
         }
 
@@ -188,8 +240,11 @@ def summary(report: dict[str, Any]) -> str:
         extra.append("over the limit")
     if report["seconds_per_step"] is not None:
         extra.append(f"{report['seconds_per_step']:.3g} s a step")
+    predicted = _predicted_share(report)
     if report["hidden_share"] is not None:
-        extra.append(f"{report['hidden_share']:.0%} of the copies hidden")
+        extra.append(f"{report['hidden_share']:.0%} of the copies hidden" + ("" if predicted is None else f", predicted {predicted:.0%}"))
+    elif predicted is not None:
+        extra.append(f"predicted: {predicted:.0%} of the copies hidden")
     return " · ".join([line, *extra, *report["notes"][:1]])
 
 
@@ -200,7 +255,10 @@ def size(nbytes: float) -> str:
 
 
 def picture(report: dict[str, Any], line: str, width: int = 760) -> Tensor:
-    """Time line of one step and memory against the limit, under `line`: `(1, height, width, 3)` float32 in 0..1."""
+    """Time line of one step and memory against the limit, under `line`: `(1, height, width, 3)` float32 in 0..1.
+
+    Copies are predicted ones: in the colour of their block where they were hidden, orange where the device waited.
+    """
     left, right, top, row, curve = 90, width - 14, 58, 26, 96
     height = top + 2 * (row + 12) + curve + 66
     image = Image.new("RGB", (width, height), (24, 24, 28))
@@ -222,13 +280,18 @@ def picture(report: dict[str, Any], line: str, width: int = 760) -> Tensor:
     if timeline is None:
         draw.text((left + 6, y + 7), "times of blocks: not measured", fill=_GREY)
     y += row + 12
-    draw.text((8, y + 7), "copies", fill=_GREY)
+    draw.text((8, y + 1), "copies,", fill=_GREY)
+    draw.text((8, y + 13), "predicted", fill=_GREY)
     draw.rectangle((left, y, right, y + row), fill=_PANEL)
-    copies = timeline["copies"] if timeline else None
-    for block, start, end in copies or ():
-        draw.rectangle((x_of(start), y, max(x_of(end) - 1, x_of(start)), y + row), fill=_BLOCKS[block % len(_BLOCKS)])
-    if copies is None:
-        draw.text((left + 6, y + 7), _copies_text(report), fill=_GREY)
+    for block, start, waited, end in report["predicted"]["copies"] if report["predicted"] else ():
+        if end <= 0:
+            continue  # the next step's first copies are made during the last
+        colour = _STREAMED if block is None else _BLOCKS[block % len(_BLOCKS)]
+        draw.rectangle((x_of(start), y, max(x_of(end) - 1, x_of(start)), y + row), fill=colour)
+        if waited < end:
+            draw.rectangle((x_of(waited), y, max(x_of(end) - 1, x_of(waited)), y + row), fill=_WAITED)
+    if report["predicted_missing"] is not None:
+        draw.text((left + 6, y + 7), report["predicted_missing"], fill=_GREY)
     y += row + 12
     _draw_memory(draw, report, timeline, x_of, (left, y, right, y + curve))
     y += curve + 6
@@ -244,7 +307,7 @@ def picture(report: dict[str, Any], line: str, width: int = 760) -> Tensor:
 
 _BRIGHT, _GREY, _PANEL, _LIMIT = (230, 230, 230), (170, 170, 170), (44, 44, 50), (216, 72, 64)
 _BLOCKS = ((86, 132, 214), (120, 170, 236))
-_RESIDENT, _STREAMED = (96, 168, 110), (92, 92, 100)
+_RESIDENT, _STREAMED, _WAITED = (96, 168, 110), (92, 92, 100), (224, 144, 56)
 
 
 def _draw_memory(draw: ImageDraw.ImageDraw, report: dict[str, Any], timeline: dict[str, Any] | None, x_of: Any, box: tuple[int, ...]) -> None:
@@ -273,14 +336,17 @@ def _draw_memory(draw: ImageDraw.ImageDraw, report: dict[str, Any], timeline: di
     draw.text((left + 6, y_of(limit) + 3), f"limit {size(limit)}", fill=_LIMIT)
 
 
-def _copies_text(report: dict[str, Any]) -> str:
-    if report["no_effect"] is not None or not report["streamed_bytes"]:
-        return "none: every weight stays where it is"
-    return "the host copies while it computes, and does not say when"
+def _predicted_share(report: dict[str, Any]) -> float | None:
+    return report["predicted"]["hidden_share"] if report["predicted"] else None
 
 
 def _rates_text(report: dict[str, Any]) -> str:
-    hidden = "hidden share: not known" if report["hidden_share"] is None else f"hidden share: {report['hidden_share']:.0%}"
+    hidden = "hidden share: not measured" if report["hidden_share"] is None else f"hidden share: {report['hidden_share']:.0%} measured"
+    predicted = report["predicted"]
+    if predicted is not None and predicted["hidden_share"] is not None:
+        hidden += f", {predicted['hidden_share']:.0%} predicted at {predicted['bytes_per_second'] / GB:.1f} GB/s (orange: waited)"
+        if predicted["early"]:
+            hidden += f", {predicted['early']} of {len(predicted['copies'])} copies were faster"
     rate = report["copied_bytes_per_second"]
     reached = "GB/s: not measured" if rate is None else f"{rate / GB:.1f} GB/s over the whole step"
     return f"{hidden}   {reached}"

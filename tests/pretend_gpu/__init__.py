@@ -4,6 +4,7 @@ The device is `cpu:0`, which torch computes on as on `cpu` and which is not equa
 there, counts them, loads models partially and evicts them, as on a GPU. Only what would ask a driver is replaced.
 """
 
+import sys
 import weakref
 
 import comfy.model_management as mm
@@ -11,7 +12,25 @@ import comfy.model_patcher
 import torch
 
 DEVICE = torch.device("cpu:0")
-NODE_CLASS_MAPPINGS = {}
+
+
+class PretendLink:
+    """In a server: passes the model on, and gives the pretended device a link of that many bytes a second, since there is none to measure."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "pretend", "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "rate": ("FLOAT", {"max": 1e15})}}
+
+    def pretend(self, model, rate):
+        for module in list(sys.modules.values()):
+            if hasattr(module, "_MemoryHost"):
+                module._link = lambda device: rate
+        return (model,)
+
+
+NODE_CLASS_MAPPINGS = {"PretendLink": PretendLink}
 
 
 class PretendGpu:
