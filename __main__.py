@@ -1,4 +1,4 @@
-"""The command line: python -m tessera demo | run | doctor | offload-plan."""
+"""The command line: python -m tessera demo | run | doctor | offload-plan | upscale, and more: `--help` lists them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,33 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.command == "offload-plan":
             for line in offload_plan.lines(options.model, options.gb, options.gpu, options.shape, options.tflops, options.gbps, options.passes):
                 print(line)
+        elif options.command == "hyperspectral":
+            from .cli import hyperspectral
+
+            for line in hyperspectral.run(options):
+                print(line, flush=True)
+        elif options.command == "layers":
+            from .cli import layers
+
+            for line in layers.convert(options.source, options.target):
+                print(line)
+        elif options.command == "upscale" and (options.diffusion is not None or options.servers is not None):
+            from .cli import diffusion_upscale
+
+            diffusion_upscale.run(options)
+        elif options.command == "upscale":
+            from .cli import upscale
+
+            upscale.run(options)
         else:
             for line in doctor.report():
                 print(line)
     except (demo.DemoError, comfy_server.ServerStartError, comfy_server.PromptError, OSError, ValueError) as error:
         print(f"tessera {options.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as error:
+        print(f"tessera {options.command}: stopped", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -49,6 +70,41 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--tflops", type=float, help="TFLOP/s that your GPU reaches, instead of the assumption for --gpu")
     plan.add_argument("--gbps", type=float, help="1e9 bytes a second that its link reaches")
     plan.add_argument("--passes", type=int, default=2, help="forward passes of a sampling step: 2 with guidance (default: %(default)s)")
+    cube = commands.add_parser("hyperspectral", help="super-resolution of a hyperspectral cube (.npy, TIFF) with ESSAformer")
+    cube.add_argument("source", type=Path, metavar="IN", help=".npy or TIFF file of three axes; with --convert a checkpoint")
+    cube.add_argument("target", type=Path, metavar="OUT", help="file to write: .npy or TIFF, same dtype and layout; with --convert .safetensors")
+    cube.add_argument("--model", type=Path, help="ESSAformer .safetensors file")
+    cube.add_argument("--convert", action="store_true", help="make OUT of the published checkpoint IN, running nothing that is in it")
+    cube.add_argument("--layout", choices=("bands-first", "bands-last"), help="of the array (default: what a TIFF says, else bands-first)")
+    cube.add_argument(
+        "--range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="values that the network sees as 0 and 1 (default: 0 and the cube's largest)"
+    )
+    cube.add_argument("--tile", type=int, default=128, help="side of a patch, input pixels (default: %(default)s)")
+    cube.add_argument("--overlap", type=int, default=32, help="input pixels that patches share (default: %(default)s)")
+    cube.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one (default: %(default)s)")
+    cube.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    layered = commands.add_parser("layers", help="convert a layered picture: PSD, OpenRaster, or a folder of PNG files")
+    layered.add_argument("source", type=Path, metavar="IN", help=".psd or .ora file, or a folder with layers.json")
+    layered.add_argument("target", type=Path, metavar="OUT", help=".psd, .ora, or no ending for a folder of PNG files")
+    upscale = commands.add_parser("upscale", help="enlarge a picture, a folder of pictures or a video, patch by patch")
+    upscale.add_argument("source", type=Path, metavar="IN", help="picture, folder of pictures, or video")
+    upscale.add_argument("target", type=Path, metavar="OUT", help="file of type .png .jpg .webp .tif .mp4 .mov .mkv .webm; a folder for a folder")
+    size = upscale.add_mutually_exclusive_group(required=True)
+    size.add_argument("--factor", type=float, help="times as wide and as high; need not be whole")
+    size.add_argument("--megapixels", type=float, help="millions of pixels")
+    size.add_argument("--size", metavar="NAME", help="as large as fits: HD, Full HD, QHD, 4K UHD or 8K UHD; turned for what is upright")
+    upscale.add_argument("--model", default="catanet", help="catanet (built in), bicubic, or a .safetensors or .pth file (default: %(default)s)")
+    upscale.add_argument("--tile", type=int, default=256, help="side of a patch, in pixels before upscaling (default: %(default)s)")
+    upscale.add_argument("--overlap", type=int, default=32, help="pixels that neighbouring patches share (default: %(default)s)")
+    upscale.add_argument("--workers", type=int, metavar="N", help="processes, spread over the GPUs (default: one a GPU, this one without)")
+    upscale.add_argument("--threads", type=int, metavar="N", help="CPU threads of each process; on CPUs, equal results need equal numbers")
+    upscale.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help="compute on a Ray cluster: at this address, or the one that runs here")
+    upscale.add_argument("--overwrite", action="store_true", help="replace what is there already")
+    diffusion = upscale.add_argument_group("diffusion", "a video in chunks of time, each by a ComfyUI server; --workers are servers then")
+    diffusion.add_argument("--diffusion", type=Path, metavar="WORKFLOW", help="API-format workflow with one Patch Upscale Video node")
+    diffusion.add_argument("--servers", metavar="URL,URL", help="running ComfyUI servers with these nodes (default: started here, one a GPU)")
+    diffusion.add_argument("--chunk", type=int, default=33, metavar="FRAMES", help="frames that the model gets at once (default: %(default)s)")
+    diffusion.add_argument("--chunk-overlap", type=int, default=8, metavar="FRAMES", help="that chunks share (default: %(default)s)")
     commands.add_parser("doctor", help="what this machine can run, and why not the rest")
     return parser
 

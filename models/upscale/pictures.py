@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .tiling import Operator, Patch, Progress, Tiling, overlapping, run_within_memory
+from .tiling import MapPatches, Operator, Patch, Progress, Tiling, overlapping, run_within_memory
 
 NAMED = {"HD 1280 x 720": (1280, 720), "Full HD 1920 x 1080": (1920, 1080), "QHD 2560 x 1440": (2560, 1440), "4K UHD 3840 x 2160": (3840, 2160)}
 NAMED |= {"8K UHD 7680 x 4320": (7680, 4320)}
@@ -57,6 +57,10 @@ class Network:
         out = self.function(_extended(x, sides[0] - height, sides[1] - width))
         return out[..., : height * self.scale, : width * self.scale].float()
 
+    def on_patch(self, patch: Tensor) -> Tensor:
+        """The same for one patch `(3, height, width)`."""
+        return self(patch[None])[0]
+
 
 def _extended(x: Tensor, bottom: int, right: int) -> Tensor:
     """Mirrored at the lower and right edge, as often as it takes."""
@@ -95,11 +99,13 @@ def upscale(
     progress: Progress | None = None,
     on_patch: Callable[[Progress, Patch, Tensor], None] | None = None,
     device: torch.device | None = None,
+    map_patches: MapPatches | None = None,
 ) -> Tensor:
     """A picture `(channels, height, width)` in 0..1, channels 1 (grey), 3 or 4 (straight alpha), at `size` (width, height), float32.
 
     tile and overlap are in pixels of the network's input. Alpha is enlarged by interpolation and then follows the edges of the
-    enlarged colours. `progress` belongs to the last pass. Raises ValueError for another number of channels.
+    enlarged colours. `progress` belongs to the last pass. map_patches: does what `network.on_patch` does, elsewhere (`workers.py`).
+    Raises ValueError for another number of channels.
     """
     if picture.shape[0] not in (1, 3, 4):
         raise ValueError(f"the picture has {picture.shape[0]} channels; use 1 (grey), 3 (RGB) or 4 (RGBA)")
@@ -110,7 +116,7 @@ def upscale(
     for index in range(count):
         height, width = colour.shape[-2:]
         colour = run_within_memory(
-            lambda patch: network(patch[None])[0],
+            network.on_patch,
             colour,
             partial(plan, height, width, overlap=overlap),
             tile,
@@ -119,6 +125,7 @@ def upscale(
             progress=progress if index == count - 1 else None,
             on_patch=on_patch,
             device=device,
+            map_patches=map_patches,
         )
     colour = resize(colour, size).clamp(0, 1)
     if picture.shape[0] == 1:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 Operator = Callable[[Tensor], Tensor]
+MapPatches = Callable[[Iterable[Tensor]], Iterator[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -162,12 +163,14 @@ class Tiling:
         progress: Progress | None = None,
         on_patch: Callable[[Progress, Patch, Tensor], None] | None = None,
         device: torch.device | None = None,
+        map_patches: MapPatches | None = None,
     ) -> Tensor:
         """Apply `operator` patch by patch to x `(..., *canvas)`; it maps a patch `(..., *tile)` to `(..., *tile * scale)`.
 
         scale: integer factor of each axis, default 1. The result is float32, on x's device. device: where patches are computed, default
         x's. on_patch: called after each with the canvas so far, for previews, progress and interrupts; what it raises ends the run, and
-        `progress` keeps what was finished. Raises ValueError when x or the operator's result has another shape.
+        `progress` keeps what was finished. map_patches: computes them in place of `operator`, in their order, such as `Workers.map`.
+        Raises ValueError when x or the operator's result has another shape.
         """
         scale = tuple(scale) if scale is not None else (1,) * len(self.axes)
         size = tuple(axis.size for axis in self.axes)
@@ -184,9 +187,11 @@ class Tiling:
             lead, finer = x.shape[: x.ndim - len(size)], list(progress._sum.shape[x.ndim - len(size) :])
         progress.total = len(patches)
         weights = [axis.weights(factor) for axis, factor in zip(self.axes, scale, strict=True)]
-        for patch in patches[progress.done :]:
+        remaining = patches[progress.done :]
+        parts = (x[last(patch.slices)] for patch in remaining)
+        outs = map_patches(parts) if map_patches is not None else (operator(part if device is None else part.to(device)) for part in parts)
+        for patch, out in zip(remaining, outs, strict=True):
             part = x[last(patch.slices)]
-            out = operator(part if device is None else part.to(device))
             expected = [part.shape[part.ndim - len(size) + axis] * scale[axis] for axis in range(len(size))]
             if list(out.shape[out.ndim - len(size) :]) != expected:
                 raise ValueError(f"the operator made {tuple(out.shape)} of {tuple(part.shape)}; with a scale of {scale} it should end in {expected}")

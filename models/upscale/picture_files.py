@@ -1,0 +1,261 @@
+"""Picture files in and out of tensors: 8 and 16 bits, transparency, colour profile and EXIF kept."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import secrets
+import struct
+import zlib
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from torch import Tensor
+
+# What is written, and the longest side that it can hold. All four hold profiles and EXIF.
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
+LONGEST = {"JPEG": 65500, "WEBP": 16383}
+DEEP = ("PNG", "TIFF")  # hold 16 bits
+SETTINGS: dict[str, dict[str, Any]] = {
+    "PNG": {},
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "WEBP": {"quality": 95, "exact": True},
+}
+# Pillow has no colour with 16 bits a channel; PyAV has. By the number of channels.
+_AV16 = {1: "gray16", 2: "ya16", 3: "rgb48", 4: "rgba64"}
+_ORIENTATION = 274
+# TIFF 6.0 tags that say how the old file's pixels lie in it, which is the new file's own affair.
+_LAYOUT = {
+    254,
+    255,
+    *range(256, 260),
+    262,
+    266,
+    273,
+    _ORIENTATION,
+    277,
+    278,
+    279,
+    284,
+    292,
+    293,
+    317,
+    320,
+    *range(322, 326),
+    330,
+    338,
+    339,
+    347,
+    34675,
+}
+
+
+@dataclass
+class Picture:
+    """pixels: float32 `(channels, height, width)` in 0..1, upright; 1 (grey), 3 (RGB) or 4 (RGBA, straight alpha) channels.
+
+    bits: of the file's channels, 8 or 16. grey: the colours are equal. notes: sentences on what was not read.
+    """
+
+    pixels: Tensor
+    bits: int = 8
+    grey: bool = False
+    profile: bytes | None = field(default=None, repr=False)  # ICC
+    exif: Image.Exif = field(default_factory=Image.Exif, repr=False)
+    text: dict[str, str] = field(default_factory=dict, repr=False)  # of a PNG, such as a workflow
+    notes: list[str] = field(default_factory=list)
+
+
+def read_picture(file: Path) -> Picture:
+    """Any file that Pillow reads. Raises FileNotFoundError, PermissionError, or ValueError for what is no whole picture of up to 16 bits."""
+    if not file.is_file():
+        raise FileNotFoundError(errno.ENOENT, "there is no such file; check the path", str(file))
+    data = file.read_bytes()
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            picture = _decoded(image, data)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{file} is no picture that Pillow {Image.__version__} reads; export it as PNG or TIFF") from error
+    except (OSError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); get a complete copy of it, or export it again") from error
+    except ValueError as error:
+        raise ValueError(f"{file} {error}") from error
+    return picture
+
+
+def _decoded(image: Any, data: bytes) -> Picture:
+    notes = []
+    if getattr(image, "n_frames", 1) > 1:
+        notes.append(f"only the first of {image.n_frames} pictures in the file was used")
+    profile, text, exif = image.info.get("icc_profile"), dict(getattr(image, "text", {})), image.getexif()
+    deep = image.format in DEEP and _bits(image, data) == 16
+    if deep:
+        values = _decoded16(image.format.lower(), data)
+    elif image.mode.startswith("I;16"):
+        values, deep = np.asarray(image).astype(np.uint16)[..., None], True
+    elif image.mode in ("I", "F"):
+        raise ValueError("has 32 bits a channel; export it with 8 or 16")
+    else:
+        if image.mode in ("CMYK", "LAB"):
+            image, profile = _to_srgb(image, profile), None
+            notes.append("the colours were converted to sRGB")
+        clear = "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
+        grey = image.mode in ("1", "L", "LA", "La")
+        if image.mode in ("La", "RGBa"):
+            image = image.convert("RGBA")
+        values = np.asarray(image.convert(("LA" if clear else "L") if grey else ("RGBA" if clear else "RGB")))
+        values = values.reshape(*values.shape[:2], -1)
+    turn = exif.get(_ORIENTATION, 1)
+    if turn in (5, 6, 7, 8):
+        values = values.swapaxes(0, 1)
+    if turn in (2, 3, 6, 7):
+        values = values[:, ::-1]
+    if turn in (3, 4, 7, 8):
+        values = values[::-1]
+    for tag in _LAYOUT & set(exif):
+        del exif[tag]
+    channels = values.shape[2]
+    if channels == 2:  # grey with alpha: a network takes colours
+        values = values[..., [0, 0, 0, 1]]
+    pixels = torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1), np.float32)).div_(65535 if deep else 255)
+    return Picture(pixels, 16 if deep else 8, channels < 3, profile, exif, text, notes)
+
+
+def _bits(image: Any, data: bytes) -> int:
+    """Of a channel, from the header: Pillow's mode does not tell."""
+    return data[24] if image.format == "PNG" else max(image.tag_v2.get(258, (1,)))
+
+
+def _decoded16(codec: str, data: bytes) -> np.ndarray:
+    """uint16 (height, width, channels)."""
+    import av
+
+    context: Any = av.CodecContext.create(codec, "r")
+    try:
+        frame = [*context.decode(av.Packet(data)), *context.decode(None)][0]
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(f"cannot be decoded with 16 bits ({error}); export it again, as PNG") from error
+    channels = len(frame.format.components)
+    plane = frame.reformat(format=f"{_AV16[channels]}le").planes[0]
+    return np.frombuffer(plane, "<u2").reshape(plane.height, -1)[:, : plane.width * channels].reshape(plane.height, plane.width, channels)
+
+
+def _to_srgb(image: Any, profile: bytes | None) -> Any:
+    if profile is None:
+        if image.mode == "LAB":
+            profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+        else:
+            return image.convert("RGB")
+    try:
+        return ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except ImageCms.PyCMSError as error:
+        raise ValueError(f"has a colour profile that cannot be used ({error}); export it as RGB") from error
+
+
+def fitted(picture: Picture, target: Path, size: tuple[int, int]) -> Picture:
+    """The picture without what `target` cannot hold, notes on it added. size: (width, height) to be written.
+
+    Raises ValueError where that would lose transparency, for a size that the file type does not have, and for a type that is not written.
+    """
+    kind = FORMATS.get(target.suffix.lower())
+    if kind is None:
+        raise ValueError(f"{target} ends in {target.suffix!r}; pictures are written as {', '.join(FORMATS)}")
+    if max(size) > LONGEST.get(kind, max(size)):
+        raise ValueError(
+            f"{target} would have {size[0]} x {size[1]} pixels and {kind} holds {LONGEST[kind]} a side; use .png or .tif, or a smaller size"
+        )
+    if kind == "JPEG" and len(picture.pixels) == 4:
+        if picture.pixels[3].amin() < 1:
+            raise ValueError(f"{target}: JPEG has no transparency and the source has; write .png, .webp or .tif")
+        picture = replace(picture, pixels=picture.pixels[: 1 if picture.grey else 3])
+    if picture.bits == 16 and kind not in DEEP:
+        notes = [*picture.notes, f"16 bits became 8: {kind} has no more; .png and .tif have"]
+        picture = replace(picture, bits=8, notes=notes)
+    return picture
+
+
+def write_picture(target: Path, picture: Picture) -> None:
+    """Write a `fitted` picture. The file gets its name when it is complete; what has that name is replaced."""
+    kind = FORMATS[target.suffix.lower()]
+    pixels = picture.pixels
+    if picture.grey and len(pixels) == 4 and (kind, picture.bits) != ("TIFF", 16):  # which Pillow, for one, does not read
+        pixels = torch.cat([pixels[:3].mean(0, keepdim=True), pixels[3:]])
+    top = 2**picture.bits - 1
+    codes = (pixels.clamp(0, 1) * top).round().to(torch.int32 if picture.bits == 16 else torch.uint8).movedim(0, -1).contiguous().numpy()
+    _resize_exif(picture.exif, codes.shape[1], codes.shape[0])
+    temporary = target.with_name(f".{target.stem[:64]}.{secrets.token_hex(4)}{target.suffix}")
+    try:
+        if kind == "TIFF":
+            temporary.write_bytes(_tiff(codes, picture))
+        elif picture.bits == 16:
+            temporary.write_bytes(_png16(codes, picture))
+        else:
+            image = Image.fromarray(codes[..., 0] if codes.shape[2] == 1 else codes)
+            extra = {"pnginfo": _text_chunks(picture)} if kind == "PNG" else {}
+            image.save(temporary, kind, icc_profile=picture.profile, exif=picture.exif, **SETTINGS[kind], **extra)
+        os.replace(temporary, target)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _resize_exif(exif: Image.Exif, width: int, height: int) -> None:
+    inner = exif.get_ifd(0x8769)
+    if 0xA002 in inner:
+        inner[0xA002], inner[0xA003] = width, height
+
+
+def _text_chunks(picture: Picture) -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    for key, value in picture.text.items():
+        info.add_itxt(key, value) if isinstance(value, PngImagePlugin.iTXt) else info.add_text(key, value)
+    return info
+
+
+def _png16(codes: np.ndarray, picture: Picture) -> bytes:
+    import av
+
+    height, width, channels = codes.shape
+    name = f"{_AV16[channels]}be"
+    frame = av.VideoFrame(width, height, name)
+    plane: Any = frame.planes[0]
+    np.frombuffer(plane, ">u2").reshape(height, -1)[:, : width * channels] = codes.reshape(height, -1)
+    context: Any = av.CodecContext.create("png", "w")
+    context.width, context.height, context.pix_fmt, context.time_base = width, height, name, 1
+    data = b"".join(bytes(packet) for packet in [*context.encode(frame), *context.encode(None)])
+    chunks = [(tag, value) for tag, value, *_ in _text_chunks(picture).chunks]
+    if picture.profile is not None:
+        chunks.insert(0, (b"iCCP", b"ICC profile\0\0" + zlib.compress(picture.profile)))
+    if len(picture.exif):
+        chunks.append((b"eXIf", picture.exif.tobytes().removeprefix(b"Exif\0\0")))
+    header = 8 + 25  # the signature and IHDR, after which the order is free for these
+    added = (struct.pack(">I", len(value)) + tag + value + struct.pack(">I", zlib.crc32(tag + value)) for tag, value in chunks)
+    return data[:header] + b"".join(added) + data[header:]
+
+
+def _tiff(codes: np.ndarray, picture: Picture) -> bytes:
+    """TIFF 6.0 with one strip, compressed with deflate. Pillow writes no 16-bit colour, and with libtiff no EXIF directory."""
+    height, width, channels = codes.shape
+    strip = zlib.compress(codes.astype("<u2" if picture.bits == 16 else np.uint8).tobytes())
+    directory = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in picture.exif.items():
+        directory[tag] = value
+    for tag in (0x8769, 0x8825):  # EXIF and GPS have directories of their own
+        if inner := picture.exif.get_ifd(tag):
+            directory[tag] = inner
+    directory[256], directory[257], directory[258], directory[259] = width, height, (picture.bits,) * channels, 8
+    directory[262], directory[273], directory[277], directory[278], directory[279] = (2 if channels > 2 else 1), 0, channels, height, len(strip)
+    if channels in (2, 4):
+        directory[338] = 2  # straight alpha
+    if picture.profile is not None:
+        directory.tagtype[34675] = 7
+        directory[34675] = picture.profile
+    file = io.BytesIO()
+    directory.save(file)
+    return file.getvalue() + strip
