@@ -1,0 +1,108 @@
+"""A document's layers over one another, layer by layer and only where they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .blend import MODES, PASS_THROUGH, to_linear, to_srgb
+from .document import Box, Document, Layer, Node
+
+
+def composite(document: Document, *, linear: bool = False, device: torch.device | None = None) -> Tensor:
+    """The visible layers over one another: float32 `(height, width, 4)`, sRGB, straight alpha, on the CPU.
+
+    linear: blend in linear light instead of on sRGB values (which is what Photoshop and Krita do). Memory: the canvas, a copy of it for
+    each open isolated group, and the box of one layer.
+    """
+    canvas = torch.zeros(document.height, document.width, 4, device=device)
+    _draw(canvas, (0, 0), document.layers, linear)
+    out = _straight(canvas)
+    if linear:
+        out[..., :3] = to_srgb(out[..., :3])
+    return out.clamp_(0, 1).cpu()
+
+
+def _draw(canvas: Tensor, origin: tuple[int, int], nodes: tuple[Node, ...], linear: bool) -> None:
+    """Nodes onto a premultiplied canvas whose upper left pixel is at `origin` of the document."""
+    for node in nodes:
+        if not node.visible or node.opacity == 0:
+            continue
+        box = _clipped(_bounds(node), canvas, origin)
+        if box is None:
+            continue
+        x, y, width, height = box
+        part = canvas[y - origin[1] : y - origin[1] + height, x - origin[0] : x - origin[0] + width]
+        if isinstance(node, Layer):
+            colour, alpha = _source(node, box, linear, canvas.device)
+        elif node.blend_mode == PASS_THROUGH:
+            before = part.clone() if node.opacity < 1 else None
+            _draw(part, (x, y), node.layers, linear)
+            if before is not None:
+                part.copy_(before.lerp(part, node.opacity))
+            continue
+        else:
+            group = torch.zeros_like(part)
+            _draw(group, (x, y), node.layers, linear)
+            colour, alpha = _straight(group).split([3, 1], -1)
+        alpha = alpha * node.opacity
+        if node.blend_mode == "dissolve":
+            alpha = _dissolved(alpha, box, _bounds(node))
+        _paint(part, colour, alpha, node.blend_mode)
+
+
+def _bounds(node: Node) -> Box:
+    if isinstance(node, Layer):
+        return node.bounds
+    boxes = [_bounds(inner) for inner in node.layers]
+    left, top = min((x for x, _, _, _ in boxes), default=0), min((y for _, y, _, _ in boxes), default=0)
+    right, bottom = max((x + w for x, _, w, _ in boxes), default=0), max((y + h for _, y, _, h in boxes), default=0)
+    return left, top, right - left, bottom - top
+
+
+def _clipped(box: Box, canvas: Tensor, origin: tuple[int, int]) -> Box | None:
+    left, top = max(box[0], origin[0]), max(box[1], origin[1])
+    right, bottom = min(box[0] + box[2], origin[0] + canvas.shape[1]), min(box[1] + box[3], origin[1] + canvas.shape[0])
+    return (left, top, right - left, bottom - top) if left < right and top < bottom else None
+
+
+def _source(layer: Layer, box: Box, linear: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Colour and alpha (mask included, opacity not) of a layer in a box of the document."""
+    layer = layer.baked()
+    rows = slice(box[1] - layer.y, box[1] - layer.y + box[3])
+    columns = slice(box[0] - layer.x, box[0] - layer.x + box[2])
+    picture = layer.image[rows, columns].to(device)
+    alpha = picture[..., 3:]
+    if layer.mask is not None:
+        alpha = alpha * layer.mask[rows, columns, None].to(device)
+    return (to_linear(picture[..., :3]) if linear else picture[..., :3]), alpha
+
+
+def _dissolved(alpha: Tensor, box: Box, bounds: Box) -> Tensor:
+    """Pixels fully there with a chance of alpha. The pattern moves with the node, and is the same in every run."""
+    chance = torch.rand(bounds[3], bounds[2], 1, generator=torch.Generator().manual_seed(0))
+    top, left = box[1] - bounds[1], box[0] - bounds[0]
+    return (chance[top : top + box[3], left : left + box[2]].to(alpha.device) < alpha).to(alpha.dtype)
+
+
+def _paint(canvas: Tensor, colour: Tensor, alpha: Tensor, blend_mode: str) -> None:
+    """W3C section 10: the part of the source over the backdrop is blended, the part beside it is the source. In place, premultiplied."""
+    below = canvas[..., 3:]
+    if blend_mode not in ("normal", "dissolve"):
+        colour = (1 - below) * colour + below * MODES[blend_mode](_straight(canvas)[..., :3], colour)
+    canvas.mul_(1 - alpha)
+    canvas[..., :3].add_(colour * alpha)
+    canvas[..., 3:].add_(alpha)
+
+
+def _straight(premultiplied: Tensor) -> Tensor:
+    alpha = premultiplied[..., 3:]
+    colour = torch.where(alpha > 0, premultiplied[..., :3] / alpha.clamp_min(1e-12), 0)
+    return torch.cat([colour.clamp(0, 1), alpha], -1)
+
+
+def on_checkerboard(picture: Tensor, cell: int = 8) -> Tensor:
+    """`(height, width, 4)` over grey squares, as editors show transparency -> `(height, width, 3)`."""
+    rows, columns = (torch.arange(side, device=picture.device) // cell for side in picture.shape[:2])
+    squares = torch.where((rows[:, None] + columns) % 2 == 0, 0.8, 0.6)[..., None]
+    return picture[..., :3] * picture[..., 3:] + squares * (1 - picture[..., 3:])

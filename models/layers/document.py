@@ -1,0 +1,300 @@
+"""The layer document: what lies where, in which order and how it is blended. To and from ComfyUI's `LAYERS`.
+
+Pictures are float32 `(height, width, 4)` in 0..1, sRGB with straight alpha. A document owns nothing twice: layers share their tensors.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from math import ceil, cos, floor, isfinite, pi, sin
+from typing import Any
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..upscale.pictures import resize
+from .blend import MODES, PASS_THROUGH
+
+MAX_SIDE = 30_000  # of a canvas, in pixels: PSD's limit
+MAX_AREA = 2**28  # of a layer as shown, in pixels: 4 GiB as float32 RGBA
+MAX_NAME = 255  # characters: PSD's limit
+_OURS = "tessera"  # key of a LAYERS item that other nodes ignore
+
+Box = tuple[int, int, int, int]
+"""x, y, width, height in pixels."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How a layer's picture is shown: flipped, scaled to (width, height), turned clockwise by `rotation` radians about its centre.
+
+    A size of 0 is the picture's own. x and y of the layer are the upper left corner before it is turned.
+    """
+
+    width: int = 0
+    height: int = 0
+    rotation: float = 0.0
+    flip_h: bool = False
+    flip_v: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One picture of a document. mask: float32 `(height, width)`, 1 shows, 0 hides; it is transformed with the picture."""
+
+    name: str
+    image: Tensor
+    x: int = 0
+    y: int = 0
+    opacity: float = 1.0
+    blend_mode: str = "normal"
+    visible: bool = True
+    mask: Tensor | None = None
+    transform: Transform = field(default_factory=Transform)
+
+    def __post_init__(self) -> None:
+        _check(self, "layer", MODES)
+        shape = tuple(self.image.shape)
+        if self.image.dtype != torch.float32 or len(shape) != 3 or shape[2] != 4 or not min(shape):
+            raise ValueError(f"layer {self.name!r} has an image {shape} of {self.image.dtype}; give float32 (height, width, 4) with a pixel at least")
+        if self.mask is not None and (tuple(self.mask.shape) != shape[:2] or self.mask.dtype != torch.float32):
+            raise ValueError(f"layer {self.name!r} has a mask {tuple(self.mask.shape)} of {self.mask.dtype}; give float32 {shape[:2]}")
+        if not all(bool(x.isfinite().all()) for x in (self.image, self.mask) if x is not None):
+            raise ValueError(f"layer {self.name!r} has pixels that are not finite numbers; look for the node that made them")
+        if min(self.transform.width, self.transform.height) < 0 or not isfinite(self.transform.rotation):
+            raise ValueError(f"layer {self.name!r} has {self.transform}; use sizes from 0 up and a finite rotation")
+        if self.size[0] * self.size[1] > MAX_AREA:
+            raise ValueError(f"layer {self.name!r} is shown at {self.size[0]} x {self.size[1]} pixels; use at most {MAX_AREA >> 20} x 2**20 in all")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) at which it is shown, before it is turned."""
+        return self.transform.width or self.image.shape[1], self.transform.height or self.image.shape[0]
+
+    @property
+    def bounds(self) -> Box:
+        """The pixels of the canvas that it can touch."""
+        (width, height), angle = self.size, self.transform.rotation
+        quarters = angle / (pi / 2)
+        if abs(quarters - round(quarters)) < 1e-6:
+            if round(quarters) % 2:
+                return self.x + (width - height) // 2, self.y + (height - width) // 2, height, width
+            return self.x, self.y, width, height
+        half_x = (abs(width * cos(angle)) + abs(height * sin(angle))) / 2
+        half_y = (abs(width * sin(angle)) + abs(height * cos(angle))) / 2
+        centre_x, centre_y = self.x + width / 2, self.y + height / 2
+        left, top = floor(centre_x - half_x), floor(centre_y - half_y)
+        return left, top, ceil(centre_x + half_x) - left, ceil(centre_y + half_y) - top
+
+    def baked(self) -> Layer:
+        """The same layer without a transform. Flips and quarter turns move pixels, everything else interpolates premultiplied colours."""
+        if self.transform == Transform():
+            return self
+        x, y, _, _ = self.bounds
+        image = self.image.movedim(-1, 0)
+        if (image.shape[2], image.shape[1]) == self.size and not _turned_freely(self.transform.rotation):
+            shown = self._moved(image)
+        else:
+            premultiplied = self._moved(torch.cat([image[:3] * image[3:], image[3:]]))
+            alpha = premultiplied[3:].clamp(0, 1)
+            colour = torch.where(alpha > 1e-6, premultiplied[:3] / alpha.clamp_min(1e-6), 0).clamp(0, 1)
+            shown = torch.cat([colour, alpha])
+        mask = None if self.mask is None else self._moved(self.mask[None])[0].clamp(0, 1)
+        return replace(self, image=shown.movedim(0, -1), mask=mask, x=x, y=y, transform=Transform())
+
+    def _moved(self, x: Tensor) -> Tensor:
+        """Channels first, through the transform."""
+        axes = [axis for axis, flip in ((-1, self.transform.flip_h), (-2, self.transform.flip_v)) if flip]
+        x = x.flip(axes)
+        if (x.shape[2], x.shape[1]) != self.size:
+            x = resize(x, self.size)
+        if not _turned_freely(self.transform.rotation):
+            return x.rot90(-round(self.transform.rotation / (pi / 2)), (-2, -1))
+        left, top, width, height = self.bounds
+        centre = self.x + self.size[0] / 2 - left, self.y + self.size[1] / 2 - top
+        down, right = torch.meshgrid(
+            torch.arange(height, device=x.device) + 0.5 - centre[1], torch.arange(width, device=x.device) + 0.5 - centre[0], indexing="ij"
+        )
+        c, s = cos(self.transform.rotation), sin(self.transform.rotation)
+        source = torch.stack([(right * c + down * s) * 2 / self.size[0], (down * c - right * s) * 2 / self.size[1]], -1)
+        return F.grid_sample(x[None], source[None].to(x), align_corners=False)[0]
+
+
+def _turned_freely(rotation: float) -> bool:
+    quarters = rotation / (pi / 2)
+    return abs(quarters - round(quarters)) >= 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Layers that are blended together. `pass-through` does not isolate them: they see what lies below the group."""
+
+    name: str
+    layers: tuple[Layer | Group, ...] = ()
+    opacity: float = 1.0
+    blend_mode: str = PASS_THROUGH
+    visible: bool = True
+
+    def __post_init__(self) -> None:
+        _check(self, "group", (PASS_THROUGH, *MODES))
+
+
+Node = Layer | Group
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """A canvas in pixels and what lies on it, bottom to top. Layers may reach beyond the canvas, or miss it."""
+
+    width: int
+    height: int
+    layers: tuple[Node, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.width <= MAX_SIDE and 1 <= self.height <= MAX_SIDE):
+            raise ValueError(f"the canvas is {self.width} x {self.height}; use 1 to {MAX_SIDE} pixels a side")
+
+    def walk(self) -> Iterator[tuple[tuple[Group, ...], Layer]]:
+        """Every layer with the groups around it, outermost first, bottom to top."""
+        yield from _walk(self.layers, ())
+
+    def map(self, change: Callable[[Layer], Layer]) -> Document:
+        """The document with every layer changed, groups as they are."""
+        return replace(self, layers=_mapped(self.layers, change))
+
+
+def _walk(nodes: tuple[Node, ...], groups: tuple[Group, ...]) -> Iterator[tuple[tuple[Group, ...], Layer]]:
+    for node in nodes:
+        if isinstance(node, Group):
+            yield from _walk(node.layers, (*groups, node))
+        else:
+            yield groups, node
+
+
+def _mapped(nodes: tuple[Node, ...], change: Callable[[Layer], Layer]) -> tuple[Node, ...]:
+    return tuple(replace(node, layers=_mapped(node.layers, change)) if isinstance(node, Group) else change(node) for node in nodes)
+
+
+def _check(node: Node, kind: str, modes: Any) -> None:
+    if len(node.name) > MAX_NAME or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in node.name):
+        raise ValueError(f"{kind} name {node.name[:40]!r} is too long or has control characters; use at most {MAX_NAME} printable ones")
+    if not 0 <= node.opacity <= 1:
+        raise ValueError(f"{kind} {node.name!r} has opacity {node.opacity}; use 0 to 1")
+    if node.blend_mode not in modes:
+        raise ValueError(f"{kind} {node.name!r} has blend mode {node.blend_mode!r}; use one of {', '.join(modes)}")
+
+
+def clean_name(text: str) -> str:
+    """A text as a layer may be named: control characters become spaces, and it is cut to length."""
+    return "".join(" " if unicodedata.category(letter) in ("Cc", "Cs") else letter for letter in text).strip()[:MAX_NAME]
+
+
+def rgba(image: Tensor) -> Tensor:
+    """`(height, width, 1, 3 or 4)` -> float32 `(height, width, 4)` in 0..1, opaque where there was no alpha. Raises ValueError."""
+    if image.ndim != 3 or image.shape[2] not in (1, 3, 4):
+        raise ValueError(f"the image is {tuple(image.shape)} (height, width, channels); use 1, 3 or 4 channels")
+    image = image.float().clamp(0, 1)
+    if image.shape[2] == 4:
+        return image
+    return torch.cat([image.expand(-1, -1, 3), torch.ones_like(image[..., :1])], -1)
+
+
+# The blend modes of ComfyUI 0.33's LAYERS (comfy_api/latest/_io.py), and what stands in for the others there.
+_CORE_HAS_NOT = {"dissolve": "normal", "darker-color": "darken", "lighter-color": "lighten"}
+
+
+def from_core(layers: Mapping[str, Any]) -> Document:
+    """ComfyUI's `LAYERS` -> a document. A batch becomes consecutive layers; masks are 1 where transparent there. Raises ValueError."""
+    if not isinstance(layers, Mapping) or layers.get("version", 1) != 1:
+        raise ValueError("layers is not a LAYERS document of version 1; connect Layers from Images, Load Layers or Add Layer")
+    entries: list[tuple[tuple[Mapping[str, Any], ...], Layer]] = []
+    for item in sorted(layers.get("layers") or [], key=lambda item: item.get("z_index") or 0):
+        if item.get("type", "raster") != "raster":
+            raise ValueError(f"layers has an item of type {item['type']!r}; only raster layers can be used")
+        ours = item.get(_OURS) or {}
+        images, masks = item.get("image", ()), item.get("mask")  # core skips an item without a picture
+        for index, picture in enumerate(images):
+            name = clean_name(item.get("name") or "") or f"Layer {len(entries) + 1}"
+            mask = None
+            if masks is not None and (len(masks) == 1 or index < len(masks)):
+                mask = 1 - masks[index if len(masks) > 1 else 0].float().clamp(0, 1)
+                if mask.shape != picture.shape[:2]:
+                    mask = F.interpolate(mask[None, None], picture.shape[:2], mode="bilinear")[0, 0]
+            transform = Transform(
+                max(int(item.get("w") or 0), 0),
+                max(int(item.get("h") or 0), 0),
+                float(item.get("rotation") or 0.0),
+                bool(item.get("flip_h")),
+                bool(item.get("flip_v")),
+            )
+            layer = Layer(
+                name if len(images) == 1 or not item.get("name") else f"{name} {index + 1}"[-MAX_NAME:],
+                rgba(picture),
+                int(item.get("x") or 0),
+                int(item.get("y") or 0),
+                float(ours.get("opacity", item.get("opacity", 1.0))),
+                ours.get("blend_mode", item.get("blend_mode", "normal")),
+                bool(ours.get("visible", item.get("visible", True))),
+                mask,
+                transform,
+            )
+            entries.append((tuple(ours.get("groups", ())), layer))
+    width, height = layers.get("canvas") or _extent([layer for _, layer in entries])
+    return Document(int(width), int(height), _grouped(entries))
+
+
+def _extent(layers: list[Layer]) -> tuple[int, int]:
+    """As far right and down as the layers reach: what ComfyUI takes where no canvas is given."""
+    boxes = [layer.bounds for layer in layers]
+    return max([1, *(x + width for x, _, width, _ in boxes)]), max([1, *(y + height for _, y, _, height in boxes)])
+
+
+def _grouped(entries: list[tuple[tuple[Mapping[str, Any], ...], Layer]], depth: int = 0) -> tuple[Node, ...]:
+    """Consecutive layers of one group become that group again."""
+    nodes: list[Node] = []
+    while entries:
+        groups, layer = entries[0]
+        if len(groups) <= depth:
+            nodes.append(layer)
+            entries = entries[1:]
+            continue
+        group = groups[depth]
+        count = next((i for i, (other, _) in enumerate(entries) if len(other) <= depth or other[depth]["id"] != group["id"]), len(entries))
+        inside = _grouped(entries[:count], depth + 1)
+        nodes.append(Group(group["name"], inside, group["opacity"], group["blend_mode"], group["visible"]))
+        entries = entries[count:]
+    return tuple(nodes)
+
+
+def to_core(document: Document) -> dict[str, Any]:
+    """A document -> ComfyUI's `LAYERS`.
+
+    Groups and the three modes that it has not travel beside it, under the key `tessera` of an item, and come back by `from_core`; other
+    nodes see the nearest that there is: opacities of groups multiplied, hidden groups hidden, another mode. Empty groups are dropped.
+    """
+    items: list[dict[str, Any]] = []
+    ids: dict[int, str] = {}  # of groups; unique, because documents may be joined
+    for index, (groups, layer) in enumerate(document.walk()):
+        item: dict[str, Any] = {"image": layer.image[None], "type": "raster", "x": layer.x, "y": layer.y, "z_index": index, "name": layer.name}
+        opacity = layer.opacity
+        for group in groups:
+            opacity *= group.opacity
+        item |= {"opacity": opacity, "blend_mode": _CORE_HAS_NOT.get(layer.blend_mode, layer.blend_mode)}
+        item["visible"] = layer.visible and all(group.visible for group in groups)
+        if layer.mask is not None:
+            item["mask"] = 1 - layer.mask[None]
+        shown = layer.transform
+        item |= {"w": layer.size[0], "h": layer.size[1], "rotation": shown.rotation, "flip_h": shown.flip_h, "flip_v": shown.flip_v}
+        if groups or layer.blend_mode in _CORE_HAS_NOT:
+            path = [
+                {"id": ids.setdefault(id(group), uuid4().hex)}
+                | {"name": group.name, "opacity": group.opacity, "blend_mode": group.blend_mode, "visible": group.visible}
+                for group in groups
+            ]
+            item[_OURS] = {"groups": path, "blend_mode": layer.blend_mode, "opacity": layer.opacity, "visible": layer.visible}
+        items.append(item)
+    return {"version": 1, "canvas": (document.width, document.height), "layers": items}

@@ -1,0 +1,165 @@
+"""OpenRaster files (www.openraster.org): a ZIP archive of PNG layers and `stack.xml`, read by GIMP, Krita and MyPaint.
+
+Written with 8 bits a channel. OpenRaster has no masks: the layer is written as its mask leaves it, so that every reader shows it right,
+and the untouched picture and the mask lie beside it for us to read back. Blend modes that SVG has not are named as Krita names them.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+import zlib
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .blend import PASS_THROUGH
+from .compose import composite
+from .document import MAX_SIDE, Document, Group, Layer, Node, clean_name
+from .files import check_pixels, eight_bit, file_name, finished, from_eight_bit
+
+MIMETYPE = "image/openraster"
+THUMBNAIL = 256  # pixels of the longer side at most
+MAX_STACK = 2**24  # bytes of stack.xml
+_SVG = "multiply screen overlay darken lighten color-dodge color-burn hard-light soft-light difference hue saturation color luminosity".split()
+OPERATORS = {
+    **{"normal": "svg:src-over", "linear-dodge": "svg:plus"},
+    **{mode: f"svg:{mode}" for mode in _SVG},
+    **{mode: f"krita:{mode.replace('-', '_')}" for mode in ("dissolve", "exclusion", "linear-burn", "vivid-light", "pin-light", "subtract")},
+    **{mode: f"krita:{mode.replace('-', '_')}" for mode in ("divide", "grain-extract", "grain-merge")},
+    **{mode: f"krita:{mode.replace('-', ' ')}" for mode in ("linear-light", "darker-color", "lighter-color")},
+    "hard-mix": "krita:hard_mix_photoshop",
+}
+_MODES = {operator: mode for mode, operator in OPERATORS.items()} | {"svg:exclusion": "exclusion", "svg:add": "linear-dodge"}
+_MASK, _WHOLE = "tessera-mask", "tessera-unmasked"  # attributes of a layer that other readers ignore
+
+
+def write(document: Document, file: Path, merged: Tensor | None = None) -> None:
+    """merged: its composite, if it is made already. Raises ValueError for a pass-through group with an opacity, which OpenRaster has not."""
+    image = ElementTree.Element("image", version="0.0.6", w=str(document.width), h=str(document.height), xres="72", yres="72")
+    pictures: dict[str, np.ndarray] = {}
+    _add(ElementTree.SubElement(image, "stack"), document.layers, pictures)
+    flat = eight_bit(composite(document) if merged is None else merged)
+    small = Image.fromarray(flat)
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    pictures |= {"mergedimage.png": flat, "Thumbnails/thumbnail.png": np.asarray(small)}
+    with finished(file) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
+        archive.writestr("mimetype", MIMETYPE)  # first and stored, so that it stands at a fixed place in the file
+        archive.writestr("stack.xml", ElementTree.tostring(image, "UTF-8", xml_declaration=True), zipfile.ZIP_DEFLATED)
+        for name, picture in pictures.items():
+            archive.writestr(name, _png(picture))
+
+
+def _add(stack: ElementTree.Element, nodes: tuple[Node, ...], pictures: dict[str, np.ndarray]) -> None:
+    for node in reversed(nodes):  # OpenRaster lists the uppermost first
+        attributes = {"name": node.name, "opacity": repr(float(node.opacity)), "visibility": "visible" if node.visible else "hidden"}
+        if isinstance(node, Group):
+            through = node.blend_mode == PASS_THROUGH
+            if through and node.opacity < 1:
+                raise ValueError(f"group {node.name!r} passes through at opacity {node.opacity:g}, which OpenRaster has not; use normal, or .psd")
+            attributes |= {"composite-op": OPERATORS["normal" if through else node.blend_mode], "isolation": "auto" if through else "isolate"}
+            _add(ElementTree.SubElement(stack, "stack", attributes), node.layers, pictures)
+            continue
+        layer = node.baked()
+        picture, source = eight_bit(layer.image), f"data/{file_name(layer.name, len(pictures), '.png')}"
+        attributes |= {"composite-op": OPERATORS[layer.blend_mode], "x": str(layer.x), "y": str(layer.y), "src": source}
+        if layer.mask is not None:
+            attributes |= {_WHOLE: source.replace("data/", "data/unmasked/"), _MASK: source.replace("data/", "data/masks/")}
+            pictures |= {attributes[_WHOLE]: picture, attributes[_MASK]: eight_bit(layer.mask)}
+            picture = eight_bit(torch.cat([layer.image[..., :3], layer.image[..., 3:] * layer.mask[..., None]], -1))
+        pictures[source] = picture
+        ElementTree.SubElement(stack, "layer", attributes)
+
+
+def _png(picture: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def read(file: Path) -> tuple[Document, list[str]]:
+    """The document, and what was left out. Nothing is unpacked to disk. Raises ValueError that names the file."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return _Reader(archive).document()
+    except KeyError as error:
+        raise ValueError(f"{file.name} cannot be read as OpenRaster: {error.args[0]}") from error
+    except (zipfile.BadZipFile, zlib.error, ElementTree.ParseError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{file.name} cannot be read as OpenRaster: {error}") from error
+
+
+class _Reader:
+    def __init__(self, archive: zipfile.ZipFile):
+        self.archive = archive
+        self.notes: list[str] = []
+        self.pixels = 0
+
+    def document(self) -> tuple[Document, list[str]]:
+        """See `read`."""
+        text = self._bytes("stack.xml", MAX_STACK)
+        if b"<!" in text.replace(b"<!--", b""):
+            raise ValueError("stack.xml has declarations, which OpenRaster has not")
+        image = ElementTree.fromstring(text)
+        stack = image.find("stack")
+        if stack is None:
+            raise ValueError("stack.xml has no stack")
+        return Document(self._whole(image, "w"), self._whole(image, "h"), self._nodes(stack, 0, 0)), self.notes
+
+    def _nodes(self, stack: ElementTree.Element, x: int, y: int) -> tuple[Node, ...]:
+        nodes: list[Node] = []
+        for item in reversed(stack):
+            left, top = x + self._whole(item, "x"), y + self._whole(item, "y")  # a stack's offset moves all in it
+            name = clean_name(item.get("name", ""))
+            operator, opacity = item.get("composite-op", "svg:src-over"), float(item.get("opacity", "1"))
+            mode, visible = _MODES.get(operator), item.get("visibility") != "hidden"
+            if mode is None and item.tag in ("stack", "layer"):
+                self.notes.append(f"{name}: {operator} is not known; normal is used")
+            mode = mode or "normal"
+            if item.tag == "stack":
+                through = item.get("isolation") == "auto" and mode == "normal" and opacity == 1
+                nodes.append(Group(name, self._nodes(item, left, top), opacity, PASS_THROUGH if through else mode, visible))
+            elif item.tag == "layer":
+                picture = self._picture(item.get(_WHOLE, item.get("src", "")), "RGBA")
+                mask = self._picture(item.attrib[_MASK], "L") if _MASK in item.attrib else None
+                nodes.append(Layer(name, picture, left, top, opacity, mode, visible, mask))
+            elif isinstance(item.tag, str):
+                self.notes.append(f"{name}: {item.tag} is left out")
+        return tuple(nodes)
+
+    def _whole(self, item: ElementTree.Element, key: str) -> int:
+        text = item.get(key, "0")
+        try:
+            value = int(text)
+        except ValueError:
+            value = MAX_SIDE**2
+        if abs(value) >= MAX_SIDE**2:
+            raise ValueError(f"{key}={text[:40]!r} in stack.xml is not a number of pixels")
+        return value
+
+    def _picture(self, source: str, mode: str) -> Tensor:
+        if source.startswith("/") or ".." in source.replace("\\", "/").split("/"):
+            raise ValueError(f"the layer file {source[:80]!r} points out of the archive; do not trust this file")
+        data = self._bytes(source, 2**31)
+        try:
+            with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+                self.pixels += picture.width * picture.height
+                check_pixels(self.pixels)
+                if data[24] == 16:  # the header's bit depth; of colours, Pillow keeps the upper 8
+                    self.notes.append(f"{source}: its 16 bits a channel are read as 8")
+                if picture.mode.startswith("I"):
+                    picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+                return from_eight_bit(np.asarray(picture.convert(mode)))
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"the layer file {source[:80]!r} is not a sound PNG ({error})") from error
+
+    def _bytes(self, member: str, limit: int) -> bytes:
+        """A member of the archive, no longer than `limit` whatever its header says."""
+        with self.archive.open(member) as stream:
+            data = stream.read(limit + 1)
+        if len(data) > limit:
+            raise ValueError(f"{member} is longer than {limit >> 20} MiB; do not trust this file")
+        return data

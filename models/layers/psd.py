@@ -1,0 +1,183 @@
+"""Photoshop files: groups, names, blend modes, opacity, masks and the merged picture, through `psd-tools`.
+
+Written with 8 bits a channel. Transforms become pixels: PSD has them for smart objects only. Opacity has 256 levels there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .blend import MODES, PASS_THROUGH
+from .compose import composite
+from .document import Document, Group, Layer, Node, clean_name
+from .files import check_pixels, eight_bit, finished, from_eight_bit
+
+# Adobe Photoshop File Formats Specification, layer records: blend mode keys.
+KEYS = {
+    **{PASS_THROUGH: b"pass", "normal": b"norm", "dissolve": b"diss", "darken": b"dark", "multiply": b"mul ", "color-burn": b"idiv"},
+    **{"linear-burn": b"lbrn", "darker-color": b"dkCl", "lighten": b"lite", "screen": b"scrn", "color-dodge": b"div "},
+    **{"linear-dodge": b"lddg", "lighter-color": b"lgCl", "overlay": b"over", "soft-light": b"sLit", "hard-light": b"hLit"},
+    **{"vivid-light": b"vLit", "linear-light": b"lLit", "pin-light": b"pLit", "hard-mix": b"hMix", "difference": b"diff"},
+    **{"exclusion": b"smud", "subtract": b"fsub", "divide": b"fdiv", "hue": b"hue ", "saturation": b"sat ", "color": b"colr"},
+    "luminosity": b"lum ",
+}
+_MODES = {key: mode for mode, key in KEYS.items()}
+
+
+def _psd_tools() -> Any:
+    try:
+        import psd_tools
+        import psd_tools.constants
+    except ImportError as error:
+        raise ValueError(f"PSD needs psd-tools ({error}): pip install psd-tools; OpenRaster (.ora) needs nothing") from error
+    return psd_tools
+
+
+def write(document: Document, file: Path, merged: Tensor | None = None) -> None:
+    """merged: its composite, if it is made already. Raises ValueError for a blend mode that PSD has not, before anything is written."""
+    _psd_tools()
+    from psd_tools.constants import Compression
+    from psd_tools.psd import PSD, ChannelImageData, GlobalLayerMaskInfo, LayerInfo, LayerRecords
+    from psd_tools.psd.header import FileHeader
+    from psd_tools.psd.image_data import ImageData
+    from psd_tools.psd.image_resources import ImageResources
+    from psd_tools.psd.layer_and_mask import LayerAndMaskInformation
+
+    _check(document.layers)
+    header = FileHeader(width=document.width, height=document.height, channels=4)
+    # Records, not psd-tools' layer objects: those take quadratic time, and compose the merged picture by themselves.
+    records = [record for node in document.layers for record in _records(node)]
+    layers = LayerInfo(
+        -len(records),  # negative: the fourth channel of the merged picture is transparency
+        LayerRecords(record for record, _ in records),
+        ChannelImageData(channels for _, channels in records),
+    )
+    merged = composite(document) if merged is None else merged
+    on_white = merged[..., :3] * merged[..., 3:] + (1 - merged[..., 3:])  # as Photoshop keeps it
+    planes = eight_bit(torch.cat([on_white, merged[..., 3:]], -1))
+    picture = ImageData(Compression.RLE)
+    picture.set_data([np.ascontiguousarray(planes[..., channel]).tobytes() for channel in range(4)], header)
+    psd = PSD(header, image_resources=ImageResources.new(), layer_and_mask_information=LayerAndMaskInformation(layers, GlobalLayerMaskInfo()))
+    psd.image_data = picture
+    with finished(file) as unfinished, open(unfinished, "wb") as stream:
+        psd.write(stream)
+
+
+def _check(nodes: tuple[Node, ...]) -> None:
+    for node in nodes:
+        if node.blend_mode not in KEYS:
+            raise ValueError(f"{node.name!r} has blend mode {node.blend_mode}, which PSD has not; choose another, or save as .ora")
+        if isinstance(node, Group):
+            _check(node.layers)
+
+
+def _records(node: Node) -> Iterator[tuple[Any, Any]]:
+    """Record and channels of each layer, bottom to top. A group is its layers between two dividers, the upper one with its properties."""
+    from psd_tools.constants import SectionDivider, Tag
+
+    if isinstance(node, Group):
+        below, channels = _record("</Layer group>", 0, 0, {})
+        below.tagged_blocks.set_data(Tag.SECTION_DIVIDER_SETTING, SectionDivider.BOUNDING_SECTION_DIVIDER)
+        yield below, channels
+        for inner in node.layers:
+            yield from _records(inner)
+        record, channels = _record(node.name, 0, 0, {})
+        record.tagged_blocks.set_data(Tag.SECTION_DIVIDER_SETTING, SectionDivider.OPEN_FOLDER, b"8BIM", KEYS[node.blend_mode])
+    else:
+        layer = node.baked()
+        pixels = eight_bit(layer.image)
+        planes = {-1: pixels[..., 3], **{channel: pixels[..., channel] for channel in range(3)}}
+        if layer.mask is not None:
+            planes[-2] = eight_bit(layer.mask)
+        record, channels = _record(layer.name, layer.x, layer.y, planes)
+    record.blend_mode = KEYS["normal" if node.blend_mode == PASS_THROUGH else node.blend_mode]  # the divider tells that it passes through
+    record.opacity, record.flags.visible = round(node.opacity * 255), node.visible
+    yield record, channels
+
+
+def _record(name: str, x: int, y: int, planes: dict[int, np.ndarray]) -> tuple[Any, Any]:
+    """planes: by PSD's channel numbers, -1 transparency, -2 mask, all of one size. None, for a divider, is four channels without a pixel."""
+    from psd_tools.constants import Compression, Tag
+    from psd_tools.psd.layer_and_mask import ChannelData, ChannelDataList, ChannelInfo, LayerRecord, MaskData
+
+    planes = planes or dict.fromkeys((-1, 0, 1, 2), np.empty((0, 0), np.uint8))
+    height, width = planes[0].shape
+    box = {"left": x, "top": y, "right": x + width, "bottom": y + height}
+    record, channels = LayerRecord(**box, name=name.encode("mac_roman", "replace").decode("mac_roman")), ChannelDataList()
+    record.tagged_blocks.set_data(Tag.UNICODE_LAYER_NAME, name)
+    for number, plane in planes.items():
+        channel = ChannelData(Compression.RLE if plane.size else Compression.RAW)
+        channel.set_data(np.ascontiguousarray(plane).tobytes(), width, height, 8)
+        record.channel_info.append(ChannelInfo(number, len(channel.data) + 2))
+        channels.append(channel)
+    if -2 in planes:
+        record.mask_data = MaskData(**box)
+    return record, channels
+
+
+def read(file: Path) -> tuple[Document, list[str]]:
+    """The document, and what was left out. RGB and grey of 8 or 16 bits. Raises ValueError that names the file."""
+    tools = _psd_tools()
+    from psd_tools.compression import PSDDecompressionWarning
+
+    notes: list[str] = []
+    try:
+        with warnings.catch_warnings():  # psd-tools would warn and give black for a channel that it cannot unpack
+            warnings.simplefilter("error", PSDDecompressionWarning)
+            return _document(tools.PSDImage.open(file), notes), notes
+    except Exception as error:  # a damaged file can make the parser fail anyhow
+        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file.name} cannot be read as PSD: {what}") from error
+
+
+def _document(psd: Any, notes: list[str]) -> Document:
+    if psd.color_mode.name not in ("RGB", "GRAYSCALE") or psd.depth not in (8, 16):
+        raise ValueError(f"it is {psd.color_mode.name} with {psd.depth} bits a channel; convert it to RGB with 8 or 16")
+    check_pixels(sum(item.width * item.height for item in psd.descendants() if not item.is_group()))
+    return Document(psd.width, psd.height, _nodes(psd, notes))
+
+
+def _nodes(parent: Any, notes: list[str]) -> tuple[Node, ...]:
+    nodes: list[Node] = []
+    for item in parent:
+        name = clean_name(item.name)
+        blend_mode = _MODES[item.blend_mode.value]
+        opacity = item.opacity / 255
+        if item.is_group():
+            if item.has_mask():
+                notes.append(f"{name}: masks of groups are not read")
+            nodes.append(Group(name, _nodes(item, notes), opacity, blend_mode, item.visible))
+        elif not item.has_pixels():
+            notes.append(f"{name}: a layer of kind {item.kind} without pixels is left out")
+        else:
+            if item.clipping:
+                notes.append(f"{name}: it is not clipped to the layer below")
+            if item.has_effects():
+                notes.append(f"{name}: layer effects are not read")
+            opacity *= item.fill_opacity / 255
+            mode = blend_mode if blend_mode in MODES else "normal"  # pass-through is for groups
+            nodes.append(Layer(name, _pixels(item), item.left, item.top, opacity, mode, item.visible, _mask(item)))
+    return tuple(nodes)
+
+
+def _pixels(item: Any) -> Tensor:
+    colour = torch.from_numpy(np.array(item.numpy("color"), dtype=np.float32))
+    shape = item.numpy("shape")
+    alpha = torch.ones_like(colour[..., :1]) if shape is None else torch.from_numpy(np.array(shape, dtype=np.float32))
+    return torch.cat([colour.expand(-1, -1, 3), alpha], -1).clamp(0, 1)
+
+
+def _mask(item: Any) -> Tensor | None:
+    if item.mask is None or item.mask.disabled:
+        return None
+    stored = item.mask.topil(layer_sized=True)
+    if stored is None:  # the mask is its background everywhere
+        return torch.full((item.height, item.width), item.mask.background_color / 255)
+    return from_eight_bit(np.asarray(stored.convert("L")))

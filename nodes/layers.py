@@ -1,0 +1,317 @@
+"""Layers from Images, Compose, Edit, Auto Layout, Save and Load: documents of core's LAYERS type, on every supported version."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as mm
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..models.layers import files
+from ..models.layers.blend import MODES
+from ..models.layers.compose import composite, on_checkerboard
+from ..models.layers.document import MAX_SIDE, Document, Layer, clean_name, from_core, rgba, to_core
+from ..models.layers.layout import FITS, arranged, chosen, from_caption, from_masks, golden, grid, restacked, trimmed
+
+CATEGORY = "Tessera/layers"
+Layers = io.Custom("LAYERS")  # io.Layers is newer than our oldest ComfyUI
+BACKGROUNDS = {"transparent": None, "white": 1.0, "grey": 0.5, "black": 0.0}
+
+
+def _picture(document: Document, linear: bool = False) -> Tensor:
+    """The composite `(1, height, width, 4)`, made on the CPU: a canvas need not fit beside the models."""
+    return composite(document, linear=linear)[None].to(mm.intermediate_device())
+
+
+def _preview(picture: Tensor, cls: Any) -> dict[str, Any]:
+    return ui.PreviewImage(on_checkerboard(picture[0])[None], cls=cls).as_dict()
+
+
+def _side(name: str, what: str) -> Any:
+    return io.Int.Input(name, default=0, min=0, max=MAX_SIDE, tooltip=what)
+
+
+class LayersFromImages(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TesseraLayersFromImages",
+            display_name="Layers from Images",
+            category=CATEGORY,
+            description="Makes layers of a batch of pictures, the first one lowest: names them, cuts them to what is not transparent, stacks them.",
+            search_aliases=["layer", "rgba", "qwen image layered", "layer stack"],
+            inputs=[
+                io.Image.Input("image", tooltip="A picture or a batch, RGB or RGBA (straight alpha). Each becomes a layer."),
+                io.Mask.Input("mask", optional=True, tooltip="One for all or one each: 1 where the layer is transparent, as Load Image gives it."),
+                Layers.Input("layers", optional=True, tooltip="Layers below the new ones."),
+                io.String.Input("names", default="", multiline=True, tooltip="One name a line, the lowest layer first. Missing ones are numbered."),
+                io.Boolean.Input(
+                    "trim", default=True, tooltip="Cut each layer to the pixels that are not fully transparent. It stays where it was on the canvas."
+                ),
+                _side("width", "Of the canvas, in pixels. 0: that of the layers below, or of the pictures."),
+                _side("height", "Of the canvas, in pixels. 0: that of the layers below, or of the pictures."),
+            ],
+            outputs=[Layers.Output(display_name="layers")],
+        )
+
+    @classmethod
+    def execute(cls, image, names, trim, width, height, mask=None, layers=None) -> io.NodeOutput:
+        below = None if layers is None else from_core(layers)
+        if mask is not None and len(mask) not in (1, len(image)):
+            raise ValueError(f"mask has {len(mask)} pictures and image {len(image)}; give one for all, or one each")
+        lines = [clean_name(line) for line in names.splitlines()]
+        item: dict[str, Any] = {"image": image, "mask": mask, "z_index": 0}
+        made = from_core({"version": 1, "canvas": (image.shape[2], image.shape[1]), "layers": [item]})
+        start = 0 if below is None else sum(1 for _ in below.walk())
+        new: list[Layer] = []
+        for index, (_, layer) in enumerate(made.walk()):
+            name = lines[index] if index < len(lines) and lines[index] else f"Layer {start + index + 1}"
+            new.append(replace(trimmed(layer) if trim else layer, name=name))
+        canvas = below or made
+        document = Document(width or canvas.width, height or canvas.height, (*(below.layers if below else ()), *new))
+        return io.NodeOutput(to_core(document))
+
+
+class ComposeLayers(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TesseraComposeLayers",
+            display_name="Compose Layers",
+            category=CATEGORY,
+            description="Flattens layers into one picture as Photoshop and Krita do, with all their blend modes, groups and masks.",
+            search_aliases=["flatten", "merge layers", "composite", "blend modes"],
+            inputs=[
+                Layers.Input("layers", tooltip="From Layers from Images, Load Layers, or core's Add Layer."),
+                io.Combo.Input(
+                    "light",
+                    options=["sRGB", "linear"],
+                    default="sRGB",
+                    tooltip="sRGB: on the stored values, as Photoshop and Krita do. linear: as light adds up; soft edges and modes look different.",
+                ),
+                io.Combo.Input("background", options=list(BACKGROUNDS), default="transparent", tooltip="What lies under everything."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="RGBA with straight alpha; RGB where nothing is transparent."),
+                io.Mask.Output(display_name="mask", tooltip="1 where the picture is transparent."),
+            ],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, layers, light, background) -> io.NodeOutput:
+        document = from_core(layers)
+        level = BACKGROUNDS[background]
+        if level is not None:
+            paper = Layer("background", rgba(torch.full((document.height, document.width, 1), level)))
+            document = replace(document, layers=(paper, *document.layers))
+        picture = _picture(document, light == "linear")
+        line = f"{sum(1 for _ in document.walk()) - (level is not None)} layers, {document.width} x {document.height}"
+        opaque = bool((picture[..., 3] > 1 - 1e-4).all())
+        shown = _preview(picture, cls) | {"text": (line,)}
+        return io.NodeOutput(picture[..., :3] if opaque else picture, 1 - picture[..., 3], ui=shown)
+
+
+class EditLayer(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        def whole(name: str, default: int, low: int, what: str) -> Any:
+            return io.Int.Input(name, default=default, min=low, max=MAX_SIDE, tooltip=what)
+
+        options = [
+            io.DynamicCombo.Option("position", [whole("x", 0, -MAX_SIDE, "Left edge, in pixels."), whole("y", 0, -MAX_SIDE, "Upper edge.")]),
+            io.DynamicCombo.Option("size", [_side("width", "In pixels; 0: its own."), _side("height", "In pixels; 0: its own.")]),
+            io.DynamicCombo.Option(
+                "turn",
+                [
+                    io.Float.Input("degrees", default=0.0, min=-360.0, max=360.0, step=1.0, tooltip="Clockwise, about its centre."),
+                    io.Boolean.Input("flip_h", default=False, tooltip="Left and right change places."),
+                    io.Boolean.Input("flip_v", default=False, tooltip="Top and bottom change places."),
+                ],
+            ),
+            io.DynamicCombo.Option(
+                "opacity", [io.Float.Input("opacity", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="1 hides what is below.")]
+            ),
+            io.DynamicCombo.Option("blend mode", [io.Combo.Input("blend_mode", options=list(MODES), tooltip="How it mixes with what is below.")]),
+            io.DynamicCombo.Option("visibility", [io.Boolean.Input("visible", default=True, tooltip="Whether it shows.")]),
+            io.DynamicCombo.Option("name", [io.String.Input("name", default="", tooltip="The new name.")]),
+            io.DynamicCombo.Option("order", [whole("position", -1, -MAX_SIDE, "1 is the lowest in its group, -1 the uppermost.")]),
+            io.DynamicCombo.Option("mask", [io.Mask.Input("mask", tooltip="1 where the layer is transparent; of any size. Replaces its mask.")]),
+        ]
+        return io.Schema(
+            node_id="TesseraEditLayer",
+            display_name="Edit Layer",
+            category=CATEGORY,
+            description="Changes one property of a layer, or of all layers of a name. Chain several for several properties.",
+            search_aliases=["layer opacity", "layer position", "blend mode", "rename layer"],
+            inputs=[
+                Layers.Input("layers"),
+                io.String.Input("layer", default="1", tooltip="A name, or a number from the bottom: 1 is the lowest, -1 the uppermost."),
+                io.DynamicCombo.Input("change", options=options, tooltip="Which property."),
+            ],
+            outputs=[Layers.Output(display_name="layers")],
+        )
+
+    @classmethod
+    def execute(cls, layers, layer, change) -> io.NodeOutput:
+        document = from_core(layers)
+        found = chosen(document, layer)
+        if change["change"] == "order":
+            for one in found:
+                document = replace(document, layers=restacked(document.layers, one, change["position"]))
+            return io.NodeOutput(to_core(document))
+        return io.NodeOutput(to_core(document.map(lambda one: _changed(one, change) if any(one is other for other in found) else one)))
+
+
+def _changed(layer: Layer, change: dict[str, Any]) -> Layer:
+    kind, new = change["change"], {key: value for key, value in change.items() if key != "change"}
+    if kind == "size":
+        return replace(layer, transform=replace(layer.transform, **new))
+    if kind == "turn":
+        turn = math.radians(new.pop("degrees"))
+        return replace(layer, transform=replace(layer.transform, rotation=turn, **new))
+    if kind == "mask":
+        item = {"image": layer.image[None], "mask": new["mask"][:1], "z_index": 0}
+        return replace(layer, mask=next(from_core({"layers": [item]}).walk())[1].mask)
+    if kind == "name":
+        return replace(layer, name=clean_name(new["name"]))
+    return replace(layer, **new)
+
+
+class AutoLayout(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        background = io.Boolean.Input("background", default=False, tooltip="The lowest layer covers the canvas; the others are arranged.")
+        layouts = [
+            io.DynamicCombo.Option(
+                "grid",
+                [
+                    io.Int.Input("columns", default=0, min=0, max=1000, tooltip="0: cells as square as they get."),
+                    io.Int.Input("gap", default=16, min=0, max=4096, tooltip="Pixels between the cells and around them."),
+                    background,
+                ],
+            ),
+            io.DynamicCombo.Option("golden", [background]),
+            io.DynamicCombo.Option("masks", [io.Mask.Input("masks", tooltip="One a layer, lowest first; 1 is where it goes."), background]),
+            io.DynamicCombo.Option(
+                "caption",
+                [io.String.Input("caption", default="", multiline=True, tooltip='Such as "a dog on the left, a small bird top right". English.')],
+            ),
+        ]
+        return io.Schema(
+            node_id="TesseraAutoLayout",
+            display_name="Auto Layout",
+            category=CATEGORY,
+            description="Places layers by rules: a grid, golden sections, where masks are, or as a caption says.",
+            search_aliases=["arrange layers", "grid", "golden ratio", "align"],
+            inputs=[
+                Layers.Input("layers"),
+                io.DynamicCombo.Input("layout", options=layouts, tooltip="The rule."),
+                io.Combo.Input("fit", options=list(FITS), tooltip="contain: all of it shows. cover: it fills its box. stretch: exactly its box."),
+            ],
+            outputs=[Layers.Output(display_name="layers"), io.String.Output(display_name="report", tooltip="Layers that were not placed, and why.")],
+        )
+
+    @classmethod
+    def execute(cls, layers, layout, fit) -> io.NodeOutput:
+        document = from_core(layers)
+        kind, canvas = layout["layout"], (document.width, document.height)
+        if kind == "caption":
+            document, notes = from_caption(layout["caption"], document, fit)
+        else:
+            count = max(sum(1 for _ in document.walk()) - layout["background"], 0)
+            if kind == "grid":
+                boxes = grid(count, *canvas, layout["columns"], layout["gap"])
+            else:
+                boxes = golden(count, *canvas) if kind == "golden" else from_masks(layout["masks"], canvas)
+            document, notes = arranged(document, boxes, fit, layout["background"])
+        report = "\n".join(notes)
+        return io.NodeOutput(to_core(document), report, ui={"text": (report or "all layers are placed",)})
+
+
+class SaveLayers(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TesseraSaveLayers",
+            display_name="Save Layers",
+            category=CATEGORY,
+            description="Saves layers to a file that Photoshop, GIMP or Krita opens: names, groups, masks, opacity and blend modes stay editable.",
+            search_aliases=["psd", "ora", "openraster", "photoshop", "krita", "export layers"],
+            is_output_node=True,
+            inputs=[
+                Layers.Input("layers"),
+                io.String.Input("filename_prefix", default="layers/Tessera", tooltip="In the output folder; a number is added."),
+                io.Combo.Input(
+                    "format", options=list(files.FORMATS), tooltip="psd: Photoshop. ora: OpenRaster. png: a folder of PNG files with layers.json."
+                ),
+            ],
+            outputs=[Layers.Output(display_name="layers", tooltip="The layers, unchanged.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, layers, filename_prefix, format) -> io.NodeOutput:
+        document = from_core(layers)
+        output = folder_paths.get_output_directory()
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, output, document.width, document.height)
+        target = Path(folder) / f"{name}_{counter:05}_{'' if format == 'png' else '.' + format}"
+        picture = _picture(document)
+        files.write(document, target, picture[0])
+        saved = {"filename": target.name, "subfolder": subfolder, "type": "output"}
+        shown = _preview(picture, cls) | {"text": (f"{target.name} in {subfolder or 'the output folder'}",), "tessera_files": (saved,)}
+        return io.NodeOutput(layers, ui=shown)
+
+
+class LoadLayers(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        folder = Path(folder_paths.get_input_directory())
+        found = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.suffix.lower() in (".psd", ".ora"))
+        return io.Schema(
+            node_id="TesseraLoadLayers",
+            display_name="Load Layers",
+            category=CATEGORY,
+            description="Reads the layers of a Photoshop (.psd) or OpenRaster (.ora) file from the input folder.",
+            search_aliases=["psd", "ora", "openraster", "import layers", "open photoshop"],
+            inputs=[io.Combo.Input("file", options=found, tooltip="A .psd or .ora file in ComfyUI's input folder or below it.")],
+            outputs=[
+                Layers.Output(display_name="layers"),
+                io.String.Output(display_name="report", tooltip="What of the file could not be kept, a line each."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file):
+        try:
+            _input_file(file)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file):
+        state = _input_file(file).stat()
+        return f"{state.st_mtime_ns} {state.st_size}"
+
+    @classmethod
+    def execute(cls, file) -> io.NodeOutput:
+        document, notes = files.read(_input_file(file))
+        lines = [f"{sum(1 for _ in document.walk())} layers, {document.width} x {document.height}", *notes]
+        return io.NodeOutput(to_core(document), "\n".join(notes), ui=_preview(_picture(document), cls) | {"text": ("\n".join(lines),)})
+
+
+def _input_file(name: str) -> Path:
+    folder = Path(folder_paths.get_input_directory()).resolve()
+    file = (folder / name).resolve()
+    if not file.is_relative_to(folder) or not file.is_file() or file.suffix.lower() not in (".psd", ".ora"):
+        raise ValueError(f"file is {name!r}, which is no .psd or .ora in the input folder; put it there, and refresh the list (R)")
+    return file

@@ -1,0 +1,200 @@
+"""The layer nodes through the queue of real ComfyUI, old and new, and together with core's own layer nodes."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import _installed
+from PIL import Image
+from test_layers_blend import flat, levels
+from test_layers_document import document, same
+
+from tessera.cli.comfy_server import ComfyServer, PromptFailedError, PromptRefusedError
+from tessera.models.layers import png
+from tessera.models.layers.compose import composite
+from tessera.models.layers.document import Document, Layer
+from tessera.models.layers.files import eight_bit, read, write
+
+pytestmark = [pytest.mark.comfy, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def psd_tools_there() -> None:
+    """ComfyUI's Python may not have what this pack needs."""
+    python = _installed(old=False).python
+    if subprocess.run([python, "-c", "import psd_tools"], capture_output=True).returncode:
+        pytest.skip(f"needs psd-tools in ComfyUI's Python: {python} -m pip install -r requirements.txt")
+
+
+def give(server: ComfyServer, before: Document, name: str) -> None:
+    """A file into the server's input folder."""
+    assert server._base is not None
+    write(before, server._base / "input" / name)
+
+
+def saved(server: ComfyServer, outputs: dict, node: str, tmp_path: Path) -> Document:
+    """What Save Layers wrote, read back."""
+    file = outputs[node]["tessera_files"][0]
+    if not Path(file["filename"]).suffix:
+        assert server._base is not None
+        return read(server._base / "output" / file["subfolder"] / file["filename"])[0]
+    copy = tmp_path / file["filename"]
+    copy.write_bytes(server.fetch(file))
+    return read(copy)[0]
+
+
+def pixels(server: ComfyServer, outputs: dict, node: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(server.fetch(outputs[node]["images"][0])))).astype(np.float64)
+
+
+@pytest.mark.parametrize(("ending", "format"), [("psd", "ora"), ("ora", "psd"), ("psd", "png")])
+def test_files_pass_through_unchanged(any_comfy: ComfyServer, ending, format, tmp_path):
+    before = document()
+    give(any_comfy, before, f"sub/{ending}_{format}.{ending}")
+    graph = {
+        "1": {"class_type": "TesseraLoadLayers", "inputs": {"file": f"sub/{ending}_{format}.{ending}"}},
+        "2": {"class_type": "TesseraComposeLayers", "inputs": {"layers": ["1", 0], "light": "sRGB", "background": "transparent"}},
+        "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "flat"}},
+        "4": {"class_type": "TesseraSaveLayers", "inputs": {"layers": ["1", 0], "filename_prefix": "l/x", "format": format}},
+    }
+    outputs = any_comfy.run(graph, timeout=300).outputs
+    same(before, saved(any_comfy, outputs, "4", tmp_path))
+    assert np.abs(pixels(any_comfy, outputs, "3") - eight_bit(composite(before))).max() <= 1, "SaveImage rounds down"
+    assert outputs["1"]["text"][0] == "6 layers, 61 x 47"
+    assert len(outputs["2"]["images"]) == len(outputs["4"]["images"]) == 1, "previews"
+
+
+def test_layers_are_made_edited_and_arranged(any_comfy: ComfyServer, tmp_path):
+    """A picture with a transparent border becomes a trimmed layer; two solid ones join it; each property is changed once."""
+    picture = torch.zeros(20, 30, 4)
+    picture[4:14, 5:25] = levels(10, 20, 4).clamp_min(1 / 255)
+    give(any_comfy, Document(30, 20, (Layer("in", picture),)), "rgba.ora")
+    graph = {
+        "1": {"class_type": "TesseraLoadLayers", "inputs": {"file": "rgba.ora"}},
+        "2": {"class_type": "TesseraComposeLayers", "inputs": {"layers": ["1", 0], "light": "linear", "background": "transparent"}},
+        "3": {"class_type": "TesseraLayersFromImages", "inputs": {"image": ["2", 0], "names": "cut\n", "trim": True, "width": 0, "height": 0}},
+        "4": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 6, "batch_size": 2, "color": 0xFF0000}},
+        "5": {"class_type": "SolidMask", "inputs": {"value": 0.25, "width": 8, "height": 6}},
+        "6": {
+            "class_type": "TesseraLayersFromImages",
+            "inputs": {
+                **{"image": ["4", 0], "mask": ["5", 0], "layers": ["3", 0], "names": "\nred/../\\😀", "trim": False, "width": 100, "height": 0},
+            },
+        },
+    }
+    edits = [
+        ("red/../\\😀", "opacity", {"opacity": 0.2}),
+        ("2", "position", {"x": -3, "y": 44}),
+        ("2", "size", {"width": 40, "height": 0}),
+        ("2", "turn", {"degrees": 90.0, "flip_h": True, "flip_v": False}),
+        ("-1", "blend mode", {"blend_mode": "lighter-color"}),
+        ("-1", "visibility", {"visible": False}),
+        ("2", "name", {"name": "two"}),
+        ("two", "order", {"position": -1}),
+        ("two", "mask", {"mask": ["5", 0]}),
+    ]
+    last = "6"
+    for number, (layer, kind, values) in enumerate(edits, 10):
+        inputs = {"layers": [last, 0], "layer": layer, "change": kind, **{f"change.{name}": value for name, value in values.items()}}
+        last = str(number)
+        graph[last] = {"class_type": "TesseraEditLayer", "inputs": inputs}
+    save = {"layers": [last, 0], "filename_prefix": "l/edited", "format": "png"}
+    graph["30"] = {"class_type": "TesseraSaveLayers", "inputs": save}
+    grid = {"layers": [last, 0], "layout": "grid", "layout.columns": 3, "layout.gap": 2, "layout.background": False, "fit": "stretch"}
+    graph["31"] = {"class_type": "TesseraAutoLayout", "inputs": grid}
+    graph["32"] = {"class_type": "TesseraSaveLayers", "inputs": {**save, "layers": ["31", 0], "filename_prefix": "l/grid"}}
+    masks = {"layers": [last, 0], "layout": "masks", "layout.masks": ["33", 0], "layout.background": True, "fit": "contain"}
+    graph["33"] = {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 10, "height": 10}}
+    graph["34"] = {"class_type": "TesseraAutoLayout", "inputs": masks}
+    graph["35"] = {"class_type": "TesseraSaveLayers", "inputs": {**save, "layers": ["34", 0], "filename_prefix": "l/masks"}}
+    outputs = any_comfy.run(graph, timeout=300).outputs
+
+    edited = saved(any_comfy, outputs, "30", tmp_path)
+    cut, red, two = edited.layers
+    assert (edited.width, edited.height) == (100, 20)
+    assert (cut.name, red.name, two.name) == ("cut", "red/../\\😀", "two")
+    assert (cut.x, cut.y) == (5, 4) and (cut.image - picture[4:14, 5:25]).abs().max() < 1.01 / 255
+    assert (red.opacity, red.blend_mode, red.visible) == (0.2, "lighter-color", False)
+    assert torch.equal(red.image, flat((1, 0, 0, 1), 6, 8)) and (red.mask - 0.75).abs().max() < 1 / 255
+    assert (two.x, two.y, two.size, two.transform.flip_h) == (-3, 44, (40, 6), True)
+    assert two.transform.rotation == pytest.approx(np.pi / 2) and (two.mask - 0.75).abs().max() < 1 / 255
+    assert [layer.bounds for layer in saved(any_comfy, outputs, "32", tmp_path).layers] == [(2, 2, 30, 16), (34, 2, 31, 16), (67, 2, 31, 16)]
+    masked = saved(any_comfy, outputs, "35", tmp_path).layers
+    assert masked[0].bounds == (0, -15, 100, 50) and masked[1].bounds == (36, 0, 27, 20)
+    assert outputs["34"]["text"] == ["two: there is no box for it"]
+
+
+def test_captions_and_golden_sections(any_comfy: ComfyServer, tmp_path):
+    give(any_comfy, Document(100, 100, (Layer("dog", levels(10, 10, 4)), Layer("sky", levels(10, 10, 4)))), "two.psd")
+    caption = {"layout": "caption", "layout.caption": "the dog on the left and the sky in the background"}
+    graph = {"1": {"class_type": "TesseraLoadLayers", "inputs": {"file": "two.psd"}}}
+    for node, layout in (("2", caption), ("4", {"layout": "golden", "layout.background": False})):
+        graph[node] = {"class_type": "TesseraAutoLayout", "inputs": {"layers": ["1", 0], "fit": "stretch", **layout}}
+        inputs = {"layers": [node, 0], "filename_prefix": "l/layout", "format": "png"}
+        graph[str(int(node) + 1)] = {"class_type": "TesseraSaveLayers", "inputs": inputs}
+    outputs = any_comfy.run(graph, timeout=300).outputs
+    said = saved(any_comfy, outputs, "3", tmp_path).layers
+    assert [(layer.name, layer.bounds) for layer in said] == [("sky", (0, 0, 100, 100)), ("dog", (0, 33, 33, 33))]
+    assert [layer.bounds for layer in saved(any_comfy, outputs, "5", tmp_path).layers] == [(0, 0, 62, 100), (62, 0, 38, 100)]
+
+
+def test_nothing_is_written_outside_the_output_folder(any_comfy: ComfyServer):
+    assert any_comfy._base is not None
+    give(any_comfy, document(), "plain.ora")
+    (any_comfy._base / "input" / "broken.psd").write_bytes(b"8BPS not quite")
+    (any_comfy._base / "outside.psd").write_bytes(b"8BPS")
+    load = {"class_type": "TesseraLoadLayers", "inputs": {"file": "plain.ora"}}
+    save = {"layers": ["1", 0], "filename_prefix": "../../escaped", "format": "png"}
+    with pytest.raises(PromptFailedError, match="outside"):
+        any_comfy.run({"1": load, "2": {"class_type": "TesseraSaveLayers", "inputs": save}}, timeout=300)
+    show = {"class_type": "TesseraComposeLayers", "inputs": {"layers": ["1", 0], "light": "sRGB", "background": "white"}}
+    for name in ("../outside.psd", "none.psd", "/etc/passwd"):
+        with pytest.raises(PromptRefusedError, match=r"no \.psd or \.ora in the input folder"):
+            any_comfy.run({"1": {**load, "inputs": {"file": name}}, "2": show})
+    with pytest.raises(PromptFailedError, match=r"broken\.psd cannot be read as PSD"):
+        any_comfy.run({"1": {**load, "inputs": {"file": "broken.psd"}}, "2": show}, timeout=300)
+    edit = {"layers": ["1", 0], "layer": "cat", "change": "opacity", "change.opacity": 0.5}
+    with pytest.raises(PromptFailedError, match="there is none of that name or number"):
+        graph = {"1": load, "3": {"class_type": "TesseraEditLayer", "inputs": edit}, "2": {**show, "inputs": {**show["inputs"], "layers": ["3", 0]}}}
+        any_comfy.run(graph, timeout=300)
+    assert not list(any_comfy._base.parent.rglob("escaped*"))
+
+
+def test_core_nodes_take_our_layers_and_give_theirs(comfy: ComfyServer, tmp_path):
+    """Normal layers look the same in core's Create Layered Image and in ours in linear light. Core adds to what we made, and groups survive."""
+    soft = [Layer(f"{i}", levels(20, 30, 4), 3 * i, 2 * i, 0.7, mask=levels(20, 30)) for i in range(2)]
+    opaque = Layer("paper", flat((0.3, 0.6, 0.9, 1), 40, 50))
+    give(comfy, Document(50, 40, (opaque, *soft)), "soft.ora")
+    before = document()
+    give(comfy, before, "groups.ora")
+    compositor = {"class_type": "ImageCompositor", "inputs": {"layers": ["1", 0], "compositor": {}}}
+    graph = {
+        "1": {"class_type": "TesseraLoadLayers", "inputs": {"file": "soft.ora"}},
+        "2": compositor,
+        "3": {"class_type": "TesseraComposeLayers", "inputs": {"layers": ["1", 0], "light": "linear", "background": "transparent"}},
+        "4": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "core"}},
+        "5": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "ours"}},
+        "6": {"class_type": "TesseraLoadLayers", "inputs": {"file": "groups.ora"}},
+        "7": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 6, "batch_size": 1, "color": 0xFF0000}},
+        "8": {
+            "class_type": "AddLayer",
+            "inputs": {"layers": ["6", 0], "image": ["7", 0], "name": "added", "x": 4, "rotation": 45.0, "z_index": 99, "blend_mode": "grain-merge"},
+        },
+        "9": {"class_type": "TesseraSaveLayers", "inputs": {"layers": ["8", 0], "filename_prefix": "l/joined", "format": "png"}},
+        "10": {**compositor, "inputs": {"layers": ["8", 0], "compositor": {}}},
+        "11": {"class_type": "PreviewImage", "inputs": {"images": ["10", 0]}},
+    }
+    outputs = comfy.run(graph, timeout=300).outputs
+    assert np.abs(pixels(comfy, outputs, "4") - pixels(comfy, outputs, "5")[..., :3]).max() <= 1
+    joined = saved(comfy, outputs, "9", tmp_path)
+    added = joined.layers[-1]
+    assert (added.name, added.x, added.blend_mode, added.transform.rotation) == ("added", 4, "grain-merge", pytest.approx(np.pi / 4))
+    same(before, Document(61, 47, joined.layers[:-1]))
+    names = json.loads((comfy._base / "output" / "l" / outputs["9"]["tessera_files"][0]["filename"] / png.INDEX).read_text())["layers"]
+    assert [entry["name"] for entry in names] == ["ground", "people 😀", "people 😀", "far out", "added"]

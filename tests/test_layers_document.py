@@ -1,0 +1,198 @@
+"""The layer document: ComfyUI's LAYERS in and out, what is refused, automatic layout."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from test_layers_blend import flat, levels
+
+from tessera.models.layers.document import Document, Group, Layer, Transform, clean_name, from_core, rgba, to_core
+from tessera.models.layers.layout import arranged, chosen, from_caption, from_masks, golden, grid, place, restacked, trimmed
+
+
+def document() -> Document:
+    """Everything that a document can hold, on an odd canvas."""
+    inner = Group("heads", (Layer("hidden", levels(3, 3, 4), 5, 5, 1.0, "hue", False), Layer("twin", levels(2, 5, 4))), 102 / 255, "normal")
+    first = Group(
+        "people 😀", (Layer("é/..\\x 😀", levels(17, 21, 4), 50, -3, 128 / 255, "multiply", True, levels(17, 21)), inner), 51 / 255, "screen"
+    )
+    second = Group("people 😀", (Layer("twin", levels(9, 9, 4), 20, 20, 51 / 255, "soft-light", mask=levels(9, 9)),), visible=False)
+    return Document(61, 47, (Layer("ground", levels(47, 61, 4)), first, second, Layer("far out", levels(4, 4, 4), -100, 900, 1.0, "darker-color")))
+
+
+def same(a: Document, b: Document, opacity: float = 1e-9) -> None:
+    """Every property and every pixel."""
+    assert (a.width, a.height) == (b.width, b.height)
+    for (around_a, one), (around_b, two) in zip(a.walk(), b.walk(), strict=True):
+        for x, y in zip((*around_a, one), (*around_b, two), strict=True):
+            assert (x.name, x.blend_mode, x.visible) == (y.name, y.blend_mode, y.visible)
+            assert abs(x.opacity - y.opacity) <= opacity
+        assert (one.x, one.y, one.size, one.transform.rotation) == (two.x, two.y, two.size, two.transform.rotation)
+        assert (one.transform.flip_h, one.transform.flip_v) == (two.transform.flip_h, two.transform.flip_v)
+        assert torch.equal(one.image, two.image)
+        assert (one.mask is None) == (two.mask is None) and (one.mask is None or torch.equal(one.mask, two.mask))
+
+
+def test_layers_travel_through_comfyui_and_back():
+    before = document()
+    wire = to_core(before)
+    modes = {item["blend_mode"] for item in wire["layers"]}
+    assert modes <= {"normal", "multiply", "hue", "soft-light", "darken"}, "core refuses the modes that it does not know"
+    assert [item["visible"] for item in wire["layers"]] == [True, True, False, True, False, True]
+    assert wire["layers"][1]["opacity"] == pytest.approx(51 / 255 * 128 / 255)
+    after = from_core(wire)
+    assert torch.allclose(1 - wire["layers"][1]["mask"][0], after.layers[1].layers[0].mask)
+    rounded = after.map(lambda layer: layer if layer.mask is None else Layer(**{**vars(layer), "mask": (layer.mask * 255).round() / 255}))
+    same(before, rounded)
+    assert isinstance(after.layers[2], Group) and not after.layers[2].visible, "two groups of one name stay two"
+
+
+def test_what_core_makes_is_read_as_core_reads_it():
+    """comfy_extras/nodes_compositor.py: stable order by z_index, batches expand, masks are 1 where transparent, radians, w and h from 0."""
+    image = torch.rand(2, 6, 8, 3)
+    items = [
+        {"image": image, "type": "raster", "x": 1, "y": 2, "z_index": 5, "name": "pair", "mask": torch.full((1, 3, 4), 0.25)},
+        {"image": torch.rand(1, 4, 4, 4), "type": "raster", "z_index": -1, "w": 12, "rotation": math.pi / 4, "flip_h": True, "opacity": 0.5},
+    ]
+    read = from_core({"version": 1, "layers": items})
+    first, second, third = (layer for _, layer in read.walk())
+    assert (first.size, first.transform.rotation, first.transform.flip_h, first.opacity) == ((12, 4), math.pi / 4, True, 0.5)
+    assert torch.equal(second.image[..., :3], image[0]) and torch.equal(third.image[..., :3], image[1])
+    assert second.image[..., 3].min() == 1 and torch.equal(second.mask, torch.full((6, 8), 0.75))
+    assert (second.name, third.name, second.x, second.y) == ("pair 1", "pair 2", 1, 2)
+    assert (read.width, read.height) == (12, 8), "as far as the layers reach"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Layer("a", torch.rand(0, 5, 4)), r"layer 'a' has an image \(0, 5, 4\)"),
+        (lambda: Layer("a", torch.rand(5, 5, 3)), r"give float32 \(height, width, 4\)"),
+        (lambda: Layer("a", torch.rand(5, 5, 4).double()), "float64"),
+        (lambda: Layer("a", torch.full((2, 2, 4), float("nan"))), "not finite"),
+        (lambda: Layer("a", torch.rand(5, 5, 4), mask=torch.rand(4, 5)), r"mask \(4, 5\).*\(5, 5\)"),
+        (lambda: Layer("a", torch.rand(5, 5, 4), opacity=1.5), "opacity 1.5; use 0 to 1"),
+        (lambda: Layer("a", torch.rand(5, 5, 4), opacity=float("nan")), "opacity nan"),
+        (lambda: Layer("a", torch.rand(5, 5, 4), blend_mode="glow"), "blend mode 'glow'; use one of normal"),
+        (lambda: Layer("a\0", torch.rand(5, 5, 4)), "control characters"),
+        (lambda: Layer("a" * 256, torch.rand(5, 5, 4)), "too long"),
+        (lambda: Layer("a", torch.rand(5, 5, 4), transform=Transform(-1)), "use sizes from 0 up"),
+        (lambda: Layer("a", torch.rand(5, 5, 4), transform=Transform(30_000, 30_000)), "shown at 30000 x 30000"),
+        (lambda: Group("a", blend_mode="glow"), "group 'a' has blend mode 'glow'"),
+        (lambda: Document(0, 5), "canvas is 0 x 5"),
+        (lambda: Document(5, 30_001), "canvas is 5 x 30001"),
+        (lambda: rgba(torch.rand(5, 5, 2)), "use 1, 3 or 4 channels"),
+        (lambda: from_core([]), "not a LAYERS document"),
+        (lambda: from_core({"version": 2, "layers": []}), "not a LAYERS document of version 1"),
+        (lambda: from_core({"layers": [{"type": "vector"}]}), "type 'vector'"),
+        (lambda: place(Layer("a", torch.rand(5, 5, 4)), (0, 0, 0, 7)), "the box of layer 'a' is 0 x 7"),
+        (lambda: grid(9, 20, 20, gap=10), "do not fit 20 x 20"),
+        (lambda: golden(30, 20, 20), "30 golden sections do not fit"),
+        (lambda: from_masks(torch.zeros(1, 4, 4)), "mask 1 has nothing above 0.5"),
+        (lambda: chosen(document(), "dog"), r"layer is 'dog'.*1 'ground', 2 "),
+        (lambda: chosen(document(), "7"), "none of that name or number"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_sentence(make, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_names_are_cleaned_of_what_no_file_holds():
+    assert clean_name(" a\nb\0😀" + "x" * 400) == "a b 😀" + "x" * 250
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 50, 200])
+def test_grids_are_equal_cells_that_do_not_overlap(count):
+    boxes = grid(count, 641, 427, gap=3)
+    assert len(boxes) == count
+    taken = torch.zeros(427, 641)
+    for x, y, width, height in boxes:
+        assert x >= 3 and y >= 3 and x + width <= 638 and y + height <= 424
+        taken[y : y + height, x : x + width] += 1
+    assert taken.max() <= 1
+    sizes = {box[2:] for box in boxes}
+    assert all(abs(a - c) <= 1 and abs(b - d) <= 1 for a, b in sizes for c, d in sizes)
+
+
+def test_golden_sections_cover_the_canvas_in_the_golden_ratio():
+    boxes = golden(6, 1618, 1000)
+    assert boxes[:4] == [(0, 0, 1000, 1000), (1000, 0, 618, 618), (1236, 618, 382, 382), (1000, 764, 236, 236)], "squares that wind inwards"
+    taken = torch.zeros(1000, 1618)
+    for x, y, width, height in boxes:
+        taken[y : y + height, x : x + width] += 1
+    assert torch.equal(taken, torch.ones(1000, 1618))
+    areas = [width * height for _, _, width, height in boxes[:-1]]
+    for larger, smaller in itertools.pairwise(areas):
+        assert larger / smaller == pytest.approx(((1 + 5**0.5) / 2) ** 2, rel=0.02)
+
+
+def test_boxes_from_masks_are_their_bounds():
+    masks = torch.zeros(2, 20, 30)
+    masks[0, 3:9, 4:15] = 1
+    masks[1, 19, 29] = 0.6
+    assert from_masks(masks) == [(4, 3, 11, 6), (29, 19, 1, 1)]
+    assert from_masks(masks, (60, 40)) == [(8, 6, 22, 12), (58, 38, 2, 2)]
+
+
+def test_fits():
+    layer = Layer("a", torch.rand(10, 20, 4), transform=Transform(rotation=1.0))
+    assert place(layer, (100, 50, 40, 40)).bounds == (100, 60, 40, 20)
+    assert place(layer, (100, 50, 40, 40), "cover").bounds == (80, 50, 80, 40)
+    assert place(layer, (100, 50, 40, 40), "stretch").bounds == (100, 50, 40, 40)
+
+
+def test_overlapping_and_missing_boxes():
+    before = document()
+    after, notes = arranged(before, [(0, 0, 9, 9)] * 4 + [(-5, 200, 9, 9)], "stretch", background=True)
+    layers = [layer for _, layer in after.walk()]
+    assert [layer.bounds for layer in layers] == [(0, 0, 61, 47), *[(0, 0, 9, 9)] * 4, (-5, 200, 9, 9)] and not notes
+    _, notes = arranged(before, [(0, 0, 9, 9)] * 5)
+    assert notes == ["far out: there is no box for it"]
+
+
+def test_two_hundred_layers_in_a_grid():
+    many = Document(640, 400, tuple(Layer(f"{i}", flat((i / 200, 0, 0, 1))) for i in range(200)))
+    after, _ = arranged(many, grid(200, 640, 400), "stretch")
+    assert len({layer.bounds for layer in after.layers}) == 200
+
+
+def test_captions_place_layers():
+    names = ("mountains", "dog", "small bird", "old tree", "cup")
+    picture = Document(600, 300, tuple(Layer(name, torch.rand(10, 10, 4)) for name in reversed(names)))
+    caption = "A big dog on the left, a small bird top right; mountains in the background and an old tree in the foreground at the bottom."
+    after, notes = from_caption(caption, picture, "stretch")
+    where = {layer.name: layer.bounds for _, layer in after.walk()}
+    assert where["mountains"] == (0, -150, 600, 600), "covers the canvas"
+    assert where["dog"] == (0, 50, 400, 200)
+    assert where["small bird"] == (400, 0, 200, 100)
+    assert where["old tree"] == (200, 200, 200, 100)
+    assert notes == ["cup: the caption does not say where"] and where["cup"] == (0, 0, 10, 10)
+    assert [layer.name for layer in after.layers] == ["mountains", "cup", "small bird", "dog", "old tree"]
+
+
+def test_trimmed_layers_look_the_same():
+    picture = torch.zeros(20, 30, 4)
+    picture[3:9, 4:15] = levels(6, 11, 4).clamp_min(1 / 255)
+    layer = trimmed(Layer("a", picture, 7, 8))
+    assert (layer.x, layer.y) == (11, 11) and torch.equal(layer.image, picture[3:9, 4:15])
+    masked = trimmed(Layer("a", picture, mask=torch.ones(20, 30).index_fill(1, torch.arange(10), 0)))
+    assert masked.bounds == (10, 3, 5, 6) and masked.mask.shape == (6, 5)
+    empty = Layer("a", torch.zeros(5, 5, 4))
+    assert trimmed(empty) is empty
+
+
+def test_layers_are_chosen_and_restacked():
+    before = document()
+    assert [layer.name for layer in chosen(before, "twin")] == ["twin", "twin"]
+    assert chosen(before, "1")[0].name == "ground" and chosen(before, "-1")[0].name == "far out"
+    layer = chosen(before, "1")[0]
+    moved = {position: [node.name for node in restacked(before.layers, layer, position)].index("ground") for position in (1, 2, 4, 99, -1, -2, -99)}
+    assert moved == {1: 0, 2: 1, 4: 3, 99: 3, -1: 3, -2: 2, -99: 0}
+    hidden = chosen(before, "hidden")[0]
+    inner = restacked(before.layers, hidden, -1)[1].layers[1]
+    assert [node.name for node in inner.layers] == ["twin", "hidden"]

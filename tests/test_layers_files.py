@@ -1,0 +1,383 @@
+"""PSD, OpenRaster and PNG files: round trips, other readers, damaged and hostile files, the command line."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import psd_tools
+import pytest
+import torch
+from PIL import Image
+from psd_tools.constants import BlendMode
+from psd_tools.psd import PSD
+from psd_tools.psd.layer_and_mask import ChannelData, ChannelDataList, ChannelInfo, LayerRecord, MaskData
+from test_layers_blend import flat, levels
+from test_layers_document import document, same
+
+from tessera.__main__ import main
+from tessera.models.layers import files, png
+from tessera.models.layers.blend import MODES
+from tessera.models.layers.compose import composite
+from tessera.models.layers.document import Document, Group, Layer, Transform
+from tessera.models.layers.files import file_name, read, write
+from tessera.models.layers.ora import OPERATORS
+from tessera.models.layers.psd import KEYS
+
+each_format = pytest.mark.parametrize("ending", [".psd", ".ora", ""])
+
+
+@each_format
+def test_every_property_and_pixel_comes_back(ending, tmp_path):
+    before = document()
+    write(before, tmp_path / f"a{ending}")
+    after, notes = read(tmp_path / f"a{ending}")
+    same(before, after, opacity=1e-9)  # of the document's opacities, all are n / 255
+    assert notes == [] and torch.equal(composite(before), composite(after))
+    assert len(list(tmp_path.iterdir())) == 1, "nothing unfinished is left"
+
+
+@each_format
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (333, 1)])
+def test_odd_sizes_and_documents_without_layers(ending, size, tmp_path):
+    empty = Document(*size, (Group("empty"),))
+    full = Document(*size, (Layer("a", levels(1, 3, 4)), Layer("b", levels(size[1], size[0], 4), 1, -1)))
+    for name, before in (("empty", empty), ("bare", Document(*size)), ("full", full)):
+        write(before, tmp_path / (name + ending))
+        after, _ = read(tmp_path / (name + ending))
+        same(before, after)
+        assert [node.name for node in before.layers] == [node.name for node in after.layers]
+
+
+@pytest.mark.parametrize(("ending", "modes"), [(".psd", KEYS), (".ora", OPERATORS), ("", MODES)])
+def test_every_blend_mode_has_a_name_in_the_file(ending, modes, tmp_path):
+    names = [mode for mode in modes if mode in MODES]
+    nodes = [Layer(mode, levels(2, 2, 4), blend_mode=mode) for mode in names]
+    before = Document(4, 4, (*nodes, *(Group(mode, (nodes[0],), blend_mode=mode) for mode in names)))
+    write(before, tmp_path / f"a{ending}")
+    same(before, read(tmp_path / f"a{ending}")[0])
+
+
+def test_two_hundred_layers(tmp_path):
+    before = Document(200, 10, tuple(Layer(f"{i}", levels(9, 2, 4), i) for i in range(200)))
+    for ending in (".psd", ".ora", ""):
+        write(before, tmp_path / f"a{ending}")
+        same(before, read(tmp_path / f"a{ending}")[0])
+
+
+@pytest.mark.parametrize("ending", [".psd", ".ora"])
+def test_transforms_become_pixels(ending, tmp_path):
+    before = Document(40, 30, (Layer("a", levels(9, 13, 4), 5, 6, mask=levels(9, 13), transform=Transform(20, 11, 0.4, True)),))
+    write(before, tmp_path / f"a{ending}")
+    after, _ = read(tmp_path / f"a{ending}")
+    assert after.layers[0].transform == Transform() and after.layers[0].bounds == before.layers[0].bounds
+    assert (composite(after) - composite(before)).abs().max() < 0.01
+    write(before, tmp_path / "kept")
+    same(before, read(tmp_path / "kept")[0])
+
+
+def test_psd_is_flattened_alike_by_psd_tools_and_its_merged_picture_is_ours(tmp_path):
+    before = document()
+    write(before, tmp_path / "a.psd")
+    psd = psd_tools.PSDImage.open(tmp_path / "a.psd")
+    ours = composite(before).numpy()
+    for picture in (psd.composite(), psd.composite(ignore_preview=True)):
+        theirs = np.asarray(picture.convert("RGBA")) / 255
+        assert np.abs(theirs - ours)[..., 3].max() < 1.01 / 255
+        assert (np.abs(theirs - ours)[..., :3] * ours[..., 3:]).max() < 2 / 255
+    with Image.open(tmp_path / "a.psd") as merged:  # a reader without layers; PSD keeps colours over white
+        paper = ours[..., :3] * ours[..., 3:] + 1 - ours[..., 3:]
+        assert np.abs(np.asarray(merged.convert("RGB")) / 255 - paper).max() < 0.51 / 255
+
+
+def test_ora_is_an_archive_as_the_standard_says(tmp_path):
+    before = document()
+    write(before, tmp_path / "a.ora")
+    with zipfile.ZipFile(tmp_path / "a.ora") as archive:
+        first = archive.infolist()[0]
+        assert (first.filename, first.compress_type, archive.read(first)) == ("mimetype", zipfile.ZIP_STORED, b"image/openraster")
+        assert (tmp_path / "a.ora").read_bytes()[30:54] == b"mimetypeimage/openraster"
+        merged = np.asarray(Image.open(io.BytesIO(archive.read("mergedimage.png"))))
+        assert np.abs(merged / 255 - composite(before).numpy()).max() < 0.51 / 255
+        assert max(Image.open(io.BytesIO(archive.read("Thumbnails/thumbnail.png"))).size) <= 256
+        masked = np.asarray(Image.open(io.BytesIO(archive.read(next(n for n in archive.namelist() if n.startswith("data/0")))))).astype(float) / 255
+        assert all(name.isascii() and "\\" not in name and ".." not in name for name in archive.namelist())
+    assert masked.shape[2] == 4
+
+
+def test_a_masked_ora_layer_looks_right_to_other_readers(tmp_path):
+    picture, mask = levels(5, 7, 4), levels(5, 7)
+    write(Document(7, 5, (Layer("m", picture, mask=mask),)), tmp_path / "a.ora")
+    with zipfile.ZipFile(tmp_path / "a.ora") as archive:
+        stack = archive.read("stack.xml").decode()
+        source = stack.split('src="')[1].split('"')[0]
+        shown = torch.from_numpy(np.array(Image.open(io.BytesIO(archive.read(source))))).float() / 255
+    assert (shown[..., 3] - picture[..., 3] * mask).abs().max() < 0.51 / 255
+
+
+def test_modes_and_groups_that_a_format_has_not_are_refused_before_writing(tmp_path):
+    grain = Document(4, 4, (Group("g", (Layer("g", levels(2, 2, 4), blend_mode="grain-merge"),)),))
+    with pytest.raises(ValueError, match=r"'g' has blend mode grain-merge, which PSD has not; choose another, or save as \.ora"):
+        write(grain, tmp_path / "a.psd")
+    through = Document(4, 4, (Group("g", (Layer("g", levels(2, 2, 4)),), 0.5),))
+    with pytest.raises(ValueError, match=r"group 'g' passes through at opacity 0.5.*\.psd"):
+        write(through, tmp_path / "a.ora")
+    (tmp_path / "there").mkdir()
+    for name in ("there", "a.gif"):
+        with pytest.raises(ValueError, match=r"folder that exists|ends in \.gif"):
+            write(grain, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    write(document(), tmp_path / "a.ora")
+    before = (tmp_path / "a.ora").read_bytes()
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write(Document(3, 3), tmp_path / "a.ora")
+    assert (tmp_path / "a.ora").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "..\\..\\x", "/abs", "C:\\x", "CON", "😀😀", "", ".hidden", "a/b", "é" * 200, " . ", "a:b*c?d|e<f>"]
+)
+def test_names_become_plain_file_names(name, tmp_path):
+    plain = file_name(name, 7, ".png")
+    assert plain.startswith("007_") and plain.isascii() and len(plain) < 80
+    assert not set(plain) & set('/\\:*?"<>|') and ".." not in plain
+    folder = tmp_path / "in" / "out"
+    write(Document(4, 4, (Layer(name, levels(2, 2, 4)),)), folder)
+    assert read(folder)[0].layers[0].name == name
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["out"] and [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+# Files of other programs
+
+
+def psd_of(tmp_path: Path, mode: str, depth: int = 8) -> Path:
+    psd = psd_tools.PSDImage.new(mode, (6, 5), depth=depth)
+    channels = {"L": 1, "RGB": 3, "CMYK": 4, "LAB": 3}[mode]
+    psd.create_pixel_layer_from_array(np.linspace(0, 1, 4 * 3 * (channels + 1), dtype=np.float32).reshape(4, 3, channels + 1), name="a", left=1)
+    psd.save(tmp_path / "b.psd")
+    return tmp_path / "b.psd"
+
+
+def test_sixteen_bits_are_read_as_they_are(tmp_path):
+    read_back, _ = read(psd_of(tmp_path, "RGB", 16))
+    expected = torch.linspace(0, 1, 48).view(4, 3, 4)
+    assert (read_back.layers[0].image - expected).abs().max() < 1 / 65535
+    assert read_back.layers[0].x == 1
+
+
+def test_grey_becomes_rgb(tmp_path):
+    picture = read(psd_of(tmp_path, "L"))[0].layers[0].image
+    assert picture.shape == (4, 3, 4) and torch.equal(picture[..., 0], picture[..., 2])
+
+
+@pytest.mark.parametrize(("mode", "depth"), [("CMYK", 8), ("LAB", 8), ("RGB", 32)])
+def test_colours_that_are_not_rgb_are_refused(mode, depth, tmp_path):
+    with pytest.raises(ValueError, match=rf"b\.psd cannot be read as PSD: it is {mode} with {depth} bits a channel; convert it to RGB"):
+        read(psd_of(tmp_path, mode, depth))
+
+
+def test_what_psd_holds_beyond_us_is_reported(tmp_path):
+    psd = psd_tools.PSDImage.new("RGBA", (6, 5))
+    below = psd.create_pixel_layer(Image.new("RGBA", (4, 4), "red"), name="below")
+    above = psd.create_pixel_layer(Image.new("RGBA", (4, 4), "blue"), name="above", opacity=100)
+    above.clipping, above.fill_opacity = True, 51
+    psd.create_group(name="grouped", blend_mode=BlendMode.NORMAL)
+    psd.create_pixel_layer(Image.new("RGBA", (2, 2)), name="masked").create_mask(Image.new("L", (1, 1), 128), top=1, left=1)
+    off = psd.create_pixel_layer(Image.new("RGBA", (2, 2)), name="mask off")
+    off.create_mask(Image.new("L", (2, 2), 0)).disabled = True
+    psd.save(tmp_path / "b.psd")
+    found, notes = read(tmp_path / "b.psd")
+    assert notes == ["above: it is not clipped to the layer below"]
+    assert found.layers[1].opacity == pytest.approx(100 / 255 * 51 / 255)
+    assert torch.equal(found.layers[3].mask, torch.tensor([[0.0, 0.0], [0.0, 128 / 255]])), "beyond a mask's box is its background"
+    assert found.layers[4].mask is None and below.name == found.layers[0].name
+
+
+def test_empty_layers_and_masks_of_groups_are_reported(tmp_path):
+    write(Document(6, 5, (Group("grouped"),)), tmp_path / "b.psd")
+    with open(tmp_path / "b.psd", "rb") as stream:
+        psd = PSD.read(stream)
+    layers = psd.layer_and_mask_information.layer_info
+    layers.layer_records[-1].mask_data = MaskData(0, 0, 5, 6)
+    channel = ChannelData(data=bytes(30))
+    layers.layer_records[-1].channel_info.append(ChannelInfo(-2, 32))
+    layers.channel_image_data[-1].append(channel)
+    layers.layer_records.append(LayerRecord(name="nothing", channel_info=[ChannelInfo(number, 2) for number in range(-1, 3)]))
+    layers.channel_image_data.append(ChannelDataList(ChannelData() for _ in range(4)))
+    layers.layer_count -= 1
+    with open(tmp_path / "b.psd", "wb") as stream:
+        psd.write(stream)
+    found, notes = read(tmp_path / "b.psd")
+    assert notes == ["grouped: masks of groups are not read", "nothing: a layer of kind pixel without pixels is left out"]
+    assert [node.name for node in found.layers] == ["grouped"]
+
+
+def test_a_psd_channel_that_does_not_unpack_is_no_black_layer(tmp_path):
+    write(Document(6, 5, (Layer("a", levels(5, 6, 4)),)), tmp_path / "b.psd")
+    with open(tmp_path / "b.psd", "rb") as stream:
+        psd = PSD.read(stream)
+    layers = psd.layer_and_mask_information.layer_info
+    layers.channel_image_data[0][1].data, layers.layer_records[0].channel_info[1].length = bytes(2), 4  # too short for its row lengths
+    with open(tmp_path / "b.psd", "wb") as stream:
+        psd.write(stream)
+    with pytest.raises(ValueError, match=r"b\.psd cannot be read as PSD"):
+        read(tmp_path / "b.psd")
+
+
+@each_format
+def test_damaged_files_are_one_sentence(ending, tmp_path):
+    """Cut at many places, and with bytes changed: a sentence that names the file, or a document, but never another exception."""
+    write(document(), tmp_path / f"a{ending}")
+    whole = tmp_path / f"a{ending}" if ending else tmp_path / "a" / png.INDEX
+    data = whole.read_bytes()
+    source = np.random.default_rng(0)
+    cut = [data[: len(data) * i // 12] for i in range(12)]
+    for _ in range(30):
+        broken = bytearray(data)
+        for place in source.integers(0, len(data), 4):
+            broken[place] = source.integers(0, 256)
+        cut.append(bytes(broken))
+    failed = 0
+    for part in cut:
+        whole.write_bytes(part)
+        try:
+            read(whole)
+        except ValueError as error:
+            failed += 1
+            assert whole.name in str(error)
+    assert failed >= 9
+
+
+def ora_of(path: Path, stack: str | bytes, **members: bytes) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("mimetype", "image/openraster", zipfile.ZIP_STORED)
+        archive.writestr("stack.xml", stack)
+        for name, data in members.items():
+            archive.writestr(name.replace("__", "/"), data)
+    return path
+
+
+def one_layer(source: str = "data/a.png", more: str = "") -> str:
+    return f'<image w="8" h="6"><stack><layer name="a" src="{source}" {more}/></stack></image>'
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def png_bomb(side: int) -> bytes:
+    """A header that declares side x side pixels, and next to nothing behind it."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 6, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+LAUGHS = '<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;">]>' + one_layer("&b;")
+
+
+@pytest.mark.parametrize(
+    ("stack", "member", "message"),
+    [
+        (one_layer("../../etc/passwd"), b"", "points out of the archive"),
+        (one_layer("data/..\\..\\x.png"), b"", "points out of the archive"),
+        (one_layer("/etc/passwd"), b"", "points out of the archive"),
+        (one_layer("data/missing.png"), b"", "no item named 'data/missing.png'"),
+        (one_layer(), b"GIF89a", "'data/a.png' is not a sound PNG"),
+        (one_layer(), png_bomb(30_000), "900 million pixels|decompression bomb"),
+        (one_layer(), png_bomb(1000), "not a sound PNG"),
+        (LAUGHS, b"", "declarations"),
+        (b"<image", b"", "unclosed token"),
+        ("<image w='8' h='6'/>", b"", "no stack"),
+        ("<image w='8000000' h='6'><stack/></image>", b"", "canvas is 8000000 x 6"),
+        ("<image w='8.5' h='6'><stack/></image>", b"", "w='8.5' in stack.xml is not a number of pixels"),
+        (one_layer(more='opacity="7"'), png_bytes(Image.new("RGBA", (2, 2))), "opacity 7"),
+        (one_layer(more='opacity="high"'), png_bytes(Image.new("RGBA", (2, 2))), "high"),
+        (b" " * (2**24 + 1), b"", "longer than 16 MiB"),
+    ],
+)
+def test_hostile_ora_files_are_refused(stack, member, message, tmp_path):
+    file = ora_of(tmp_path / "evil.ora", stack, data__a__png=b"", **{"data__a.png": member})
+    with pytest.raises(ValueError, match=message) as caught:
+        read(file)
+    assert "evil.ora" in str(caught.value) and "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["evil.ora"], "nothing was unpacked"
+
+
+def test_layers_beyond_the_limit_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_PIXELS", 10)
+    for name in ("a.psd", "a.ora", "a"):
+        write(Document(4, 4, (Layer("a", levels(2, 3, 4)), Layer("b", levels(2, 3, 4)))), tmp_path / name)
+        with pytest.raises(ValueError, match="its layers have 0 million pixels; 0 million are read at most"):
+            read(tmp_path / name)
+
+
+def test_ora_of_other_programs(tmp_path):
+    """Offsets of stacks add up (the standard's own example), modes by their other names, elements that we have not, 16 bits."""
+    deep = np.arange(4, dtype=np.uint16).reshape(2, 2) * 16000
+    stack = """<image w="8" h="6" version="0.0.3"><!-- a --><stack>
+        <text name="words" x="1"/>
+        <stack x="10" isolation="auto"><layer name="upper" src="data/a.png" x="5" y="5" composite-op="svg:add"/></stack>
+        <layer src="data/b.png" composite-op="krita:unheard_of" visibility="hidden"/>
+    </stack></image>"""
+    members = {"data__a.png": png_bytes(Image.new("RGB", (3, 2), "red")), "data__b.png": png_bytes(Image.fromarray(deep))}
+    found, notes = read(ora_of(tmp_path / "a.ora", stack, **members))
+    lower, group = found.layers
+    assert isinstance(group, Group) and group.blend_mode == "pass-through" and not lower.visible
+    assert (group.layers[0].x, group.layers[0].y, group.layers[0].blend_mode) == (15, 5, "linear-dodge")
+    assert torch.equal(group.layers[0].image, flat((1, 0, 0, 1), 2, 3))
+    assert torch.equal(lower.image[..., 0], (torch.arange(4).view(2, 2) * 16000 // 256).float() / 255)
+    assert notes == [": krita:unheard_of is not known; normal is used", "data/b.png: its 16 bits a channel are read as 8", "words: text is left out"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "version is 2"),
+        ({"layers": [{"name": "a", "blend_mode": "normal", "image": "../../x.png"}]}, "'../../x.png' is not in the folder"),
+        ({"layers": [{"name": "a", "blend_mode": "normal", "image": "none.png"}]}, "none.png"),
+        ({"layers": [{"name": "a", "blend_mode": "glow"}]}, "'image' is missing"),
+        ({"layers": [3]}, "cannot be read"),
+        ({"layers": [{"name": "a", "blend_mode": "normal", "image": "merged.png", "x": "left"}]}, "'left'"),
+        ({"width": "8"}, "cannot be read"),
+        ({"width": 0}, "canvas is 0 x"),
+    ],
+)
+def test_bad_descriptions_are_refused(change, message, tmp_path):
+    write(Document(4, 4), tmp_path / "a")
+    index = tmp_path / "a" / png.INDEX
+    index.write_text(json.dumps(json.loads(index.read_text()) | change))
+    with pytest.raises(ValueError, match=message) as caught:
+        read(tmp_path / "a")
+    assert "a/layers.json" in str(caught.value)
+
+
+def test_the_command_line_converts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    write(document(), tmp_path / "a.psd")
+    assert main(["layers", "a.psd", "b.ora"]) == 0
+    assert capsys.readouterr().out == "b.ora: 6 layers on 61 x 47 pixels\n"
+    assert main(["layers", "b.ora", "c"]) == main(["layers", "c", "d.psd"]) == 0
+    same(read(tmp_path / "a.psd")[0], read(tmp_path / "d.psd")[0])
+    for wrong, message in (
+        (("none.psd", "x.ora"), "none.psd does not exist"),
+        (("a.psd", "c"), "c is a folder that exists"),
+        (("a.psd", "x.tga"), ".tga"),
+    ):
+        assert main(["layers", *wrong]) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
