@@ -1,9 +1,10 @@
-"""Patch Upscale and Upscale Report."""
+"""Patch Upscale and Upscale Report, and what the other upscaling nodes share with them."""
 
 from __future__ import annotations
 
 import json
 import math
+import time
 from typing import Any
 
 import comfy.model_management as mm
@@ -11,6 +12,7 @@ import comfy.utils
 import torch
 from comfy_api.latest import io
 from PIL import Image
+from server import PromptServer
 from torch import Tensor
 
 from ..models.upscale.metrics import flicker, psnr, seam_excess, ssim
@@ -19,6 +21,7 @@ from ..models.upscale.tiling import Progress
 
 CATEGORY = "Tessera/upscale"
 PREVIEW = 512  # pixels of the longer side
+INTERVAL = 0.25  # seconds between two previews: each is a JPEG file on the wire
 _RESUME = "tessera_upscale"
 
 
@@ -44,8 +47,113 @@ def size_input() -> Any:
 
 def size_of(image: Tensor, size: dict[str, Any]) -> tuple[int, int]:
     """(width, height) that the widget asks for, for an image `(batch, height, width, channels)`."""
+    return size_for(image.shape[2], image.shape[1], size)
+
+
+def size_for(width: int, height: int, size: dict[str, Any]) -> tuple[int, int]:
+    """The same for a picture of this size."""
     kind = size["size"]
-    return target_size(image.shape[2], image.shape[1], **{{"named": "name"}.get(kind, kind): size["name" if kind == "named" else kind]})
+    return target_size(width, height, **{{"named": "name"}.get(kind, kind): size["name" if kind == "named" else kind]})
+
+
+def patch_inputs() -> list[Any]:
+    """The widgets of the patches."""
+    return [
+        io.Int.Input(
+            "tile",
+            default=256,
+            min=64,
+            max=4096,
+            step=32,
+            advanced=True,
+            tooltip="Side of a patch, in pixels before upscaling. Smaller needs less memory. It is halved by itself when memory runs out.",
+        ),
+        io.Int.Input(
+            "overlap",
+            default=32,
+            min=0,
+            max=1024,
+            step=8,
+            advanced=True,
+            tooltip="Pixels that neighbouring patches share. More is safer for networks that look far.",
+        ),
+    ]
+
+
+def check_widgets(size: Any, tile: int | None, overlap: int | None) -> bool | str:
+    """For `validate_inputs`: True, or what is wrong. None stands for a value that another node will make."""
+    if size is None:  # ComfyUI leaves out a choice that it does not know
+        return "size is not known; use factor, megapixels or named"
+    if tile is not None and overlap is not None and overlap > tile // 2:
+        return f"overlap is {overlap} and tile {tile}; use at most {tile // 2}, half the tile"
+    return True
+
+
+class Display:
+    """What the running node shows: a bar that counts patches, the picture so far, and a line with the time left.
+
+    noun: what is counted, "picture" or "frame". total: how many, or None where nobody knows. done: finished before this run.
+    """
+
+    def __init__(self, node_id: Any, noun: str, total: int | None, done: int = 0):
+        self.node_id, self.noun, self.total = node_id, noun, total
+        self.stages: dict[int, tuple[int, int]] = {}
+        self.patches = 1
+        self.bar = comfy.utils.ProgressBar(total or 1)
+        self._shown = -math.inf
+        self._started = (time.monotonic(), float(done))
+
+    def plan(self, width: int, height: int, count: int, scale: int, tile: int, overlap: int) -> None:
+        """The patches of one picture in `count` passes: for the canvas width of each pass the patches before it and its own."""
+        before = 0
+        for step in range(count):
+            finer = scale**step
+            own = len(plan(height * finer, width * finer, tile, overlap).patches)
+            self.stages[width * finer * scale] = before, own
+            before += own
+        self.patches = max(before, 1)
+
+    def patch(self, index: int, state: Progress, canvas: Tensor) -> None:
+        """A patch of number `index` is done. Raises ComfyUI's exception where the user has stopped the run."""
+        mm.throw_exception_if_processing_interrupted()
+        before, own = self.stages[canvas.shape[-1]]
+        share = (before + own * state.done / state.total) / self.patches
+        if share < 1:  # else the picture itself is next
+            self._show(index + share, f", patch {state.done} of {state.total}", canvas)
+
+    def finished(self, done: int, canvas: Tensor | None) -> None:
+        """So many are done; the last one is `canvas`. Raises as `patch` does."""
+        mm.throw_exception_if_processing_interrupted()
+        if canvas is not None:
+            self._show(done, "", canvas)
+        else:
+            self._started = (time.monotonic(), float(done))
+
+    def say(self, line: str) -> None:
+        """Show a line of text on the node. Without a server, as in scripts, nobody reads it."""
+        if self.node_id is not None and getattr(PromptServer, "instance", None) is not None:
+            PromptServer.instance.send_progress_text(line, self.node_id)
+
+    def _show(self, done: float, where: str, canvas: Tensor) -> None:
+        now = time.monotonic()
+        if now - self._shown < INTERVAL and done != self.total:
+            return
+        self._shown = now
+        part = done % 1 if self.total is None else done
+        self.bar.update_absolute(round(part * self.patches), (self.total or 1) * self.patches, ("JPEG", _preview(canvas), PREVIEW))
+        start, before = self._started
+        pace = (now - start) / max(done - before, 1e-9)
+        number = math.floor(done) + bool(where)
+        line = f"{self.noun} {number} of {self.total}{where}" if self.total is not None else f"{self.noun} {number}{where}"
+        self.say(f"{line}, {_time(pace * (self.total - done))} left" if self.total is not None else f"{line}, {pace:.2g} s each")
+
+
+def _time(seconds: float) -> str:
+    seconds = max(seconds, 0)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 class PatchUpscale(io.ComfyNode):
@@ -61,24 +169,7 @@ class PatchUpscale(io.ComfyNode):
                 io.UpscaleModel.Input("upscale_model", tooltip="From Load Upscale Model."),
                 io.Image.Input("image", tooltip="A picture or a batch, RGB or RGBA (straight alpha). Each picture is upscaled by itself."),
                 size_input(),
-                io.Int.Input(
-                    "tile",
-                    default=256,
-                    min=64,
-                    max=4096,
-                    step=32,
-                    advanced=True,
-                    tooltip="Side of a patch, in pixels before upscaling. Smaller needs less memory. It is halved by itself when memory runs out.",
-                ),
-                io.Int.Input(
-                    "overlap",
-                    default=32,
-                    min=0,
-                    max=1024,
-                    step=8,
-                    advanced=True,
-                    tooltip="Pixels that neighbouring patches share. More is safer for networks that look far.",
-                ),
+                *patch_inputs(),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The upscaled pictures.")],
             hidden=[io.Hidden.unique_id],
@@ -86,11 +177,7 @@ class PatchUpscale(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, tile, overlap, size=None):
-        if size is None:  # ComfyUI leaves out a choice that it does not know
-            return "size is not known; use factor, megapixels or named"
-        if tile is not None and overlap is not None and overlap > tile // 2:
-            return f"overlap is {overlap} and tile {tile}; use at most {tile // 2}, half the tile"
-        return True
+        return check_widgets(size, tile, overlap)
 
     @classmethod
     def execute(cls, upscale_model, image, size, tile, overlap) -> io.NodeOutput:
@@ -98,32 +185,37 @@ class PatchUpscale(io.ComfyNode):
         if channels not in (1, 3, 4) or min(batch, height, width) < 1:
             raise ValueError(f"image is {tuple(image.shape)} (pictures, height, width, channels); give at least one picture of 1, 3 or 4 channels")
         target = size_of(image, size)
-        device = _load(upscale_model, image, tile)
-        network = _network(upscale_model)
+        device = load_network(upscale_model, image.element_size(), tile)
+        network = network_of(upscale_model)
         count = passes(width, height, target, network.scale)
         key = (target, tile, overlap)
         resume = _unfinished(upscale_model, image, key)
         results, progress = resume.results, resume.progress
-        bar = comfy.utils.ProgressBar(batch * 1000)
+        display = Display(cls.hidden.unique_id, "picture", batch, len(results))
+        display.plan(width, height, count, network.scale, tile, overlap)
+        reasons: list[str] = []
         try:
             for index in range(len(results), batch):
 
                 def on_patch(state: Progress, patch: Any, canvas: Tensor, index: int = index) -> None:
-                    bar.update_absolute(index * 1000 + round(1000 * state.done / state.total), batch * 1000, ("JPEG", _preview(canvas), PREVIEW))
-                    mm.throw_exception_if_processing_interrupted()
+                    display.patch(index, state, canvas)
 
                 picture = image[index].movedim(-1, 0)
                 out = upscale(picture, network, target, tile=tile, overlap=overlap, progress=progress, on_patch=on_patch, device=device)
                 results.append(out.movedim(0, -1).to(mm.intermediate_device()))
+                tile >>= len(progress.steps_down)  # not to run out of memory again in every picture
+                reasons += progress.steps_down
                 progress = resume.progress = Progress()
+                display.finished(index + 1, out[:3].expand(3, -1, -1))
         except BaseException:
             resume.keep(upscale_model)
             raise
         finally:
-            _unload(upscale_model)
+            unload_network(upscale_model)
         patches = len(plan(height, width, tile, overlap).patches)
         line = f"{width} x {height} to {target[0]} x {target[1]}: {count} x {network.scale}x network, {patches} patches"
-        line += "".join(f" · {reason}" for reason in progress.steps_down)
+        line += "".join(f" · {reason}" for reason in reasons)
+        display.say(line)
         return io.NodeOutput(torch.stack(results), ui={"text": (line,)})
 
 
@@ -146,15 +238,16 @@ def _unfinished(upscale_model: Any, image: Tensor, key: Any) -> _Unfinished:
     return _Unfinished(image, key)
 
 
-def _network(upscale_model: Any) -> Network:
+def network_of(upscale_model: Any) -> Network:
+    """ComfyUI's upscale model as the library sees it."""
     requirements = upscale_model.size_requirements
     multiple = requirements.multiple_of
     return Network(lambda x: upscale_model(x), int(upscale_model.scale), max(requirements.minimum, 1), max(multiple, 1))
 
 
-def _load(upscale_model: Any, image: Tensor, tile: int) -> torch.device:
+def load_network(upscale_model: Any, element_size: int, tile: int) -> torch.device:
     """Bring the network to the device through ComfyUI's manager. 384 bytes an output pixel and channel is ComfyUI's own estimate."""
-    needed = tile * tile * 3 * image.element_size() * max(upscale_model.scale, 1.0) * 384.0
+    needed = tile * tile * 3 * element_size * max(upscale_model.scale, 1.0) * 384.0
     patcher = getattr(upscale_model, "patcher", None)
     if patcher is not None:  # ComfyUI >= 0.3x
         mm.load_models_gpu([patcher], memory_required=needed, force_full_load=True)
@@ -165,7 +258,7 @@ def _load(upscale_model: Any, image: Tensor, tile: int) -> torch.device:
     return device
 
 
-def _unload(upscale_model: Any) -> None:
+def unload_network(upscale_model: Any) -> None:
     if getattr(upscale_model, "patcher", None) is None:
         upscale_model.to("cpu")
 

@@ -7,12 +7,17 @@ Prints one JSON object per case.
 
 import json
 import sys
+import tempfile
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
 
 COMFYUI, PACKAGE_PARENT = sys.argv[1:]
 sys.argv = sys.argv[:1]
 sys.path.insert(0, COMFYUI)
 sys.path.append(PACKAGE_PARENT)
 
+import av  # noqa: E402
 import torch  # noqa: E402
 from comfy.cli_args import args  # noqa: E402
 
@@ -20,11 +25,18 @@ args.cpu = True
 torch.set_num_threads(1)
 
 import comfy.conds  # noqa: E402
+import comfy.model_management  # noqa: E402
+import comfy.utils  # noqa: E402
+import folder_paths  # noqa: E402
 import utils.extra_config  # noqa: E402,F401  (first, as main.py does)
+from server import PromptServer  # noqa: E402
 
 import nodes  # noqa: E402
 from tessera.models.default import vocabulary  # noqa: E402
+from tessera.models.upscale import video  # noqa: E402
 from tessera.nodes import DEFAULT_WEIGHTS  # noqa: E402
+from tessera.nodes.upscale import Display, PatchUpscale  # noqa: E402
+from tessera.nodes.upscale_video import PatchUpscaleVideoFile  # noqa: E402
 from tessera.nodes.windows import JointModulation  # noqa: E402
 
 
@@ -106,11 +118,95 @@ def seams():
     emit("seams", **result)
 
 
-folder = DEFAULT_WEIGHTS / "diffusion_models"
-import folder_paths  # noqa: E402
+class Nearest:
+    """An upscale model as ComfyUI hands it over, at whose n-th patch the user presses the stop button, or something fails."""
 
+    scale = 2
+    size_requirements = SimpleNamespace(minimum=1, multiple_of=1)
+    model = torch.nn.Conv2d(1, 1, 1)
+
+    def __init__(self, stop=None, error=None):
+        self.stop, self.error, self.calls = stop, error, 0
+
+    def to(self, device):
+        pass
+
+    def __call__(self, x):
+        self.calls += 1
+        if self.calls == self.stop:
+            if self.error is not None:
+                raise self.error
+            comfy.model_management.interrupt_current_processing()
+        return torch.nn.functional.interpolate(x, scale_factor=2)
+
+
+def interrupted():
+    """A clip of 12 frames of 2 patches, stopped in the middle of the sixth: what is kept, said, and computed in the next run."""
+    PromptServer.instance = SimpleNamespace(send_progress_text=lambda line, node: said.append(line))
+    node = type("Node", (PatchUpscaleVideoFile,), {"hidden": SimpleNamespace(unique_id="7", prompt={"1": {}}, extra_pnginfo=None)})
+    previews = []
+    comfy.utils.PROGRESS_BAR_HOOK = lambda value, total, preview, node_id=None: previews.append((value, total, preview[1].size))
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        out.mkdir()
+        folder_paths.set_input_directory(folder)
+        folder_paths.set_output_directory(str(out))
+        for name in ("stop", "memory"):
+            frames = torch.rand(12, 48, 96, 3, generator=torch.Generator().manual_seed(1))
+            video.upscale_video(video.Clip(frames, Fraction(25)), Path(folder) / f"{name}.mp4", lambda x: x, (96, 48))
+            error = torch.cuda.OutOfMemoryError("device full") if name == "memory" else None
+            first, second, third = Nearest(11, error), Nearest(), Nearest()
+            said, found, lists = [], "", []
+            arguments = {"file": f"{name}.mp4", "size": {"size": "factor", "factor": 2.0}, "tile": 64, "overlap": 16}
+            arguments |= {"filename_prefix": f"sub/{name}", "container": "mp4", "crf": 16}
+            try:
+                node.execute(upscale_model=first, **arguments)
+            except (comfy.model_management.InterruptProcessingException, torch.cuda.OutOfMemoryError) as stopped:
+                found = type(stopped).__name__
+            comfy.model_management.interrupt_current_processing(False)
+            lists.append(sorted(file.name for file in (out / "sub").glob(f"*{name}*")))
+            node.execute(upscale_model=third, **{**arguments, "crf": 17})  # another run: it must not take the part
+            node.execute(upscale_model=second, **arguments)
+            lists.append(sorted(file.name for file in (out / "sub").glob(f"*{name}*")))
+            with av.open(str(out / "sub" / f"{name}_00002_.mp4")) as container:
+                count = len(list(container.decode(video=0)))
+            calls = [first.calls, third.calls, second.calls]
+            emit(f"interrupted {name}", found=found, files=lists, calls=calls, said=said, previews=previews, frames=count)
+
+
+def pictures():
+    """Three pictures of 2 patches with 1, 3 and 4 channels, stopped in the second: finished patches are not computed again, nor is a level lost."""
+    node = type("Node", (PatchUpscale,), {"hidden": SimpleNamespace(unique_id="7")})
+    for channels in (1, 3, 4):
+        image = torch.linspace(0, 1, 3 * 48 * 96).view(3, 48, 96, 1).repeat(1, 1, 1, channels)
+        image[..., 3:] = 0.25
+        said = []
+        PromptServer.instance = SimpleNamespace(send_progress_text=lambda line, node, said=said: said.append(line))
+        comfy.utils.PROGRESS_BAR_HOOK = lambda value, total, preview, node_id=None: preview[1].load()
+        model = Nearest(stop=3)
+        arguments = {"upscale_model": model, "image": image, "size": {"size": "factor", "factor": 2.0}, "tile": 64, "overlap": 16}
+        try:
+            node.execute(**arguments)
+        except comfy.model_management.InterruptProcessingException:
+            comfy.model_management.interrupt_current_processing(False)
+        stopped = model.calls
+        out = node.execute(**arguments).result[0]
+        error = (out - image.repeat_interleave(2, 1).repeat_interleave(2, 2)).abs().max()
+        emit(f"pictures {channels}", calls=[stopped, model.calls], error=float(error), shape=list(out.shape), said=said)
+    said = []
+    PromptServer.instance = SimpleNamespace(send_progress_text=lambda line, node: said.append(line))
+    display = Display("7", "frame", None)
+    display.plan(8, 8, 1, 2, 64, 16)
+    display.finished(0, None)
+    display.finished(1, torch.zeros(3, 16, 16))
+    emit("unknown length", said=said)
+
+
+folder = DEFAULT_WEIGHTS / "diffusion_models"
 folder_paths.add_model_folder_path("diffusion_models", str(folder))
 with torch.inference_mode():
     windows()
     conditions()
     seams()
+    interrupted()
+    pictures()

@@ -6,6 +6,7 @@ and among playwright's own (`playwright install chromium`).
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tessera.cli.comfy_server import ComfyServer
@@ -42,6 +44,14 @@ LISTEN = """() => {
     for (const type of ['execution_success', 'execution_error', 'execution_interrupted', 'executed'])
         app.api.addEventListener(type, event => window.runEvents.push([type, event.detail]));
 }"""
+
+
+PLAY = """file => new Promise((done, failed) => {
+    const video = document.createElement('video');
+    video.onloadeddata = () => done([video.videoWidth, video.videoHeight]);
+    video.onerror = () => failed(new Error(video.error.message));
+    video.src = app.api.apiURL('/view?' + new URLSearchParams(file));
+})"""
 
 
 def find_chromium(playwright: Any) -> str | None:
@@ -109,7 +119,7 @@ def test_a_dropped_workflow_means_the_same_as_its_api_file(page, name):
         assert inputs == entry["inputs"]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("tessera_text_to_video")])
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(("tessera_text_to_video", "tessera_upscale"))])
 def test_bypassing_the_patch_leaves_a_whole_workflow(page, name):
     """What the notes tell the user to do for a comparison: bypass Accelerate and Attention Report (Ctrl+B)."""
     drop(page, FOLDER / f"{name}.json")
@@ -143,4 +153,47 @@ def test_text_to_video_from_drop_to_result(page, tmp_path):
     page.wait_for_function("id => app.graph.getNodeById(id).imgs?.length", arg=REPORT)  # the heat map
     page.wait_for_function("() => document.querySelector('video')?.readyState >= HTMLMediaElement.HAVE_CURRENT_DATA")  # it plays
     assert page.evaluate(OVERLAPS) == []  # the line made its node taller
+    page.screenshot(path=tmp_path / "done.png")
+
+
+@pytest.fixture
+def your_video(comfy: ComfyServer) -> None:
+    """The file that the workflow names, in the input folder before the page asks what is there."""
+    import av
+    from test_workflows import upload
+
+    clip = io.BytesIO()
+    with av.open(clip, "w", format="mp4") as container:
+        video = container.add_stream("libx264", rate=10)
+        video.width, video.height, video.pix_fmt = 32, 24, "yuv420p"
+        for number in range(2):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(np.full((24, 32, 3), 100 + 50 * number, np.uint8))))
+        container.mux(video.encode(None))
+    upload(f"{comfy.url}/upload/image", "your_video.mp4", clip.getvalue())
+
+
+def test_upscale_video_file_from_drop_to_result(your_video, page, tmp_path):
+    """Drop the file, choose a smaller size, press Ctrl+Enter: the frames are counted on the node, and the result plays."""
+    drop(page, FOLDER / "tessera_upscale_video_file.json")
+    assert unknown_nodes(page) == nodes_in_red(page) == []
+    page.evaluate("""() => {
+        const size = app.graph.getNodeById(2).widgets.find(widget => widget.name === 'size');
+        size.value = 'factor';
+        size.callback?.('factor');
+    }""")
+    page.evaluate("() => { window.said = []; app.api.addEventListener('progress_text', event => window.said.push(event.detail.text)) }")
+    page.evaluate(LISTEN)
+    page.keyboard.press("Control+Enter")
+    page.wait_for_function("() => window.runEvents.some(([type]) => type.startsWith('execution_'))", timeout=600_000)
+    events = page.evaluate("() => window.runEvents")
+    assert [detail for kind, detail in events if kind == "execution_error"] == []
+    (output,) = [detail["output"] for kind, detail in events if kind == "executed" and int(detail["node"]) == 2]
+    assert output["images"][0]["filename"].endswith(".mp4") and output["images"][0]["subfolder"] == "tessera"
+    said = page.evaluate("() => window.said")
+    assert said[0].startswith("frame 1 of 2, ") and said[0].endswith(" left") and "frame 2 of 2, 0 s left" in said
+    page.get_by_text("32 x 24 to 64 x 48: 2 frames").first.wait_for()  # drawn, not only stored
+    # The node goes on showing the last live preview, which this front end prefers to the result; the file plays.
+    page.wait_for_function("id => app.graph.getNodeById(id).imgs?.length", arg=2)
+    assert page.evaluate(PLAY, output["images"][0]) == [64, 48]
+    assert nodes_in_red(page) == page.evaluate(OVERLAPS) == []
     page.screenshot(path=tmp_path / "done.png")

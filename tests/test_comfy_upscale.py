@@ -89,3 +89,38 @@ def test_bad_sizes_are_refused(any_comfy: ComfyServer):
     graph["6"]["inputs"]["reference"] = ["4", 0]
     with pytest.raises(PromptFailedError, match="give the same size"):
         any_comfy.run(graph, timeout=600)
+
+
+@pytest.mark.parametrize("case", ["stop", "memory"])
+def test_an_interrupted_video_goes_on(results, case):
+    """Stopped at the first patch of the sixth frame: five frames are kept, shown, and not computed again, except by a run with other settings."""
+    line = results[f"interrupted {case}"]
+    assert line["found"] == {"stop": "InterruptProcessingException", "memory": "OutOfMemoryError"}[case]
+    before, after = line["files"]
+    assert len(before) == 1 and before[0].startswith(f"{case}.") and before[0].endswith(".part.mp4")
+    assert after == [f"{case}_00001_.mp4", f"{case}_00002_.mp4"] and line["frames"] == 12
+    assert line["calls"] == [11, 24, 14]
+
+
+def test_progress_is_shown_as_text_and_picture(results):
+    """What is shown in between depends on the time, but the first patch and the last frame always are."""
+    line = results["interrupted stop"]
+    said = line["said"]
+    assert said[0].startswith("frame 1 of 12, patch 1 of 2, ") and said[0].endswith(" left")
+    assert any(words.startswith("The 5 finished frames are in ") and words.endswith("Queue the same again to go on from there") for words in said)
+    assert "frame 12 of 12, 0 s left" in said and any(words.startswith("frame 6 of 12, patch 1 of 2") for words in said)
+    assert said[-1].startswith("96 x 48 to 192 x 96: 12 frames, 1 x 2x network, 2 patches a frame, h264")
+    assert [1, 24, [192, 96]] in line["previews"] and line["previews"][-1] == [24, 24, [192, 96]]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_interrupted_pictures_go_on(results, channels):
+    """Six patches in all, computed once each; every value is the one of its nearest pixel, alpha too, finer than 16 bit."""
+    line = results[f"pictures {channels}"]
+    assert line["calls"] == [3, 6] and line["shape"] == [3, 96, 192, channels] and line["error"] < 1e-6
+    assert line["said"][0].startswith("picture 1 of 3, patch 1 of 2, ") and line["said"][-1].endswith("2 patches")
+
+
+def test_progress_of_a_clip_of_unknown_length(results):
+    (words,) = results["unknown length"]["said"]
+    assert words.startswith("frame 1, ") and words.endswith(" s each")

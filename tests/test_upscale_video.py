@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 av = pytest.importorskip("av")
 
-from tessera.models.upscale.video import BrokenVideoError, inspect_video, upscale_video  # noqa: E402
+from tessera.models.upscale.video import BrokenVideoError, Clip, inspect_video, upscale_video  # noqa: E402
 
 # R'G'B' to Y'CbCr as the standards print it: weights of luma, divisors of B'-Y' and R'-Y'.
 MATRICES = {
@@ -489,6 +489,130 @@ def test_interrupt_keeps_the_finished_part(source, out, suffix):
     assert len(read(part)[0]) == 7 and sound_packets(part)
     with av.open(part) as container:
         assert container.duration < 1e6 * (7 / 25 + 0.5)
+
+
+def complaints(path):
+    """What FFmpeg's own program finds wrong with a file."""
+    if shutil.which("ffmpeg") is None:
+        pytest.skip("needs ffmpeg: apt-get install ffmpeg")
+    command = ["ffmpeg", "-v", "error", "-i", path, "-fps_mode", "passthrough", "-enc_time_base:v", "1:1000", "-f", "null", "-"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def stop_after(count):
+    def stop(done, total, frame):
+        if done == count:
+            raise StopError
+
+    return stop
+
+
+@pytest.mark.parametrize(("suffix", "pixel_format"), [(".mp4", "yuv420p"), (".mkv", "yuv420p"), (".webm", "yuv420p"), (".mp4", "yuv420p10le")])
+def test_an_interrupted_run_goes_on(out, suffix, pixel_format):
+    """Twice interrupted, at uneven times: the frames are those of an uninterrupted run, none was computed twice, and sound is whole."""
+    ticks = [0, 40, 80, 200, 240, 280, 290, 400, 440, 480, 520, 600]
+    frames = (picture(64, 48, number, pixel_format) for number in range(12))
+    source = write(out / "in.mp4", frames, pts=ticks, time_base=Fraction(1, 1000), sound=0.8)
+    target, part = out / f"result{suffix}", out / f"mine{suffix}"
+    calls = []
+
+    def operator(frames):
+        calls.append(1)
+        return bicubic(frames)
+
+    for stop, kept in ((5, 0), (9, 5)):
+        seen = []
+
+        def on_frame(done, total, frame, stop=stop, seen=seen):
+            seen.append(done)
+            stop_after(stop)(done, total, frame)
+
+        with pytest.raises(StopError):
+            upscale_video(source, target, operator, (128, 96), on_frame=on_frame, interrupt=StopError, part=part, resume=True)
+        assert seen == list(range(kept, stop + 1)) and len(read(part)[0]) == stop
+    with pytest.raises(StopError):  # before anything new: the part stays
+        upscale_video(source, target, operator, (128, 96), on_frame=stop_after(9), interrupt=StopError, part=part, resume=True)
+    assert len(read(part)[0]) == 9
+    assert upscale_video(source, target, operator, (128, 96), part=part, resume=True).frames == 12
+    assert len(calls) == 12 and leftovers(out, "in.mp4") == [target.name]
+    upscale_video(source, out / f"whole{suffix}", bicubic, (128, 96))
+    for before, after in zip(read(out / f"whole{suffix}")[0], read(target)[0], strict=True):
+        assert np.abs(plane(before, 0).astype(float) - plane(after, 0)).mean() < 2 * 2 ** (10 * (pixel_format != "yuv420p") / 5)
+    apart = [abs(a - b) for a, b in zip(times(target), times(out / f"whole{suffix}"), strict=True)]
+    assert max(apart) <= (0 if suffix == ".mp4" else Fraction(1, 1000))
+    assert sound_packets(target) == sound_packets(out / f"whole{suffix}")
+    assert not complaints(target)
+
+
+@pytest.mark.parametrize("pixel_format", ["yuv420p", "yuv420p10le"])
+def test_an_interrupted_run_goes_on_where_frames_lie_far_apart(out, pixel_format):
+    """An encoder that starts there counts its order of decoding from long before."""
+    ticks = [0, 10, 20, 30, 40, 50, 60, 70, 1000, 2000, 3000, 4000]
+    frames = (picture(64, 48, number, pixel_format) for number in range(12))
+    source = write(out / "in.mp4", frames, pts=ticks, time_base=Fraction(1, 1000))
+    with pytest.raises(StopError):
+        upscale_video(source, out / "result.mp4", bicubic, (128, 96), on_frame=stop_after(7), interrupt=StopError, resume=True)
+    upscale_video(source, out / "result.mp4", bicubic, (128, 96), resume=True)
+    assert times(out / "result.mp4") == [Fraction(tick, 1000) for tick in ticks] and not complaints(out / "result.mp4")
+
+
+def test_resume_needs_single_frames(source, out):
+    with pytest.raises(ValueError, match="window 1 or no resume"):
+        upscale_video(source, out / "result.mp4", bicubic, (128, 96), window=4, overlap=2, resume=True)
+
+
+def test_clip_in_memory(out):
+    """Colours of sRGB come out of an independent conversion; sound has the length of the picture; stamps are exact."""
+    colours = torch.tensor([[0.8, 0.3, 0.1], [0.1, 0.6, 0.9], [0.5, 0.5, 0.5], [1.0, 1.0, 1.0]] * 3)
+    frames = colours[:, None, None].expand(12, 48, 64, 3)
+    wave = torch.sin(torch.arange(48000) / 48000 * 440 * 2 * torch.pi).expand(2, -1) / 2
+    clip = Clip(frames, Fraction(23.976), wave)
+    summary = upscale_video(clip, out / "result.mp4", bicubic, (128, 96), metadata={"workflow": '{"nodes": []}'})
+    assert (summary.frames, summary.audio, summary.pixel_format, summary.notes) == (12, "encoded", "yuv420p", [])
+    decoded, context = read(out / "result.mp4")
+    assert [int(getattr(context, name)) for name in ("colorspace", "color_range", "color_primaries", "color_trc")] == [1, 1, 1, 13]
+    for colour, frame in zip(colours.tolist(), decoded, strict=True):
+        assert np.abs(np.array(to_rgb([plane(frame, index).mean() for index in range(3)], 1, False)) - colour).max() < 2 / 255
+    assert times(out / "result.mp4") == [Fraction(number * 125, 2997) for number in range(12)]
+    with av.open(out / "result.mp4") as container:
+        assert container.metadata["workflow"] == '{"nodes": []}'
+        heard = np.concatenate([frame.to_ndarray() for frame in container.decode(audio=0)], 1)
+    assert abs(heard.shape[1] - 12 * 2002) <= 2048 and np.abs(heard[:, 2048:20000]).max() == pytest.approx(0.5, abs=0.05)
+    assert upscale_video(Clip(frames, Fraction(25), bits=10), out / "deep.mp4", bicubic, (128, 96)).pixel_format == "yuv420p10le"
+    assert "transparency" in upscale_video(Clip(torch.rand(1, 4, 4, 4), Fraction(25)), out / "a.webm", bicubic, (8, 8)).notes[0]
+    with pytest.raises(ValueError, match=r"\(0, 48, 64, 3\).*at least one frame"):
+        upscale_video(Clip(frames[:0], Fraction(25)), out / "none.mp4", bicubic, (128, 96))
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".ts"])
+@pytest.mark.parametrize(("trim", "expected"), [((0.4, 0.8), range(10, 30)), ((1.0, 0.0), range(25, 50)), ((-0.4, 0.0), range(40, 50))])
+def test_trim(out, suffix, trim, expected):
+    """The frames asked for, from zero on, with the sound that belongs to them, copied. The clock of .ts files starts anywhere."""
+    source = clip(out / f"in{suffix}", 50, options={**LOSSLESS, "g": "12"}, sound=2.0)
+    summary = upscale_video(source, out / "result.mkv", identity, (64, 48), trim=trim, codec="ffv1")
+    before, after = read(source)[0], read(out / "result.mkv")[0]
+    assert summary.frames == len(after) == len(expected) and inspect_video(source, trim).frames == len(expected)
+    for number, frame in zip(expected, after, strict=True):
+        assert (plane(before[number], 0) == plane(frame, 0)).all()
+    assert times(out / "result.mkv") == [Fraction(number, 25) for number in range(len(expected))]
+    adts = 7 if suffix == ".ts" else 0  # bytes of a header that other files do without
+    kept, whole = sound_packets(out / "result.mkv"), [packet[adts:] for packet in sound_packets(source)]
+    first = whole.index(kept[0])
+    assert kept == whole[first : first + len(kept)]
+    assert abs(len(kept) * 1024 / 48000 - len(expected) / 25) < 0.05 and abs(first * 1024 / 48000 - expected[0] / 25) < 0.05
+
+
+def test_trim_behind_the_end(source, out):
+    with pytest.raises(ValueError, match=r"no frame from second 9.00 on; start the trim earlier"):
+        upscale_video(source, out / "result.mp4", bicubic, (128, 96), trim=(9.0, 0.0))
+    assert leftovers(out) == []
+
+
+def test_sound_in_an_unknown_format(source, out):
+    """As phones record a second track: FFmpeg can neither name nor decode it."""
+    (out / "in.mp4").write_bytes(source.read_bytes().replace(b"mp4a", b"apac").replace(b"esds", b"xsds"))
+    summary = upscale_video(out / "in.mp4", out / "result.mp4", bicubic, (128, 96))
+    assert summary.audio == "none" and any("unknown format" in note for note in summary.notes) and len(read(out / "result.mp4")[0]) == 12
 
 
 def test_interrupt_before_the_first_frame(source, out):

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import os
 import re
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
-from math import ceil
+from math import ceil, floor
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,15 +28,17 @@ from torch import Tensor
 
 from .tiling import Operator, stream
 
-Source = str | os.PathLike | IO[bytes]
 OnFrame = Callable[[int, int | None, Tensor | None], None]
 
 CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}
+INDEXED = ("matroska", "mov", "avi")  # know their length and their key frames
 LONGEST = 250  # a last frame is taken to last no more than this many frames of the average rate
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # Numbers of ISO/IEC 23091-2 (H.273), as the files and FFmpeg use them.
 RGB, BT709, UNSPECIFIED, BT601, BT2020 = 0, 1, 2, 6, 9
+SRGB = 13  # transfer
+CLIP = -1  # index of the sound of a clip in memory, which is no stream of a file
 LIMITED, FULL = 1, 2
 # Matrix: weights of red and blue in luma (H.273, table 4).
 LUMA = {1: (0.2126, 0.0722), 4: (0.30, 0.11), 5: (0.299, 0.114), 6: (0.299, 0.114), 7: (0.212, 0.087), 9: (0.2627, 0.0593), 10: (0.2627, 0.0593)}
@@ -43,6 +46,25 @@ LUMA = {1: (0.2126, 0.0722), 4: (0.30, 0.11), 5: (0.299, 0.114), 6: (0.299, 0.11
 
 class BrokenVideoError(ValueError):
     """A file that cannot be decoded, or not to its end."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip in memory, as a source.
+
+    frames: `(frames, height, width, channels)` in 0..1, R'G'B' with the curve of sRGB; what follows the third channel is left out.
+    rate: frames a second. sound: `(channels, samples)` float32, cut off where the frames end, or None. bits: 8, or more for a 10-bit file.
+    """
+
+    frames: Tensor
+    rate: Fraction
+    sound: Tensor | None = None
+    sample_rate: int = 48000
+    bits: int = 8
+
+
+Source = str | os.PathLike | IO[bytes] | Clip
+Trim = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -107,6 +129,8 @@ class VideoFacts:
     notes: tuple[str, ...] = ()
     display_matrix: bytes | None = field(default=None, repr=False)
     start: Fraction = Fraction(0)  # seconds on the file's clock that become 0
+    stop: Fraction | None = None  # where a trimmed clip ends on that clock; None: with the file
+    trimmed: bool = False
 
 
 @dataclass
@@ -118,7 +142,7 @@ class VideoSummary:
     height: int
     codec: str
     pixel_format: str
-    audio: str  # "copied", "re-encoded" or "none"
+    audio: str  # "copied", "re-encoded", "encoded" (that of a Clip) or "none"
     notes: list[str] = field(default_factory=list)
 
 
@@ -134,38 +158,49 @@ def upscale_video(
     interrupt: type[BaseException] | tuple[type[BaseException], ...] = KeyboardInterrupt,
     crf: int | None = None,
     codec: str | None = None,
+    trim: Trim = (0.0, 0.0),
+    metadata: Mapping[str, str] | None = None,
+    part: str | os.PathLike | None = None,
+    resume: bool = False,
 ) -> VideoSummary:
     """Apply `operator` to the frames of a video file and write the result to another, with its sound, time stamps and colour tags.
 
-    source: path, or binary file object that can seek. target: path in an existing folder, .mp4, .mov, .mkv or .webm.
+    source: path, binary file object that can seek, or Clip. target: path in an existing folder, .mp4, .mov, .mkv or .webm.
     operator: maps `(frames, 3, height, width)` float32 in 0..1, R'G'B' in the stream's own transfer curve, to `(frames, 3, H, W)`.
     size: (W, H) in pixels; an odd one is made even by repeating the last column or row. window, overlap: frames at a time and shared by
     neighbours (`tiling.stream`). on_frame(done, total, frame): after each frame written, with frame `(3, H, W)`, and once before the first
-    with None; total is an estimate or None. crf, codec: the encoder's quality and its name in FFmpeg.
+    with None; total is an estimate or None. crf, codec: the encoder's quality and its name in FFmpeg. trim: seconds to start at, from the
+    end if negative, and to take, 0 for all (files only). metadata: tags to write beside those of the source.
 
     The file gets its name when it is complete; until then, and after an error, `target` is as it was. An exception of class `interrupt`
-    leaves what was finished, playable, as `<stem>.part<suffix>`, says so in a note on the exception and goes on. So does a source that
-    cannot be decoded to its end, as BrokenVideoError. Raises ValueError for what cannot be done, FileNotFoundError, PermissionError, and
-    OSError where the disk is full.
+    leaves what was finished, playable, as `part` (default `<stem>.part<suffix>`), says so in a note on the exception and goes on. So does
+    a source that cannot be decoded to its end, as BrokenVideoError. resume: go on after the frames of `part` if it is there, and remove it
+    at the end; that it was made of the same source by the same call is the caller's promise. Windows of several frames cannot.
+
+    Raises ValueError for what cannot be done, FileNotFoundError, PermissionError, and OSError where the disk is full.
     """
     target = Path(target)
-    _check_paths(source, target)
+    part = target.with_name(f"{target.stem}.part{target.suffix}") if part is None else Path(part)
+    _check_paths(source, target, part)
+    if resume and window > 1:
+        raise ValueError(f"window is {window}; windows of several frames cannot be resumed: use window 1 or no resume")
     if min(size) < 1:
         raise ValueError(f"{target}: a size of {size[0]} x {size[1]} was asked for; use at least 1 x 1")
-    facts = inspect_video(source)
+    facts = inspect_video(source, trim)
     temporary = _reserve(target)
-    part = _part(target)
-    done = 0
+    done = kept = 0
     writer: _Writer | None = None
     try:
-        with _open(source) as container:
-            reader = _Reader(container, _name(source))
-            writer = _Writer(temporary, target, reader, facts, size, crf, codec)
-            frames = reader.rgb_frames(facts, writer.other_packet)
+        with nullcontext() if isinstance(source, Clip) else _open(source) as container:
+            reader = _ClipReader(source) if isinstance(source, Clip) else _Reader(container, _name(source))
+            writer = _Writer(temporary, target, reader, facts, size, crf, codec, metadata or {})
+            if resume and part.is_file():
+                done = kept = writer.go_on_from(part)
+            frames = reader.rgb_frames(facts, writer, kept)
             results = stream(operator, frames, window, overlap) if window > 1 else (operator(frame[None])[0] for frame in frames)
             with torch.no_grad():
                 if on_frame is not None:
-                    on_frame(0, facts.frames, None)
+                    on_frame(done, facts.frames, None)
                 for result in results:
                     writer.write(result, reader.times.popleft())
                     done += 1
@@ -176,9 +211,11 @@ def upscale_video(
             os.replace(temporary, part)
             raise BrokenVideoError(f"{reader.broken}; the {done} frames before that are finished, in {part}")
         _replace(temporary, target, part)
+        if kept:
+            part.unlink()
         return writer.summary(done, [*facts.notes, *reader.notes()])
     except interrupt as error:
-        if writer is not None and done:
+        if writer is not None and done > kept:
             with suppress(Exception):  # such as a full disk: it must not hide the interrupt
                 writer.finish(reader.last_duration)
                 os.replace(temporary, part)
@@ -198,18 +235,39 @@ def upscale_video(
             temporary.unlink()
 
 
-def inspect_video(source: Source) -> VideoFacts:
-    """Read the header and decode the first frame. Raises FileNotFoundError, PermissionError, BrokenVideoError, or ValueError: no video in it."""
+def inspect_video(source: Source, trim: Trim = (0.0, 0.0)) -> VideoFacts:
+    """Read the header and decode the first frame. trim: as for `upscale_video`.
+
+    Raises FileNotFoundError, PermissionError, BrokenVideoError, or ValueError: no video in it, or none within the trim.
+    """
+    if isinstance(source, Clip):
+        return _clip_facts(source)
     name = _name(source)
     if isinstance(source, str | os.PathLike) and not Path(source).is_file():
         raise FileNotFoundError(errno.ENOENT, "there is no such video file; check the path", name)
     with _open(source) as container:
         reader = _Reader(container, name)
         video = reader.video
-        frame = next(reader.decoded((video,), lambda packet: None), None)
+        declared = video.duration * video.time_base if video.duration else Fraction(container.duration or 0, av.time_base)
+        # A broadcast clock starts anywhere; other files mean what they say.
+        start = Fraction(container.start_time or 0, av.time_base) if container.format.name in ("mpegts", "mpeg") else Fraction(0)
+        stop: Fraction | None = None
+        if any(trim):
+            begin = Fraction(trim[0]).limit_denominator(av.time_base)
+            begin = max(declared + begin, Fraction(0)) if begin < 0 else begin
+            length = Fraction(trim[1]).limit_denominator(av.time_base)
+            start += begin
+            stop = start + length if length else None
+            declared = max(min(declared - begin, length or declared), Fraction(0))
+            reader.seek(start)
+        frames = reader.decoded((video,), lambda packet: None)
+        frame = next((frame for frame in frames if not any(trim) or (frame.time is not None and frame.time >= float(start) - 1e-6)), None)
+        if frame is None and any(trim):
+            raise ValueError(f"{name} has no frame from second {float(start):.2f} on; start the trim earlier")
         if frame is None:
             raise BrokenVideoError(f"{name} has a video stream, but not one frame of it can be decoded; export it again")
-        declared = video.duration * video.time_base if video.duration else Fraction(container.duration or 0, av.time_base)
+        if any(trim):
+            start = frame.pts * frame.time_base
         rate = video.average_rate or video.guessed_rate or Fraction(24)
         colour, notes = _colour(video, frame)
         if any(component.is_alpha for component in frame.format.components):
@@ -219,12 +277,10 @@ def inspect_video(source: Source) -> VideoFacts:
         side_data = {item.type.name: bytes(item) for item in (frame.side_data[index] for index in range(len(frame.side_data)))}
         if side_data.keys() & {"MASTERING_DISPLAY_METADATA", "DOVI_METADATA", "DYNAMIC_HDR_PLUS"}:
             notes.append("HDR mastering data was left out; the colour tags were kept")
-        # A broadcast clock starts anywhere; other files mean what they say.
-        start = Fraction(container.start_time or 0, av.time_base) if container.format.name in ("mpegts", "mpeg") else Fraction(0)
         return VideoFacts(
             width=frame.width,
             height=frame.height,
-            frames=video.frames or round(declared * rate) or None,
+            frames=(0 if any(trim) else video.frames) or round(declared * rate) or None,
             rate=rate,
             time_base=frame.time_base or video.time_base,
             bits=_bits(frame.format),
@@ -233,21 +289,28 @@ def inspect_video(source: Source) -> VideoFacts:
             notes=tuple(notes),
             display_matrix=side_data.get("DISPLAYMATRIX"),
             start=start,
+            stop=stop,
+            trimmed=any(trim),
         )
 
 
-def _part(target: Path) -> Path:
-    return target.with_name(f"{target.stem}.part{target.suffix}")
+def _clip_facts(clip: Clip) -> VideoFacts:
+    if clip.frames.ndim != 4 or not len(clip.frames) or min(clip.frames.shape) < 1 or clip.frames.shape[3] < 3:
+        raise ValueError(f"the clip is {tuple(clip.frames.shape)} (frames, height, width, channels); give at least one frame of 3 channels")
+    rate = clip.rate.limit_denominator(1001)
+    count, height, width, channels = clip.frames.shape
+    notes = ("the transparency of the source was left out: this form carries opaque video",) if channels > 3 else ()
+    return VideoFacts(width, height, count, rate, 1 / rate, clip.bits, Colour(BT709, LIMITED, BT709, SRGB), 0, notes)
 
 
-def _check_paths(source: Source, target: Path) -> None:
+def _check_paths(source: Source, target: Path, part: Path) -> None:
     if target.suffix.lower() not in CONTAINERS:
         raise ValueError(f"{target} ends in {target.suffix!r}, which is no video file that can be written; use {', '.join(CONTAINERS)}")
     if isinstance(source, str | os.PathLike):
         if not Path(source).is_file():
             raise FileNotFoundError(errno.ENOENT, "there is no such video file; check the path", str(source))
         # An interrupted run would put its part there.
-        if any(path.exists() and Path(source).samefile(path) for path in (target, _part(target))):
+        if any(path.exists() and Path(source).samefile(path) for path in (target, part)):
             raise ValueError(f"{target} is the source itself, or the source its unfinished part; choose another name for the result")
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, "a folder has the name of the file to write; choose another name", str(target))
@@ -312,11 +375,15 @@ class _Reader:
             found = ", ".join(sorted({item.type for item in container.streams})) or "nothing"
             raise ValueError(f"{name} has no video stream, only {found}; choose a video file")
         self.video = self.videos[0]
+        self.others: list[Any] = [item for item in container.streams if item.type in ("audio", "subtitle")]
+        self.metadata, self.video_metadata = container.metadata, self.video.metadata
+        self.chapters: list[Any] = container.chapters() if hasattr(container, "chapters") else []
+        self.aspect_ratio = self.video.sample_aspect_ratio
         self.left_out = []
         for item in container.streams:
             if item.type not in ("audio", "subtitle") and item is not self.video:
                 self.left_out.append("a cover picture" if _is_cover(item) else f"another {item.type} stream")
-        if container.format.name.startswith("mov") and hasattr(container, "chapters") and container.chapters():
+        if container.format.name.startswith("mov") and self.chapters:
             self.left_out = [what for what in self.left_out if what != "another data stream"]  # the chapters, which are kept
         self.video.thread_type = "AUTO"
         self.video.codec_context.thread_count = 4  # each holds a frame, and a default would be the number of cores
@@ -352,18 +419,30 @@ class _Reader:
                 yield frame
         # A file that was cut off ends like a complete one, but its header may know the length.
         declared = Fraction(self.container.duration or 0, av.time_base)
-        knows = self.container.format.name.startswith(("matroska", "mov", "avi")) and len(self.videos) == 1
+        knows = self.container.format.name.startswith(INDEXED) and len(self.videos) == 1
         if knows and declared - end > max(Fraction(1, 4), declared / 100):
             self.broken = f"{self.name} is cut off at second {float(end):.2f} of {float(declared):.2f}; get a complete copy of it"
 
-    def rgb_frames(self, facts: VideoFacts, other_packet: Callable[[Any], None]) -> Iterator[Tensor]:
-        """(3, height, width) float32 in 0..1; the times of each are put into `times`."""
-        streams = tuple(item for item in self.container.streams if item is self.video or item.type in ("audio", "subtitle"))
+    def seek(self, start: Fraction) -> None:
+        """To the key frame at or before a time on the file's clock, in files that know where it is; the others are read from their start."""
+        if self.container.format.name.startswith(INDEXED):
+            self.container.seek(int(start / self.video.time_base), stream=self.video)
+
+    def rgb_frames(self, facts: VideoFacts, writer: _Writer, kept: int) -> Iterator[Tensor]:
+        """(3, height, width) float32 in 0..1; the times of each are put into `times`. kept: frames at the start that are finished."""
+        if facts.trimmed:
+            self.seek(facts.start)
         last: int | None = None
         shown: int | None = None
         step = max(round(1 / (facts.rate * facts.time_base)), 1)
         self.last_duration = step
-        for frame in self.decoded(streams, other_packet):
+        for frame in self.decoded((self.video, *self.others), writer.other_packet):
+            if facts.trimmed and frame.time is not None:
+                if frame.pts * frame.time_base < facts.start:
+                    continue
+                if facts.stop is not None and frame.time >= float(facts.stop) - 1e-6:
+                    self._rest_of_sound(facts.stop, writer)
+                    break
             if (frame.width, frame.height) != (facts.width, facts.height):
                 sizes = f"{facts.width} x {facts.height} to {frame.width} x {frame.height}"
                 self.broken = f"{self.name} changes its size from {sizes} at second {frame.time or 0:.2f}; export it with one size"
@@ -374,13 +453,27 @@ class _Reader:
                 pts = 0 if last is None else last + (step if pts is None else 1)
             last = pts
             self.damaged += frame.is_corrupt
-            self.times.append(pts)
             shown = frame.pts
+            if kept:
+                kept -= 1
+                writer.copy_finished(pts)
+                continue
+            self.times.append(pts)
             yield _to_rgb(frame, facts.colour)
         # Packets know durations in the order of decoding only; the frame shown last lasts until the stream ends.
-        if self.broken is None and self.video.duration and shown is not None:
+        if self.broken is None and self.video.duration and shown is not None and facts.stop is None:
             remaining = (self.video.start_time or 0) + self.video.duration - shown
             self.last_duration = remaining if 0 < remaining <= LONGEST * step else step
+
+    def _rest_of_sound(self, stop: Fraction, writer: _Writer) -> None:
+        """Sound before `stop` that lies behind the picture in the file."""
+        missing = {item.index for item in self.others if item.type == "audio"}
+        packets = self.container.demux(self.others)
+        with suppress(av.FFmpegError):  # damage after the picture that was asked for
+            while missing and (packet := next(packets, None)) is not None:
+                writer.other_packet(packet)
+                if packet.pts is not None and packet.pts * packet.time_base >= stop:
+                    missing.discard(packet.stream.index)
 
     def notes(self) -> list[str]:
         notes = []
@@ -391,6 +484,38 @@ class _Reader:
         if self.left_out:
             notes.append(f"left out: {', '.join(sorted(self.left_out))}")
         return notes
+
+
+class _ClipReader:
+    """The same of a clip in memory."""
+
+    others: tuple[Any, ...] = ()
+    metadata: Mapping[str, str] = {}
+    video_metadata = metadata
+    chapters: tuple[Any, ...] = ()
+    aspect_ratio = None
+    broken: str | None = None
+    last_duration = 1
+
+    def __init__(self, clip: Clip) -> None:
+        self.clip = clip
+        self.times: deque[int] = deque()
+
+    def rgb_frames(self, facts: VideoFacts, writer: _Writer, kept: int) -> Iterator[Tensor]:
+        clip, written = self.clip, 0
+        for number, frame in enumerate(clip.frames):
+            if clip.sound is not None:
+                until = min(ceil((number + 1) * clip.sample_rate / facts.rate), clip.sound.shape[1])
+                writer.sound(clip.sound[:, written:until], written)
+                written = until
+            if number < kept:
+                writer.copy_finished(number)
+                continue
+            self.times.append(number)
+            yield frame[..., :3].movedim(-1, 0).float().cpu()
+
+    def notes(self) -> list[str]:
+        return []
 
 
 def _is_cover(item: Any) -> bool:
@@ -534,7 +659,15 @@ class _Writer:
     """The file that is being written: a video stream that is encoded, and the other streams of the source."""
 
     def __init__(
-        self, path: Path, target: Path, reader: _Reader, facts: VideoFacts, size: tuple[int, int], crf: int | None, codec: str | None
+        self,
+        path: Path,
+        target: Path,
+        reader: _Reader | _ClipReader,
+        facts: VideoFacts,
+        size: tuple[int, int],
+        crf: int | None,
+        codec: str | None,
+        metadata: Mapping[str, str],
     ) -> None:
         self.target, self.facts, self.size = target, facts, (size[0], size[1])
         self.notes: list[str] = []
@@ -542,22 +675,26 @@ class _Writer:
         self._durations: dict[int, int] = {}
         self._lost = 0  # packets of other streams that could not be written
         self._rounded = False
+        self._part: Any | None = None  # what an interrupted run finished
+        self._finished: Iterator[Any] = iter(())
+        self._shift: Fraction | None = None  # from its stamps to ours, in seconds
+        self._copied_dts: Fraction | None = None
         self._waiting: Any | None = None  # a frame whose duration is not known yet
         self._written = self._last_duration = 0
         self._open_video(path, reader, crf, codec)
         self._copied: dict[int, Any] = {}
         self._recoded: dict[int, Any] = {}
-        for item in reader.container.streams:
-            if item.type in ("audio", "subtitle"):
-                self._add_other(item)
-        metadata = reader.container.metadata
-        self.container.metadata.update({key: value for key, value in metadata.items() if not _TECHNICAL.fullmatch(key)})
-        chapters = reader.container.chapters() if hasattr(reader.container, "chapters") else []
-        if chapters:
-            self.container.set_chapters(chapters)
+        for item in reader.others:
+            self._add_other(item)
+        if isinstance(reader, _ClipReader) and reader.clip.sound is not None:
+            self._add_clip_sound(reader.clip.sound.shape[0], reader.clip.sample_rate)
+        self.container.metadata.update({key: value for key, value in reader.metadata.items() if not _TECHNICAL.fullmatch(key)})
+        self.container.metadata.update(metadata)
+        if reader.chapters and not facts.trimmed:
+            self.container.set_chapters(reader.chapters)
         self.container.start_encoding()
 
-    def _open_video(self, path: Path, reader: _Reader, crf: int | None, codec: str | None) -> None:
+    def _open_video(self, path: Path, reader: _Reader | _ClipReader, crf: int | None, codec: str | None) -> None:
         """Open the file with the first encoder that there is."""
         deep = self.facts.bits > 8
         suffix = self.target.suffix.lower()
@@ -582,7 +719,7 @@ class _Writer:
                 reasons.append(f"{name} refused {self._even[0]} x {self._even[1]} {self.pixel_format} in {suffix} ({error})")
         raise ValueError(f"{self.target} cannot be written with {self.facts.bits} bit: {'; '.join(reasons)}. Use another codec, size or file type")
 
-    def _open_encoder(self, path: Path, reader: _Reader, encoder: Any, crf: int | None) -> None:
+    def _open_encoder(self, path: Path, reader: _Reader | _ClipReader, encoder: Any, crf: int | None) -> None:
         format = av.VideoFormat(self.pixel_format)
         self._bits = _bits(format)
         self._across, self._down = round(64 / format.chroma_width(64)), round(64 / format.chroma_height(64))
@@ -603,8 +740,8 @@ class _Writer:
         colour = self.facts.colour
         context.colorspace, context.color_range = colour.matrix, colour.range
         context.color_primaries, context.color_trc = colour.primaries, colour.transfer
-        if reader.video.sample_aspect_ratio:
-            context.sample_aspect_ratio = reader.video.sample_aspect_ratio
+        if reader.aspect_ratio:
+            context.sample_aspect_ratio = reader.aspect_ratio
         if encoder.name == "libx265" and kind in ("mp4", "mov"):
             context.codec_tag = "hvc1"  # the form that Apple's players take
         if self.facts.display_matrix is not None:
@@ -612,7 +749,7 @@ class _Writer:
                 video.set_display_matrix(np.frombuffer(self.facts.display_matrix, np.int32).tolist())
             else:
                 self.notes.append(f"the rotation by {self.facts.rotation} degrees was left out: this PyAV cannot write it")
-        video.metadata.update({key: value for key, value in reader.video.metadata.items() if not _TECHNICAL.fullmatch(key)})
+        video.metadata.update({key: value for key, value in reader.video_metadata.items() if not _TECHNICAL.fullmatch(key)})
         context.open()
         if crf is not None and "crf" in context.options:
             self.notes.append(f"crf was left out: {encoder.name} has no such setting")
@@ -625,14 +762,18 @@ class _Writer:
     def _add_other(self, item: Any) -> None:
         """Copy a stream of sound or subtitles where the container takes it; encode sound anew where not."""
         kind = self.container.format.name
-        name = getattr(item.codec_context, "name", "unknown") if item.codec_context is not None else "unknown"
+        if item.codec_context is None:  # FFmpeg has no decoder for it, and neither copies nor decodes it
+            self.notes.append(f"a stream of {item.type} in an unknown format was left out")
+            return
+        name = item.codec_context.name
         if _takes(kind, item):
             out = self._copied[item.index] = self.container.add_stream_from_template(item)
         elif item.type == "subtitle":
             self.notes.append(f"subtitles in {name} were left out: {self.target.suffix} does not take them; .mkv does")
             return
         else:
-            out = self._add_sound(item, "libopus" if kind == "webm" else "aac")
+            source = item.codec_context
+            out = self._add_sound(source.sample_rate, source.layout)
             if out is None:
                 self.notes.append(f"sound in {name} was left out: it can neither be copied into {self.target.suffix} nor encoded for it")
                 return
@@ -641,13 +782,21 @@ class _Writer:
         out.metadata.update({key: value for key, value in item.metadata.items() if not _TECHNICAL.fullmatch(key)})
         out.disposition = item.disposition.value
 
-    def _add_sound(self, item: Any, codec: str) -> Any:
+    def _add_clip_sound(self, channels: int, sample_rate: int) -> None:
+        self._layout = {1: "mono", 6: "5.1", 8: "7.1"}.get(channels, "stereo")
+        out = self._add_sound(sample_rate, av.AudioLayout(self._layout))
+        if out is None:
+            raise ValueError(f"sound of {channels} channels at {sample_rate} Hz cannot be encoded for {self.target}; give 1, 2, 6 or 8 channels")
+        self._recoded[CLIP] = out
+        self._sample_rate = sample_rate
+
+    def _add_sound(self, sample_rate: int, source: Any) -> Any:
         """A stream to encode sound into, in the first layout that the encoder takes; None: it takes none."""
-        source = item.codec_context
+        codec = "libopus" if self.container.format.name == "webm" else "aac"
         rates = av.codec.Codec(codec, "w").audio_rates
-        rate = source.sample_rate if rates is None or source.sample_rate in rates else 48000
-        usual = {6: "5.1", 8: "7.1"}.get(source.layout.nb_channels, "stereo")
-        for layout in dict.fromkeys((source.layout.name, usual, "stereo")):
+        rate = sample_rate if rates is None or sample_rate in rates else 48000
+        usual = {6: "5.1", 8: "7.1"}.get(source.nb_channels, "stereo")
+        for layout in dict.fromkeys((source.name, usual, "stereo")):
             trial: Any = av.codec.CodecContext.create(codec, "w")
             trial.sample_rate, trial.layout, trial.format = rate, layout, trial.codec.audio_formats[0]
             try:
@@ -657,23 +806,28 @@ class _Writer:
             out = self.container.add_stream(codec, rate=rate)
             out.layout = layout
             out.bit_rate = 96000 * trial.layout.nb_channels
-            if layout != source.layout.name:
-                self.notes.append(f"sound in {source.layout.name} became {layout}: {codec} does not take it as it is")
+            if layout != source.name:
+                self.notes.append(f"sound in {source.name} became {layout}: {codec} does not take it as it is")
             return out
         return None
 
     def other_packet(self, packet: Any) -> None:
         """Take a packet of another stream than the picture."""
         index = packet.stream.index
+        start, stop = self.facts.start, self.facts.stop
+        if self.facts.trimmed and packet.pts is not None:
+            time = packet.pts * packet.time_base
+            if time < start or (stop is not None and time >= stop):
+                return
         try:
             if index in self._recoded:
                 for frame in packet.decode():
-                    if frame.pts is not None and self.facts.start:
-                        frame.pts -= round(self.facts.start / frame.time_base)
+                    if frame.pts is not None and start:
+                        frame.pts -= round(start / frame.time_base)
                     self.container.mux(self._recoded[index].encode(frame))
             elif index in self._copied and packet.size and (packet.dts is not None or packet.pts is not None):
-                if self.facts.start:
-                    shift = round(self.facts.start / packet.time_base)
+                if start:
+                    shift = round(start / packet.time_base)
                     packet.pts = None if packet.pts is None else packet.pts - shift
                     packet.dts = None if packet.dts is None else packet.dts - shift
                 packet.stream = self._copied[index]
@@ -682,6 +836,41 @@ class _Writer:
             if isinstance(error, OSError):
                 raise
             self._lost += 1
+
+    def sound(self, samples: Tensor, start: int) -> None:
+        """Encode `(channels, samples)` of a clip in memory, of which the first has the number `start`."""
+        if not samples.shape[1]:
+            return
+        frame = av.AudioFrame.from_ndarray(samples.float().cpu().contiguous().numpy(), format="fltp", layout=self._layout)
+        frame.sample_rate, frame.pts, frame.time_base = self._sample_rate, start, Fraction(1, self._sample_rate)
+        self.container.mux(self._recoded[CLIP].encode(frame))
+
+    def go_on_from(self, part: Path) -> int:
+        """Take the picture's packets from the finished part of a run with the same settings, one with each `copy_finished`. Returns how many."""
+        with av.open(f"file:{part}") as container:
+            times = [packet.pts * packet.time_base for packet in container.demux(video=0) if packet.size]
+        self._part = av.open(f"file:{part}")
+        video = self._part.streams.video[0]
+        self._finished = (packet for packet in self._part.demux(video) if packet.size)
+        # MP4 and Matroska have it in another form, which the packets that the encoder will add are not in.
+        if self.codec in ("h264", "hevc"):
+            annex_b = av.bitstream.BitStreamFilterContext(f"{self.codec}_mp4toannexb", video)
+            self._finished = itertools.chain.from_iterable(map(annex_b.filter, self._finished))
+        self._part_start = min(times)
+        return len(times)
+
+    def copy_finished(self, pts: int) -> None:
+        """Write the next packet of the finished part, in the order of decoding. pts: of a frame of the source, in the order of display."""
+        packet = next(self._finished)
+        if self._shift is None:  # Matroska moves all stamps where one of the sound is negative
+            self._shift = pts * self.facts.time_base - self._part_start
+        shift = round(self._shift / packet.time_base)
+        packet.pts += shift
+        if packet.dts is not None:
+            packet.dts += shift
+            self._copied_dts = packet.dts * packet.time_base
+        packet.stream = self.video
+        self.container.mux(packet)
 
     def write(self, rgb: Tensor, pts: int) -> None:
         """Encode (3, height, width) in 0..1."""
@@ -720,24 +909,32 @@ class _Writer:
             packet.duration = self._durations.pop(packet.pts, packet.duration)
             if self._written <= 2:
                 packet.dts = packet.pts  # x265 leaves memory that it did not write in there; two frames are never reordered
+            if self._copied_dts is not None:  # an encoder that starts anew may count from before the end of the finished part
+                packet.dts = max(packet.dts, floor(self._copied_dts / packet.time_base) + 1)
+                self._copied_dts = packet.dts * packet.time_base
             self.container.mux(packet)
 
     def finish(self, last_duration: int) -> None:
         """Write what the encoders still hold, and the file's index. last_duration: of the last frame, in the time base."""
         self._last_duration = last_duration
-        self._encode(None)
+        if self._waiting is not None:
+            self._encode(None)
         for out in self._recoded.values():
             self.container.mux(out.encode(None))
         self.container.close()
+        if self._part is not None:
+            self._part.close()
 
     def abandon(self) -> None:
         """Close the file, whatever state it is in; nothing where it is closed."""
         with suppress(Exception):
             self.container.close()
+        if self._part is not None:
+            self._part.close()
 
     def summary(self, frames: int, notes: list[str]) -> VideoSummary:
         copied = any(out.type == "audio" for out in self._copied.values())
-        audio = "re-encoded" if self._recoded else "copied" if copied else "none"
+        audio = "encoded" if CLIP in self._recoded else "re-encoded" if self._recoded else "copied" if copied else "none"
         notes = [*notes, *self.notes]
         if self._lost:
             notes.append(f"{self._lost} damaged packets of sound or subtitles were left out")

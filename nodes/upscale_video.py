@@ -1,0 +1,247 @@
+"""Patch Upscale Video (network) and Patch Upscale Video File: clips of any length, frame by frame from file to file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as mm
+import folder_paths
+import torch
+from comfy.cli_args import args
+from comfy_api.latest import InputImpl, io, ui
+from torch import Tensor
+
+from ..models.upscale.pictures import passes, upscale
+from ..models.upscale.tiling import Progress
+from .upscale import CATEGORY, Display, check_widgets, load_network, network_of, patch_inputs, size_for, size_input, unload_network
+
+WHOLE = (0.0, 0.0)
+
+
+def quality_input() -> Any:
+    return io.Int.Input(
+        "crf",
+        default=16,
+        min=0,
+        max=51,
+        advanced=True,
+        tooltip="Quality of the encoder: lower is better and larger. 16 shows no loss, 23 is a usual size for the web.",
+    )
+
+
+class PatchUpscaleVideoNetwork(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TesseraPatchUpscaleVideoNetwork",
+            display_name="Patch Upscale Video (network)",
+            category=CATEGORY,
+            description="Upscales a video with an upscale model, frame by frame and patch by patch: memory depends neither on its length nor on its "
+            "size, sound, frame rate, time stamps and colour tags stay.",
+            search_aliases=["upscale video", "video super resolution", "4k video", "tiled upscale", "catanet"],
+            inputs=[
+                io.UpscaleModel.Input("upscale_model", tooltip="From Load Upscale Model."),
+                io.Video.Input("video", tooltip="From Load Video, Trim Video, Create Video or any other node. A file is read frame by frame."),
+                size_input(),
+                *patch_inputs(),
+                quality_input(),
+            ],
+            outputs=[
+                io.Video.Output(display_name="video", tooltip="The upscaled video, a file in ComfyUI's temporary folder. Save Video copies it.")
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, tile, overlap, size=None):
+        return check_widgets(size, tile, overlap)
+
+    @classmethod
+    def execute(cls, upscale_model, video, size, tile, overlap, crf) -> io.NodeOutput:
+        source, trim = _source(video)
+        mark = _fingerprint(upscale_model, source, (trim, size, tile, overlap, crf))
+        folder = Path(folder_paths.get_temp_directory())
+        folder.mkdir(parents=True, exist_ok=True)
+        target, part = folder / f"tessera_{mark}.mp4", folder / f"tessera_{mark}.part.mp4"
+        line = _upscale(cls.hidden.unique_id, upscale_model, source, trim, target, part, size, tile, overlap, crf)
+        return io.NodeOutput(InputImpl.VideoFromFile(str(target)), ui={"text": (line,)})
+
+
+class PatchUpscaleVideoFile(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        files, _ = folder_paths.recursive_search(folder_paths.get_input_directory())
+        return io.Schema(
+            node_id="TesseraPatchUpscaleVideoFile",
+            display_name="Patch Upscale Video File",
+            category=CATEGORY,
+            description="Upscales a video file into the output folder, frame by frame: nothing but a few frames is ever in memory.",
+            search_aliases=["upscale video", "batch upscale", "file to file", "4k video"],
+            is_output_node=True,
+            inputs=[
+                io.UpscaleModel.Input("upscale_model", tooltip="From Load Upscale Model."),
+                io.Combo.Input(
+                    "file",
+                    # No upload button: with one, ComfyUI's front end shows what goes in where the live preview would be.
+                    options=sorted(folder_paths.filter_files_content_types(files, ["video"])),
+                    tooltip="A video in ComfyUI's input folder or a folder in it. Copy yours there and press R.",
+                ),
+                size_input(),
+                *patch_inputs(),
+                io.String.Input("filename_prefix", default="video/upscaled", tooltip="As in Save Video: folders and %date% and the like work."),
+                io.Combo.Input("container", options=["mp4", "mkv", "mov", "webm"], tooltip="Type of the file. mkv takes every sound and subtitle."),
+                quality_input(),
+            ],
+            outputs=[io.Video.Output(display_name="video", tooltip="The file that was written.")],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
+        )
+
+    @classmethod
+    def validate_inputs(cls, tile, overlap, size=None, file=None):
+        if file is not None:
+            path = _input_path(file)
+            if path is None:
+                return f"file is {file!r}, which lies outside ComfyUI's folders; copy the video into the input folder"
+            if not path.is_file():
+                return f"file is {file!r}, which is not in ComfyUI's input folder; copy it there"
+        return check_widgets(size, tile, overlap)
+
+    @classmethod
+    def fingerprint_inputs(cls, file, **others):
+        path = _input_path(file)
+        return path.stat().st_mtime_ns if path is not None and path.is_file() else None
+
+    @classmethod
+    def execute(cls, upscale_model, file, size, tile, overlap, filename_prefix, container, crf) -> io.NodeOutput:
+        path = _input_path(file)
+        if path is None:  # a name made by another node, which no validation has seen
+            raise ValueError(f"file is {file!r}, which lies outside ComfyUI's folders; copy the video into the input folder")
+        from ..models.upscale.video import inspect_video
+
+        facts = inspect_video(path)
+        wanted = size_for(facts.width, facts.height, size)
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory(), *wanted)
+        mark = _fingerprint(upscale_model, path, (size, tile, overlap, crf))
+        target, part = Path(folder, f"{name}_{counter:05}_.{container}"), Path(folder, f"{name}.{mark}.part.{container}")
+        tags = {} if args.disable_metadata else {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
+        metadata = {key: json.dumps(value) for key, value in tags.items() if value is not None}
+        line = _upscale(cls.hidden.unique_id, upscale_model, path, WHOLE, target, part, size, tile, overlap, crf, metadata)
+        shown = ui.PreviewVideo([ui.SavedResult(target.name, subfolder, io.FolderType.output)]).as_dict()
+        return io.NodeOutput(InputImpl.VideoFromFile(str(target)), ui={**shown, "text": (line,)})
+
+
+def _upscale(node_id, upscale_model, source, trim, target, part, size, tile, overlap, crf, metadata=None) -> str:
+    """Upscale a source of the library into `target`; what an interrupted run finished is in `part`. Returns a line on what was done."""
+    from ..models.upscale.video import inspect_video, upscale_video
+
+    facts = inspect_video(source, trim)
+    wanted = size_for(facts.width, facts.height, size)
+    device = load_network(upscale_model, 4, tile)
+    network = network_of(upscale_model)
+    count = passes(facts.width, facts.height, wanted, network.scale)
+    display = Display(node_id, "frame", facts.frames)
+    display.plan(facts.width, facts.height, count, network.scale, tile, overlap)
+    reasons: list[str] = []
+    index = 0
+
+    def operator(frames: Tensor) -> Tensor:
+        nonlocal tile
+        progress = Progress()
+
+        def on_patch(state: Progress, patch: Any, canvas: Tensor) -> None:
+            display.patch(index, state, canvas)
+
+        out = upscale(frames[0], network, wanted, tile=tile, overlap=overlap, progress=progress, on_patch=on_patch, device=device)
+        tile >>= len(progress.steps_down)  # not to run out of memory again in every frame
+        reasons.extend(progress.steps_down)
+        return out[None]
+
+    def on_frame(done: int, total: int | None, frame: Tensor | None) -> None:
+        nonlocal index
+        index = done
+        display.finished(done, frame)
+
+    try:
+        # RuntimeError: torch's own, such as memory that other programs have taken. Hours of work must not be lost to it.
+        stops = (mm.InterruptProcessingException, RuntimeError)
+        settings = {"interrupt": stops, "crf": crf, "trim": trim, "metadata": metadata, "part": part, "resume": True}
+        summary = upscale_video(source, target, operator, wanted, on_frame=on_frame, **settings)
+    except BaseException as error:
+        for note in getattr(error, "__notes__", []):
+            line = f"{note}. Queue the same again to go on from there"
+            logging.info("Tessera: %s", line)
+            display.say(line)
+        raise
+    finally:
+        unload_network(upscale_model)
+    line = f"{facts.width} x {facts.height} to {summary.width} x {summary.height}: {summary.frames} frames, {count} x {network.scale}x network, "
+    line += f"{display.patches} patch{'es' * (display.patches > 1)} a frame, {summary.codec} {summary.pixel_format}, sound {summary.audio}"
+    line += "".join(f" · {remark}" for remark in [*reasons, *summary.notes])
+    display.say(line)
+    return line
+
+
+def _source(video: Any) -> tuple[Any, tuple[float, float]]:
+    """ComfyUI's VIDEO as a source of the library, and its trim: start and length in seconds."""
+    from ..models.upscale.video import Clip
+
+    if isinstance(video, InputImpl.VideoFromComponents):
+        # Its stream would be lossy H.264 of 8 bit, and as much memory again.
+        components = video.get_components()
+        sound = components.audio
+        wave, rate = (None, 48000) if sound is None else (sound["waveform"][0], int(sound["sample_rate"]))
+        bits = video.get_bit_depth() if hasattr(video, "get_bit_depth") else 8
+        return Clip(components.images, Fraction(components.frame_rate), wave, rate, bits), WHOLE
+    if hasattr(video, "get_active_trim_window"):
+        trim = video.get_active_trim_window()
+    else:  # 0.18.1 tells nobody
+        trim = getattr(video, "_VideoFromFile__start_time", 0.0), getattr(video, "_VideoFromFile__duration", 0.0)
+    return video.get_stream_source(), (float(trim[0]), float(trim[1]))
+
+
+def _fingerprint(upscale_model: Any, source: Any, settings: Any) -> str:
+    """Of everything that decides about the result, so that a finished part is only ever continued by the run that it belongs to."""
+    import av
+
+    digest = hashlib.sha256(repr((av.__version__, av.library_versions, settings)).encode())
+    for part in _contents(source):
+        digest.update(part)
+    for name, weight in sorted(upscale_model.model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(_bytes(weight))
+    return digest.hexdigest()[:16]
+
+
+def _contents(source: Any) -> Iterator[Any]:
+    if isinstance(source, str | Path):
+        status = os.stat(source)
+        yield f"{os.path.abspath(source)} {status.st_size} {status.st_mtime_ns}".encode()
+    elif hasattr(source, "getbuffer"):
+        yield source.getbuffer()
+    else:
+        yield repr((source.frames.shape, source.rate, source.sample_rate, source.bits)).encode()
+        yield from map(_bytes, source.frames)
+        if source.sound is not None:
+            yield _bytes(source.sound)
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _input_path(file: str) -> Path | None:
+    """The path of an entry of the widget, such as "clip.mp4" or "video/clip.mp4 [output]"; None where it leaves its folder."""
+    name, base = folder_paths.annotated_filepath(file)
+    folder = Path(base or folder_paths.get_input_directory()).resolve()
+    try:
+        path = (folder / name.strip()).resolve()
+    except ValueError:  # a zero byte
+        return None
+    return path if path.is_relative_to(folder) else None
