@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from tessera.models.upscale import metrics
+from tessera.models.upscale import catanet, metrics
 from tessera.models.upscale.pictures import NAMED, Network, guided_alpha, passes, plan, target_size, upscale
 
 
@@ -120,6 +121,29 @@ def test_seam_excess():
             seams.select(axis + 1, span.start * 2).add_(0.2)
     assert metrics.seam_excess(seams, cut, 2) > 1.5 and metrics.seam_excess(seams, cut, 2, picture) > 1.5
     assert metrics.seam_excess(picture, plan(64, 64, 64, 16), 2) == 1
+
+
+def drawn(height: int, width: int) -> torch.Tensor:
+    """Waves of many lengths and directions, and discs with hard edges."""
+    y, x = torch.meshgrid(torch.arange(height).float(), torch.arange(width).float(), indexing="ij")
+    waves = sum(torch.sin(torch.randn(()) * x / 4 + torch.randn(()) * y / 4 + 6.3 * torch.rand(3, 1, 1)) / (1 + index % 6) for index in range(24))
+    out = waves / waves.abs().max() * 0.4 + 0.5
+    for _ in range(8):
+        centre, radius = torch.rand(2) * torch.tensor([width, height]), 5 + 20 * torch.rand(())
+        out = torch.where((x - centre[0]) ** 2 + (y - centre[1]) ** 2 < radius**2, torch.rand(3, 1, 1), out)
+    return out
+
+
+@pytest.mark.parametrize(("tile", "overlap"), [(96, 32), (64, 24)])
+def test_a_network_in_patches_has_no_seams(root, tile, overlap):
+    """The built-in CATANet, which groups tokens over the whole patch: tiled against untiled."""
+    network = Network(catanet.build(load_file(root / "models/upscale/upscale_models/tessera_catanet_x2.safetensors")), 2, catanet.MIN_SIDE)
+    picture = drawn(118, 150)
+    with torch.inference_mode():
+        whole = network(picture[None])[0].clamp(0, 1)
+        tiled = upscale(picture, network, (300, 236), tile=tile, overlap=overlap)
+    assert metrics.seam_excess(tiled, plan(118, 150, tile, overlap), 2, whole) == pytest.approx(1, abs=0.02)
+    assert (tiled - whole).abs().max() <= 2 / 255
 
 
 def test_flicker_and_distances():
