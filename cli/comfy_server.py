@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -22,11 +23,13 @@ import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 PACK = Path(__file__).resolve().parent.parent
 HOW_TO_GET = "set COMFYUI_PATH to a ComfyUI folder, or install one with `pip install comfy-cli && comfy install` (it goes to ~/comfy/ComfyUI)"
+LOOK = 5.0  # seconds between two looks into the queue, which may hold much
 WORK_FOLDERS = ("input", "output", "temp", "user", "models", "custom_nodes")
 
 # A proxy from the environment must not see requests to this machine.
@@ -61,12 +64,20 @@ class PromptRefusedError(PromptError):
         self.status = status
 
 
+class PromptLostError(PromptError):
+    """The server does not know the workflow any more."""
+
+
 class PromptFailedError(PromptError):
     """A node raised an error while the workflow ran."""
 
 
 class PromptInterruptedError(PromptError):
     """The workflow was interrupted."""
+
+
+class UploadError(RuntimeError):
+    """A server did not take a file."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,119 @@ def _find_python(comfy: Path, named: str | os.PathLike[str] | None) -> Path:
     return next((folder / relative for folder in environments if (folder / relative).exists()), Path(sys.executable))
 
 
-class ComfyServer:
+class ComfyClient:
+    """A running ComfyUI server, named by its address: "http://host:8188", or "host:8188"."""
+
+    def __init__(self, url: str):
+        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
+        self.system: dict[str, Any] = {}
+        local = urllib.parse.urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
+        self._opener = _OPENER if local else urllib.request.build_opener()
+
+    @property
+    def version(self) -> str:
+        """ComfyUI's own version."""
+        return self.system["system"]["comfyui_version"]
+
+    def run(self, workflow: Mapping[str, Any], *, targets: Sequence[str] | None = None, timeout: float = 3600.0) -> PromptResult:
+        """Queue an API-format workflow and wait for its end. Raises a PromptError when it is refused, fails or is interrupted."""
+        return self.wait(self.queue(workflow, targets), timeout)
+
+    def queue(self, workflow: Mapping[str, Any], targets: Sequence[str] | None = None) -> str:
+        """Queue a workflow; returns its prompt id. targets: run only these output nodes and what they need.
+
+        Raises PromptRefusedError with the server's error body.
+        """
+        status, body = self._request("/prompt", {"prompt": workflow, **({} if targets is None else {"partial_execution_targets": list(targets)})})
+        if status != 200:
+            raise PromptRefusedError(status, body)
+        return body["prompt_id"]
+
+    def wait(self, prompt_id: str, timeout: float = 3600.0) -> PromptResult:
+        """Wait for the end of a queued prompt. Raises PromptLostError where the server does not know it any more."""
+        deadline = time.monotonic() + timeout
+        look = time.monotonic() + LOOK
+        while True:
+            known = True
+            if time.monotonic() > look:  # before the history is read: what ends in between is in there
+                known, look = self._is_queued(prompt_id), time.monotonic() + LOOK
+            _, history = self._request(f"/history/{prompt_id}")
+            if prompt_id in history:
+                return _result(history[prompt_id])
+            if not known:
+                raise PromptLostError(f"{self.url} does not know the workflow any more: it was started anew, or its queue was emptied", history)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the workflow did not end within {timeout:.0f} s{self._last_words()}")
+            time.sleep(0.1)
+
+    def interrupt(self) -> None:
+        """Stop the running workflow; its `wait` raises PromptInterruptedError."""
+        self._request("/interrupt", {})
+
+    def cancel(self, prompt_id: str) -> None:
+        """Take one prompt out of the queue, or stop it if it runs; other people's prompts go on."""
+        self._request("/queue", {"delete": [prompt_id]})
+        self._request("/interrupt", {"prompt_id": prompt_id})
+
+    def is_running(self, prompt_id: str) -> bool:
+        """Whether a queued prompt is being executed now."""
+        _, queue = self._request("/queue")
+        return any(entry[1] == prompt_id for entry in queue["queue_running"])
+
+    def _is_queued(self, prompt_id: str) -> bool:
+        queue = self.get("/queue")
+        return any(entry[1] == prompt_id for entry in queue["queue_running"] + queue["queue_pending"])
+
+    def get(self, route: str) -> Any:
+        """The JSON answer of a GET request, such as "/object_info/KSampler"."""
+        status, body = self._request(route)
+        if status != 200:
+            raise RuntimeError(f"GET {route} answered {status}: {body}")
+        return body
+
+    def fetch(self, file: Mapping[str, str]) -> bytes:
+        """The bytes of an output file, given its entry `{"filename", "subfolder", "type"}` in a result."""
+        query = urllib.parse.urlencode({key: file[key] for key in ("filename", "subfolder", "type")})
+        with self._opener.open(f"{self.url}/view?{query}", timeout=60) as answer:
+            return answer.read()
+
+    def upload(self, data: bytes, file: Mapping[str, str]) -> None:
+        """Write a file into one of the server's folders, over what has its name. file: as for `fetch`; type "input", "output" or "temp"."""
+        boundary = secrets.token_hex(16)
+        fields = {"subfolder": file["subfolder"], "type": file["type"], "overwrite": "true"}
+        parts = [f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n' for name, value in fields.items()]
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{file["filename"]}"\r\n'
+        body = "".join([*parts, head, "Content-Type: application/octet-stream\r\n\r\n"]).encode() + data + f"\r\n--{boundary}--\r\n".encode()
+        request = urllib.request.Request(f"{self.url}/upload/image", body, {"Content-Type": f"multipart/form-data; boundary={boundary}"})
+        try:
+            with self._opener.open(request, timeout=60):
+                pass
+        except urllib.error.HTTPError as error:
+            hint = "; start it with a larger --max-upload-size" if error.code == 413 else ""
+            raise UploadError(f"{self.url} did not take a file of {len(data) / 2**20:.0f} MiB ({error.code} {error.reason}){hint}") from error
+
+    def answers(self) -> bool:
+        """Whether it is a ComfyUI server, and up."""
+        try:
+            self.system = self.get("/system_stats")
+        except (OSError, HTTPException, RuntimeError):  # urllib.error.URLError is an OSError
+            return False
+        return isinstance(self.system, dict) and "system" in self.system
+
+    def _last_words(self) -> str:
+        return ""
+
+    def _request(self, route: str, body: Any = None) -> tuple[int, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + route, data, {"Content-Type": "application/json"})
+        try:
+            with self._opener.open(request, timeout=60) as answer:
+                return answer.status, _decode(answer.read())
+        except urllib.error.HTTPError as error:
+            return error.code, _decode(error.read())
+
+
+class ComfyServer(ComfyClient):
     """A headless ComfyUI server on a free loopback port, with this pack as its only custom node. Use as a context manager.
 
     models: folder of models in ComfyUI's layout (diffusion_models/, vae/, ...) to offer besides those that the pack brings.
@@ -127,9 +250,8 @@ class ComfyServer:
         arguments: Sequence[str] = (),
         start_timeout: float = 300.0,
     ):
+        super().__init__("127.0.0.1")
         self.comfy = comfy
-        self.url = ""
-        self.system: dict[str, Any] = {}
         self._links = {folder_name: PACK, **{folder.name: folder for folder in custom_nodes}}
         self._models = models
         self._arguments = list(arguments)
@@ -150,62 +272,10 @@ class ComfyServer:
         self._stop()
 
     @property
-    def version(self) -> str:
-        """ComfyUI's own version."""
-        return self.system["system"]["comfyui_version"]
-
-    @property
     def log(self) -> str:
         """Everything the server printed so far."""
         assert self._base is not None
         return (self._base / "server.log").read_text(errors="replace")
-
-    def run(self, workflow: Mapping[str, Any], *, targets: Sequence[str] | None = None, timeout: float = 3600.0) -> PromptResult:
-        """Queue an API-format workflow and wait for its end. Raises a PromptError when it is refused, fails or is interrupted."""
-        return self.wait(self.queue(workflow, targets), timeout)
-
-    def queue(self, workflow: Mapping[str, Any], targets: Sequence[str] | None = None) -> str:
-        """Queue a workflow; returns its prompt id. targets: run only these output nodes and what they need.
-
-        Raises PromptRefusedError with the server's error body.
-        """
-        status, body = self._request("/prompt", {"prompt": workflow, **({} if targets is None else {"partial_execution_targets": list(targets)})})
-        if status != 200:
-            raise PromptRefusedError(status, body)
-        return body["prompt_id"]
-
-    def wait(self, prompt_id: str, timeout: float = 3600.0) -> PromptResult:
-        """Wait for the end of a queued prompt."""
-        deadline = time.monotonic() + timeout
-        while True:
-            _, history = self._request(f"/history/{prompt_id}")
-            if prompt_id in history:
-                return _result(history[prompt_id])
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"the workflow did not end within {timeout:.0f} s; the server's last lines:\n{self._tail()}")
-            time.sleep(0.1)
-
-    def interrupt(self) -> None:
-        """Stop the running workflow; its `wait` raises PromptInterruptedError."""
-        self._request("/interrupt", {})
-
-    def is_running(self, prompt_id: str) -> bool:
-        """Whether a queued prompt is being executed now."""
-        _, queue = self._request("/queue")
-        return any(entry[1] == prompt_id for entry in queue["queue_running"])
-
-    def get(self, route: str) -> Any:
-        """The JSON answer of a GET request, such as "/object_info/KSampler"."""
-        status, body = self._request(route)
-        if status != 200:
-            raise RuntimeError(f"GET {route} answered {status}: {body}")
-        return body
-
-    def fetch(self, file: Mapping[str, str]) -> bytes:
-        """The bytes of an output file, given its entry `{"filename", "subfolder", "type"}` in a result."""
-        query = urllib.parse.urlencode({key: file[key] for key in ("filename", "subfolder", "type")})
-        with _OPENER.open(f"{self.url}/view?{query}", timeout=60) as answer:
-            return answer.read()
 
     def _start(self, base: Path) -> None:
         for folder in WORK_FOLDERS:
@@ -231,7 +301,7 @@ class ComfyServer:
             )
         self.url = f"http://127.0.0.1:{port}"
         deadline = time.monotonic() + self._start_timeout
-        while not self._answers():
+        while not self.answers():
             if self._process.poll() is not None:
                 raise ServerStartError(f"ComfyUI at {self.comfy.path} ended while starting; its last lines:\n{self._tail()}")
             if time.monotonic() > deadline:
@@ -239,13 +309,6 @@ class ComfyServer:
                     f"ComfyUI at {self.comfy.path} did not start within {self._start_timeout:.0f} s; its last lines:\n{self._tail()}"
                 )
             time.sleep(0.2)
-
-    def _answers(self) -> bool:
-        try:
-            self.system = self.get("/system_stats")
-        except OSError:  # urllib.error.URLError is one
-            return False
-        return True
 
     def _stop(self) -> None:
         if self._process is not None:
@@ -258,17 +321,11 @@ class ComfyServer:
         if self._base is not None:
             shutil.rmtree(self._base, ignore_errors=True)
 
+    def _last_words(self) -> str:
+        return f"; the server's last lines:\n{self._tail()}"
+
     def _tail(self, lines: int = 30) -> str:
         return "\n".join(self.log.splitlines()[-lines:])
-
-    def _request(self, route: str, body: Any = None) -> tuple[int, Any]:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + route, data, {"Content-Type": "application/json"})
-        try:
-            with _OPENER.open(request, timeout=60) as answer:
-                return answer.status, _decode(answer.read())
-        except urllib.error.HTTPError as error:
-            return error.code, _decode(error.read())
 
 
 def _decode(data: bytes) -> Any:
