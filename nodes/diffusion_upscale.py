@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..models.upscale import colour as colours
 from ..models.upscale.pictures import resize
+from .patch_adapter import Adapter, PatchGuide, adapted
 from .upscale import CATEGORY, size_input, size_of
 from .windows import COORDINATES, FUSIONS, PATCH, JointModulation
 
@@ -40,7 +41,7 @@ class PatchUpscaleVideo(io.ComfyNode):
                     step=0.01,
                     tooltip="Part of the noise schedule that is run. 0.2 to 0.35 adds detail; more invents, and windows may disagree.",
                 ),
-                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Of the whole schedule; denoise x steps of them are run."),
+                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Steps that are run, as in KSampler: denoise says from which noise level on."),
                 io.Float.Input("cfg", default=3.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance."),
                 io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="As in KSampler."),
                 io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple", tooltip="As in KSampler."),
@@ -77,6 +78,21 @@ class PatchUpscaleVideo(io.ComfyNode):
                     advanced=True,
                     tooltip="How the result gets the colours of the clip. wavelet: its low frequencies. adain, lab: its mean and spread.",
                 ),
+                Adapter.Input(
+                    "adapter",
+                    optional=True,
+                    tooltip="From Load Patch Adapter. Then use denoise 1, cfg 1 and an empty prompt; tile and coordinates are the adapter's own.",
+                ),
+                io.Float.Input(
+                    "augmentation",
+                    default=0.0,
+                    min=0.0,
+                    max=0.3,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="With an adapter: noise mixed into what it sees of the clip. More hides noise and artefacts of the clip, and detail too.",
+                ),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The upscaled clip.")],
         )
@@ -101,6 +117,8 @@ class PatchUpscaleVideo(io.ComfyNode):
         coordinates,
         fusion,
         colour,
+        adapter=None,
+        augmentation=0.0,
     ) -> io.NodeOutput:
         for name, conditioning in (("positive", positive), ("negative", negative)):
             if any("control" in extra for _, extra in conditioning):
@@ -109,13 +127,21 @@ class PatchUpscaleVideo(io.ComfyNode):
         compression = vae.spacial_compression_encode()
         enlarged = torch.stack([resize(frame.movedim(-1, 0)[:3].float(), (width, height)).clamp(0, 1) for frame in image])
         temporal = vae.temporal_compression_decode() or 1
+        windowed = model.clone() if adapter is None else adapted(model, adapter)
         latent = vae.encode(_padded(enlarged, compression * PATCH, temporal).movedim(1, -1))
-        windowed = model.clone()
+        latent = comfy.sample.fix_empty_latent_channels(windowed, latent)
+        guide = None
+        if adapter is not None:
+            tile, coordinates = adapter.config.native[0] * compression, "window"
+            sides = [side * compression for side in adapter.config.native]
+            small = torch.stack([resize(frame.movedim(-1, 0)[:3].float(), (sides[1], sides[0])).clamp(0, 1) for frame in image])
+            whole = vae.encode(_padded(small, compression * PATCH, temporal).movedim(1, -1))
+            enlarged_latent, whole_latent = (windowed.model.process_latent_in(part) for part in (latent, whole))
+            guide = PatchGuide(adapter, enlarged_latent, whole_latent, augmentation, max(width / image.shape[2], 1.0), seed)
         latent_frames = 0 if frames == 0 else max((frames - 1) // temporal + 1, 2)
         windowed.model_options["context_handler"] = JointModulation(
-            max(tile // (compression * PATCH), 2), coordinates, latent_frames, latent_frames // 2, fusion
+            max(tile // (compression * PATCH), 2), coordinates, latent_frames, latent_frames // 2, fusion, guide
         )
-        latent = comfy.sample.fix_empty_latent_channels(windowed, latent)
         noise = comfy.sample.prepare_noise(latent, seed)
         schedule = dict(denoise=denoise, callback=latent_preview.prepare_callback(windowed, steps), seed=seed)
         samples = comfy.sample.sample(windowed, noise, steps, cfg, sampler_name, scheduler, positive, negative, latent, **schedule)

@@ -10,6 +10,7 @@ from comfy.context_windows import ContextHandlerABC
 from torch import Tensor
 
 from ..models.upscale.tiling import Axis, Tiling, jointly_modulated, last, overlapping, whole
+from .patch_adapter import PatchGuide
 
 PATCH = 2  # latent positions of a token, in height and width, for every supported family
 COORDINATES = ("canvas", "window")
@@ -32,13 +33,23 @@ class JointModulation(ContextHandlerABC):
 
     tile: tokens of a window's side. coordinates: "canvas" tells the model where the window lies (RoPE options, where the model has them),
     "window" makes each a picture of its own. frames, frame_overlap: windows over time, in latent frames; 0 frames: all at once.
+    guide: a patch adapter at work on the clip.
     """
 
-    def __init__(self, tile: int, coordinates: str = "canvas", frames: int = 0, frame_overlap: int = 0, fusion: str = "joint"):
+    def __init__(
+        self,
+        tile: int,
+        coordinates: str = "canvas",
+        frames: int = 0,
+        frame_overlap: int = 0,
+        fusion: str = "joint",
+        guide: PatchGuide | None = None,
+    ):
         self.tile, self.coordinates, self.frames, self.frame_overlap, self.fusion = tile, coordinates, frames, frame_overlap, fusion
+        self.guide = guide
 
     def should_use_context(self, model: Any, conds: Any, x_in: Tensor, timestep: Tensor, model_options: dict[str, Any]) -> bool:
-        return len(self._tiling(x_in).patches) > 1
+        return self.guide is not None or len(self._tiling(x_in).patches) > 1
 
     def get_resized_cond(self, cond_in: Any, x_in: Tensor, window: tuple[slice, ...], device: Any = None) -> Any:
         """What conditions hold for every position of the latent (a low-resolution view, a mask) is cut like it; the rest is for all."""
@@ -56,6 +67,8 @@ class JointModulation(ContextHandlerABC):
             if self.coordinates == "canvas":
                 shift = dict(zip(("shift_y", "shift_x"), (float(part.start) for part in patch.slices[-2:]), strict=True))
                 options["rope_options"] = {**options.get("rope_options", {}), **shift}
+            if self.guide is not None:
+                options = self.guide.options(options, window, timestep)
             parts = [self.get_resized_cond(cond, x_in, window) for cond in conds]
             out = calc_cond_batch(model, parts, x_in[last(window)], timestep, {**model_options, "transformer_options": options})
             for total, part in zip(sums, out, strict=True):

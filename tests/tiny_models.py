@@ -11,15 +11,19 @@ from torch import nn
 
 DIFFUSION_MODEL = "tessera_shapes_t2v.safetensors"
 VAE = "tessera_shapes_vae.safetensors"
+PATCH_ADAPTER = "tiny_patch_adapter.safetensors"
 
 
 def write_models(folder: Path, *, layers: int = 2, heads: int = 3) -> Path:
-    """Write diffusion_models/ and vae/ under `folder`, a models folder in ComfyUI's layout. head_dim is 64 as in the default weights."""
+    """Write diffusion_models/, vae/ and patch_adapters/ under `folder`, in ComfyUI's layout. head_dim is 64 as in the default weights."""
     from tessera.models.default import networks
+    from tessera.models.upscale.patch_adapter import Config, PatchAdapter, metadata
 
     transformer = _randomise(networks.build_transformer(dim=64 * heads, heads=heads, layers=layers, ffn=192 * heads), seed=1)
     _write(folder / "diffusion_models" / DIFFUSION_MODEL, transformer, {"config": json.dumps({"transformer": {"text_dim": 64, "num_heads": heads}})})
     _write(folder / "vae" / VAE, _randomise(networks.build_vae(), seed=2), {})
+    config = Config(dim=64 * heads, layers=layers, width=64, heads=1, blocks=1, global_blocks=1, native=(8, 8))
+    _write(folder / "patch_adapters" / PATCH_ADAPTER, _randomise(PatchAdapter(config), seed=3), metadata(config))
     return folder
 
 
