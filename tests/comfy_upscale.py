@@ -25,7 +25,11 @@ args.cpu = True
 torch.set_num_threads(1)
 
 import comfy.conds  # noqa: E402
+import comfy.model_detection as model_detection  # noqa: E402
 import comfy.model_management  # noqa: E402
+import comfy.ops  # noqa: E402
+import comfy.sample  # noqa: E402
+import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
 import folder_paths  # noqa: E402
 import utils.extra_config  # noqa: E402,F401  (first, as main.py does)
@@ -97,6 +101,56 @@ def conditions():
         JointModulation(8).execute(operator, None, [[{**cond, "control": object()}]], x, None, {"transformer_options": {}})
     except ValueError as error:
         emit("control", error=str(error))
+
+
+def image_to_video():
+    """Wan I2V: the low-resolution view in the concatenated latent is cut like the windows, the picture tokens of the whole frame stay whole."""
+    from types import SimpleNamespace
+
+    from comfy.ldm.wan.model import WanModel
+    from comfy.patcher_extension import WrappersMP
+
+    operations = dict(device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+    sizes = dict(dim=64, ffn_dim=64, text_dim=64, num_heads=1, num_layers=1)
+    network = WanModel(model_type="i2v", in_dim=36, freq_dim=256, out_dim=16, **sizes, **operations)
+    generator = torch.Generator().manual_seed(0)
+    state = {name: 0.1 * torch.randn(value.shape, generator=generator) for name, value in sorted(network.state_dict().items())}
+    detect = model_detection.detect_unet_config
+    model_detection.detect_unet_config = lambda *args, **kwargs: {**detect(*args, **kwargs), **sizes}
+    try:
+        model = comfy.sd.load_diffusion_model_state_dict(state)
+    finally:
+        model_detection.detect_unet_config = detect
+    picture, mask = torch.randn(1, 16, 3, 32, 48, generator=generator), torch.rand(1, 1, 3, 32, 48, generator=generator)
+    tokens = torch.randn(1, 257, 1280, generator=generator)
+    seen = []
+
+    def spy(executor, x, timestep, context, clip_fea=None, *rest, **kwargs):
+        seen.append((x[:1, 16:].clone(), None if clip_fea is None else clip_fea[:1].clone()))
+        return executor(x, timestep, context, clip_fea, *rest, **kwargs)
+
+    extra = {"concat_latent_image": picture, "concat_mask": mask, "clip_vision_output": SimpleNamespace(penultimate_hidden_states=tokens)}
+    positive = [[torch.randn(1, 4, 64, generator=generator), extra]]
+    latent = torch.zeros(1, 16, 3, 32, 48)
+    calls = {}
+    for name, handler in (("whole", None), ("windows", JointModulation(8))):
+        patched = model.clone()
+        patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "spy", spy)
+        if handler is not None:
+            patched.model_options["context_handler"] = handler
+        seen.clear()
+        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(1))
+        comfy.sample.sample(patched, noise, 1, 1.0, "euler", "simple", positive, positive, latent, seed=1)
+        calls[name] = list(seen)
+    whole = calls["whole"][0][0]
+    cuts = [whole[..., top : top + 16, left : left + 16] for top in range(0, 17, 2) for left in range(0, 33, 2)]
+    emit(
+        "image to video",
+        windows=len(calls["windows"]),
+        cut=all(any(torch.equal(part, cut) for cut in cuts) for part, _ in calls["windows"]),
+        different=len({float(part.sum()) for part, _ in calls["windows"]}),
+        whole=all(torch.equal(fea, tokens) for _, fea in calls["windows"]),
+    )
 
 
 def seams():
@@ -207,6 +261,7 @@ folder_paths.add_model_folder_path("diffusion_models", str(folder))
 with torch.inference_mode():
     windows()
     conditions()
+    image_to_video()
     seams()
     interrupted()
     pictures()

@@ -45,6 +45,12 @@ def test_conditions_are_cut_where_they_lie_on_the_latent(results):
     assert "control net" in results["control"]["error"]
 
 
+def test_an_image_to_video_model_sees_the_whole_and_its_part(results):
+    """Wan I2V's concatenated picture goes with the window; the tokens that CLIP vision made of the whole picture go to every window."""
+    line = results["image to video"]
+    assert line["cut"] and line["whole"] and line["windows"] == line["different"] == 15
+
+
 def test_joint_modulation_has_less_seam_than_multidiffusion(results):
     assert results["seams"]["joint"] < 1.0 < results["seams"]["average"]
 
