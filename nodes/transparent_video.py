@@ -1,0 +1,334 @@
+"""Save and Load Transparent Video, Add Video Layer and Compose Layered Video: clips with alpha, in files and over one another."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import secrets
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import comfy.model_management as mm
+import comfy.utils
+import folder_paths
+import torch
+from comfy.cli_args import args
+from comfy_api.latest import io, ui
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..models.layers.blend import MODES
+from ..models.layers.document import MAX_SIDE, clean_name, rgba
+from .layers import CATEGORY
+from .upscale_video import _input_path
+
+# The library's formats; PyAV, which it needs, is imported when a node runs.
+FORMATS = {
+    "ProRes 4444": ".mov",
+    "VP9 WebM": ".webm",
+    "animated WebP": ".webp",
+    "APNG": ".png",
+    "FFV1": ".mkv",
+    "PNG sequence": "",
+}
+PLAYABLE = (".webm", ".webp", ".png")  # by browsers
+FILES = (".mov", ".webm", ".mkv", ".mp4", ".avi", ".webp", ".apng")
+VideoLayers = io.Custom("TESSERA_VIDEO_LAYERS")
+
+
+class _Frames:
+    """The frames of an IMAGE with its own alpha, or that of a MASK (1 hides), made one at a time: `(height, width, 4)`."""
+
+    def __init__(self, images: Tensor, mask: Tensor | None):
+        if mask is not None and len(mask) not in (1, len(images)):
+            raise ValueError(f"mask has {len(mask)} frames and images {len(images)}; give one for all, or one each")
+        self.images, self.mask = images, mask
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for index, image in enumerate(self.images):
+            frame = rgba(image)
+            if self.mask is not None:
+                hidden = self.mask[index if len(self.mask) > 1 else 0].to(frame)
+                if hidden.shape != frame.shape[:2]:  # Load Image gives 64 x 64 where nothing is transparent
+                    hidden = F.interpolate(hidden[None, None], frame.shape[:2], mode="bilinear")[0, 0]
+                frame = torch.cat([frame[..., :3], 1 - hidden.clamp(0, 1)[..., None]], -1)
+            yield frame
+
+
+def _stacked(frames: Iterable[Tensor], expected: int) -> Tensor:
+    """A batch of frames, without a second copy where as many come as expected."""
+    batch, count = torch.empty(0), 0
+    for frame in frames:
+        mm.throw_exception_if_processing_interrupted()
+        if count == len(batch):
+            more = torch.empty(max(count, expected, 1), *frame.shape)
+            batch = torch.cat([batch, more]) if count else more
+        batch[count] = frame
+        count += 1
+    return batch[:count]
+
+
+def _image_and_mask(frames: Tensor, channels: str = "RGBA") -> tuple[Tensor, Tensor]:
+    frames = frames.to(mm.intermediate_device())
+    return frames[..., : len(channels)], 1 - frames[..., 3]
+
+
+def _rate(fps: float) -> Fraction:
+    """29.97 means 30000/1001, as cameras and editors do."""
+    broadcast = Fraction(round(fps * 1.001) * 1000, 1001)
+    return broadcast if abs(broadcast - fps) < 5e-4 else Fraction(fps).limit_denominator(1001)
+
+
+class SaveTransparentVideo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        bits = io.Combo.Input("bits", options=["8", "16"], tooltip="Of each channel. 16 is for further editing.")
+        crf = io.Int.Input("crf", default=14, min=0, max=63, tooltip="Quality of the encoder: lower is better and larger.")
+        webp = [
+            io.Boolean.Input("lossless", default=True, tooltip="Off: smaller, with losses in colour. Alpha stays as it is."),
+            io.Int.Input("quality", default=90, min=0, max=100, tooltip="Where not lossless: higher is better and larger."),
+        ]
+        widgets = {"VP9 WebM": [crf], "animated WebP": webp, "APNG": [bits], "FFV1": [bits], "PNG sequence": [bits]}
+        return io.Schema(
+            node_id="TesseraSaveTransparentVideo",
+            display_name="Save Transparent Video",
+            category=CATEGORY,
+            description="Saves a clip with its transparency, for editors (ProRes 4444, FFV1, PNG) and for the web (VP9, WebP, APNG).",
+            search_aliases=["alpha video", "prores 4444", "webm alpha", "apng", "animated webp", "png sequence", "export rgba"],
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("images", tooltip="Frames, RGBA (straight alpha), or RGB with a mask."),
+                io.String.Input("filename_prefix", default="video/Tessera", tooltip="In the output folder; a number is added."),
+                io.Float.Input("fps", default=24.0, min=0.01, max=1000.0, step=0.01, tooltip="Frames a second. 23.976, 29.97 and 59.94 are exact."),
+                io.DynamicCombo.Input(
+                    "format",
+                    options=[io.DynamicCombo.Option(name, widgets.get(name, [])) for name in FORMATS],
+                    tooltip="ProRes 4444 (.mov): editors. VP9 WebM, animated WebP, APNG: browsers. FFV1 (.mkv), PNG sequence: without loss.",
+                ),
+                io.Combo.Input(
+                    "alpha",
+                    options=["straight", "premultiplied"],
+                    tooltip="straight: colours as they are; browsers and most programs take that. premultiplied: colours times alpha.",
+                ),
+                io.Mask.Input("mask", optional=True, tooltip="One for all frames or one each: 1 is transparent. It replaces alpha of images."),
+                io.Audio.Input("audio", optional=True, tooltip="Cut off where the frames end. WebP and APNG have no sound."),
+            ],
+            outputs=[io.Image.Output(display_name="images", tooltip="The frames, unchanged.")],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+        )
+
+    @classmethod
+    def validate_inputs(cls, format=None, alpha=None):
+        kind = format["format"] if isinstance(format, dict) else format
+        if kind is None:  # ComfyUI leaves out a choice that it does not know
+            return f"format is not known; use {', '.join(FORMATS)}"
+        if alpha == "premultiplied" and kind == "animated WebP":
+            return "alpha is premultiplied, and animated WebP holds straight alpha only; use straight, or another format"
+        return True
+
+    @classmethod
+    def execute(cls, images, filename_prefix, fps, format, alpha, mask=None, audio=None) -> io.NodeOutput:
+        from ..models.layers.video import Sound, save, save_preview
+
+        kind, rate = format["format"], _rate(fps)
+        frames = _Frames(images, mask)
+        sound = None if audio is None else Sound(audio["waveform"][0], int(audio["sample_rate"]))
+        size = images.shape[2], images.shape[1]
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory(), *size)
+        target = Path(folder, f"{name}_{counter:05}_{FORMATS[kind]}")
+        tags = {} if args.disable_metadata else {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
+        bar = comfy.utils.ProgressBar(len(images))
+
+        def on_frame(done: int) -> None:
+            mm.throw_exception_if_processing_interrupted()
+            bar.update_absolute(done)
+
+        saved = save(
+            target,
+            frames,
+            rate,
+            kind,
+            alpha=alpha,
+            sound=sound,
+            bits=int(format["bits"]) if "bits" in format else None,
+            crf=format.get("crf", 0),
+            quality=None if format.get("lossless", True) else format["quality"],
+            metadata={key: json.dumps(value) for key, value in tags.items() if value is not None},
+            on_frame=on_frame,
+        )
+        line = f"{target.name}: {saved.width} x {saved.height}, {saved.frames} frames at {float(rate):g} a second, {saved.bits} bits"
+        notes = saved.notes
+        if mask is None and images.shape[3] < 4:
+            notes = [*notes, "nothing is transparent: connect a mask, or images with alpha"]
+        line += "".join(f" · {note}" for note in notes)
+        entry = ui.SavedResult(target.name, subfolder, io.FolderType.output)
+        shown = entry
+        if target.suffix not in PLAYABLE:
+            preview = Path(folder_paths.get_temp_directory(), f"tessera_{secrets.token_hex(8)}.webm")
+            save_preview(preview, frames, rate)
+            shown = ui.SavedResult(preview.name, "", io.FolderType.temp)
+        return io.NodeOutput(images, ui={**ui.PreviewVideo([shown]).as_dict(), "text": (line,), "tessera_files": (dict(entry),)})
+
+
+class LoadTransparentVideo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TesseraLoadTransparentVideo",
+            display_name="Load Transparent Video",
+            category=CATEGORY,
+            description="Loads a clip with its transparency: ProRes 4444, VP8 and VP9 WebM, animated WebP, APNG, FFV1, folders of PNG files.",
+            search_aliases=["alpha video", "load rgba video", "prores 4444", "webm alpha", "apng", "png sequence"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=_choices(),
+                    upload=io.UploadType.video,
+                    tooltip="A clip or a folder of PNG files in ComfyUI's input folder. Upload one, or copy it there.",
+                ),
+                io.Combo.Input("channels", options=["RGBA", "RGB"], tooltip="Of images. RGB for nodes that do not take four; mask has alpha anyway."),
+                io.Combo.Input(
+                    "alpha",
+                    options=["auto", "straight", "premultiplied"],
+                    tooltip="How the file's colours are stored. auto: as Save Transparent Video noted in it, else straight.",
+                ),
+                io.Int.Input("start", default=0, min=0, max=1 << 24, tooltip="Frames to leave out at the beginning."),
+                io.Int.Input("frames", default=0, min=0, max=1 << 24, tooltip="How many to load at most. 0: all that follow."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="Frames with straight alpha, whatever the file has."),
+                io.Mask.Output(display_name="mask", tooltip="1 where a frame is transparent, as Load Image gives it."),
+                io.Audio.Output(display_name="audio", tooltip="The sound of these frames, or nothing."),
+                io.Float.Output(display_name="fps", tooltip="Frames a second."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file=None):
+        try:
+            if file is not None:  # else another node makes it
+                _existing(file)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file=None, **others):
+        path = None if file is None else _input_path(file)  # None: another node makes it, and runs first
+        return None if path is None or not path.exists() else path.stat().st_mtime_ns
+
+    @classmethod
+    def execute(cls, file, channels, alpha, start, frames) -> io.NodeOutput:
+        from ..models.layers.video import load
+
+        clip = load(_existing(file), alpha)
+        stop = start + frames if frames else None
+        expected = max((clip.frames or 0) - start, 0)
+        batch = _stacked(itertools.islice(clip, start, stop), min(expected, frames) if frames else expected)
+        if not len(batch):
+            raise ValueError(f"start is {start}, and {file} has no more frames than that; use a smaller one")
+        sound = clip.sound()
+        audio = None
+        if sound is not None:
+            first, last = (round(Fraction(number * sound.rate) / clip.rate) for number in (start, start + len(batch)))
+            audio = {"waveform": sound.samples[None, :, first : last if stop else None], "sample_rate": sound.rate}
+        images, mask = _image_and_mask(batch, channels)
+        kind = ("premultiplied" if clip.premultiplied else "straight") + " alpha" if clip.transparent else "no alpha: all of it is opaque"
+        line = f"{clip.width} x {clip.height}, {len(batch)} frames at {float(clip.rate):g} a second, {clip.codec}, {clip.bits} bits, {kind}"
+        line += "".join(f" · {note}" for note in clip.notes)
+        return io.NodeOutput(images, mask, audio, float(clip.rate), ui={"text": (line,)})
+
+
+def _choices() -> list[str]:
+    """Clips in the input folder and below it; of PNG files the animated ones, and folders that hold others."""
+    from ..models.layers.video import is_animated_png
+
+    folder = Path(folder_paths.get_input_directory())
+    found = set()
+    for file in folder.rglob("*"):
+        suffix, name = file.suffix.lower(), file.relative_to(folder).as_posix()
+        if suffix == ".png" and file.is_file():
+            found.add(name if is_animated_png(file) else f"{Path(name).parent.as_posix()}/")
+        elif suffix in FILES and file.is_file():
+            found.add(name)
+    return sorted(found - {"./"})
+
+
+def _existing(file: str) -> Path:
+    path = _input_path(file)
+    if path is None:
+        raise ValueError(f"file is {file!r}, which lies outside ComfyUI's folders; copy the video into the input folder")
+    if not path.exists():
+        raise ValueError(f"file is {file!r}, which is not in ComfyUI's input folder; upload it, or copy it there")
+    return path
+
+
+class AddVideoLayer(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TesseraAddVideoLayer",
+            display_name="Add Video Layer",
+            category=CATEGORY,
+            description="Puts a clip over others as a layer, with a place, opacity and blend mode of its own.",
+            search_aliases=["layered video", "overlay video", "composite video", "video compositing"],
+            inputs=[
+                io.Image.Input("images", tooltip="Frames, RGBA (straight alpha) or RGB. A single picture lasts as long as the others."),
+                io.String.Input("name", default="", tooltip="To pick the layer by. Empty: its number."),
+                io.Int.Input("x", default=0, min=-MAX_SIDE, max=MAX_SIDE, tooltip="Pixels from the left of the canvas."),
+                io.Int.Input("y", default=0, min=-MAX_SIDE, max=MAX_SIDE, tooltip="Pixels from the top of the canvas."),
+                io.Float.Input("opacity", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Of the whole layer."),
+                io.Combo.Input("blend_mode", options=list(MODES), tooltip="How it is mixed with what lies below."),
+                io.Combo.Input(
+                    "ending", options=["hold", "loop", "hide"], tooltip="What a shorter clip does at its end. hold: the last frame stays."
+                ),
+                io.Mask.Input("mask", optional=True, tooltip="One for all frames or one each: 1 is transparent. It replaces alpha of images."),
+                VideoLayers.Input("layers", optional=True, tooltip="Layers below this one."),
+            ],
+            outputs=[VideoLayers.Output(display_name="layers")],
+        )
+
+    @classmethod
+    def execute(cls, images, name, x, y, opacity, blend_mode, ending, mask=None, layers=()) -> io.NodeOutput:
+        from ..models.layers.video import ClipLayer
+
+        name = clean_name(name) or f"Layer {len(layers) + 1}"
+        if name in (layer.name for layer in layers):
+            raise ValueError(f"name is {name!r}, as that of a layer below; give it another")
+        return io.NodeOutput((*layers, ClipLayer(name, _Frames(images, mask), x, y, opacity, blend_mode, ending)))
+
+
+class ComposeLayeredVideo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TesseraComposeLayeredVideo",
+            display_name="Compose Layered Video",
+            category=CATEGORY,
+            description="Flattens layers of clips frame by frame, or gives one layer alone, at its place and with its transparency.",
+            search_aliases=["layered video", "overlay video", "composite video", "flatten"],
+            inputs=[
+                VideoLayers.Input("layers", tooltip="From Add Video Layer."),
+                io.String.Input("layer", default="", tooltip="Name of the one layer to give alone. Empty: all of them over one another."),
+                io.Int.Input("width", default=0, min=0, max=MAX_SIDE, tooltip="Of the canvas, in pixels. 0: that of the lowest layer."),
+                io.Int.Input("height", default=0, min=0, max=MAX_SIDE, tooltip="Of the canvas, in pixels. 0: that of the lowest layer."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="RGBA with straight alpha."),
+                io.Mask.Output(display_name="mask", tooltip="1 where a frame is transparent."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, layers, layer, width, height) -> io.NodeOutput:
+        from ..models.layers.video import LayeredClip
+
+        lowest = layers[0].frames.images
+        width, height = width or lowest.shape[2], height or lowest.shape[1]
+        chosen = [item for item in layers if item.name == layer.strip()]
+        if layer.strip() and not chosen:
+            raise ValueError(f"layer is {layer!r}, which is none of {', '.join(item.name for item in layers)}")
+        frames: Iterable[Tensor] = chosen[0].on_canvas(width, height) if chosen else LayeredClip(width, height, layers)
+        images, mask = _image_and_mask(_stacked(frames, max(len(item.frames.images) for item in chosen or layers)))
+        return io.NodeOutput(images, mask)
