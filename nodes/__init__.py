@@ -11,24 +11,34 @@ from comfy_api.latest import ComfyExtension, io
 from ..models.upscale import spandrel_catanet
 from .attention import Accelerate, AttentionReport, SparseAttention
 from .diffusion_upscale import PatchUpscaleVideo
+from .layers import AutoLayout, ComposeLayers, EditLayer, LayersFromImages, LoadLayers, SaveLayers
 from .offload import LayerOffload, OffloadReport
+from .patch_adapter import FOLDER as PATCH_ADAPTERS
+from .patch_adapter import LoadPatchAdapter
 from .prompt import ShapesPrompt
+from .transparent_video import AddVideoLayer, ComposeLayeredVideo, LoadTransparentVideo, SaveTransparentVideo
 from .upscale import PatchUpscale, UpscaleReport
+from .upscale_video import PatchUpscaleVideoFile, PatchUpscaleVideoNetwork
 
 DEFAULT_WEIGHTS = Path(__file__).parent.parent / "models" / "default"
-UPSCALE_MODELS = Path(__file__).parent.parent / "models" / "upscale" / "upscale_models"
+UPSCALE = Path(__file__).parent.parent / "models" / "upscale"
 
 
 class Tessera(ComfyExtension):
     async def on_load(self) -> None:
         for folder in ("diffusion_models", "vae"):  # so that the stock loaders list the built-in weights
             folder_paths.add_model_folder_path(folder, str(DEFAULT_WEIGHTS / folder))
-        folder_paths.add_model_folder_path("upscale_models", str(UPSCALE_MODELS))
+        folder_paths.add_model_folder_path("upscale_models", str(UPSCALE / "upscale_models"))
+        for parent in (Path(folder_paths.models_dir), UPSCALE):
+            folder_paths.add_model_folder_path(PATCH_ADAPTERS, str(parent / PATCH_ADAPTERS))
+        folder_paths.folder_names_and_paths[PATCH_ADAPTERS][1].add(".safetensors")
         logging.info("Tessera: %s", spandrel_catanet.register())
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        upscalers = [PatchUpscale, PatchUpscaleVideo, UpscaleReport]
-        return [Accelerate, SparseAttention, AttentionReport, LayerOffload, OffloadReport, *upscalers, ShapesPrompt]
+        upscalers = [PatchUpscale, PatchUpscaleVideoNetwork, PatchUpscaleVideoFile, PatchUpscaleVideo, LoadPatchAdapter, UpscaleReport]
+        layers = [LayersFromImages, ComposeLayers, EditLayer, AutoLayout, SaveLayers, LoadLayers]
+        clips = [SaveTransparentVideo, LoadTransparentVideo, AddVideoLayer, ComposeLayeredVideo]
+        return [Accelerate, SparseAttention, AttentionReport, LayerOffload, OffloadReport, *upscalers, *layers, *clips, ShapesPrompt]
 
 
 async def comfy_entrypoint() -> Tessera:

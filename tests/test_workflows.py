@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from tessera.cli.comfy_server import ComfyServer, PromptRefusedError
+from tiny_models import PATCH_ADAPTER
 
 Workflow = dict[str, Any]
 
@@ -20,12 +21,25 @@ NAMES = sorted(file.stem for file in FOLDER.glob("*.json"))
 HELP = FOLDER.parent / "web" / "docs"
 OWN_NODES = {
     "TesseraAccelerate",
+    "TesseraAddVideoLayer",
+    "TesseraComposeLayeredVideo",
+    "TesseraLoadTransparentVideo",
+    "TesseraSaveTransparentVideo",
     "TesseraSparseAttention",
     "TesseraAttentionReport",
+    "TesseraAutoLayout",
+    "TesseraComposeLayers",
+    "TesseraEditLayer",
     "TesseraLayerOffload",
+    "TesseraLayersFromImages",
+    "TesseraLoadLayers",
+    "TesseraLoadPatchAdapter",
+    "TesseraSaveLayers",
     "TesseraOffloadReport",
     "TesseraPatchUpscale",
     "TesseraPatchUpscaleVideo",
+    "TesseraPatchUpscaleVideoFile",
+    "TesseraPatchUpscaleVideoNetwork",
     "TesseraShapesPrompt",
     "TesseraUpscaleReport",
 }
@@ -34,6 +48,8 @@ ONLY_IN_THE_GRAPH = {"MarkdownNote"}
 # Widgets that ComfyUI 0.33 has and 0.18.1 has not. The API files leave them at their defaults, so that both versions run them.
 NEWER_WIDGETS = {"CreateVideo": {"bit_depth"}, "SaveVideo": {"format.codec"}}
 SEEDS = {"seed", "noise_seed"}
+
+UPSCALE_FILE = "tessera_upscale_video_file"  # no diffusion model, and a video that is the user's own
 
 each_workflow = pytest.mark.parametrize("name", NAMES)
 
@@ -152,7 +168,7 @@ def test_files_that_have_to_be_there_can_be_downloaded_from_the_menu(name):
             assert model["url"].endswith(f"/{file}")
 
 
-@each_workflow
+@pytest.mark.parametrize("name", [name for name in NAMES if name != UPSCALE_FILE])
 def test_every_sampler_runs_patched_and_reported(name):
     """Each sampler's model comes straight from one of our patches, and a report of that model follows the sampler."""
     api = read_api(name)
@@ -186,6 +202,11 @@ def test_nothing_but_model_files_is_missing(any_comfy: ComfyServer, name):
     with pytest.raises(PromptRefusedError) as error:
         any_comfy.queue(api)
     complaints = [complaint for report in error.value.body["node_errors"].values() for complaint in report["errors"]]
+    if name == UPSCALE_FILE:
+        assert {complaint["details"].split(" - ")[-1] for complaint in complaints} == {
+            "file is 'your_video.mp4', which is not in ComfyUI's input folder; copy it there"
+        }
+        return
     assert {complaint["type"] for complaint in complaints} == {"value_not_in_list"}
     assert {complaint["extra_info"]["input_name"] for complaint in complaints} <= {"unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name"}
 
@@ -234,6 +255,59 @@ def test_text_to_video_upscaled_runs(any_comfy: ComfyServer):
     assert "128 x 128 to 256 x 256: 1 x 2x network" in outputs["15"]["text"][0]
     report = outputs["16"]["tessera"][0]
     assert (report["width"], report["height"], report["frames"]) == (256, 256, 5)
+
+
+@pytest.mark.comfy
+@pytest.mark.slow
+def test_text_to_video_super_resolution_runs(any_comfy: ComfyServer):
+    """A small clip in windows with a patch adapter, the one that belongs to the random weights."""
+    import av
+
+    graph = read_api("tessera_text_to_video_super_resolution")
+    graph["8"]["inputs"]["steps"] = 2
+    graph["7"]["inputs"]["length"] = 5
+    graph["15"]["inputs"]["adapter_name"] = PATCH_ADAPTER
+    outputs = any_comfy.run(graph, timeout=600).outputs
+    with av.open(io.BytesIO(any_comfy.fetch(outputs["12"]["images"][0]))) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert [frame.shape for frame in frames] == [(256, 256, 3)] * 5
+    report = outputs["17"]["tessera"][0]
+    assert (report["width"], report["height"], report["frames"]) == (256, 256, 5)
+
+
+@pytest.mark.comfy
+@pytest.mark.slow
+def test_upscale_video_file_runs(any_comfy: ComfyServer):
+    """With a small size in place of 4K, and a video of the user's."""
+    import av
+    import numpy as np
+
+    clip = io.BytesIO()
+    with av.open(clip, "w", format="mp4") as container:
+        video = container.add_stream("libx264", rate=10)
+        video.width, video.height, video.pix_fmt = 32, 24, "yuv420p"
+        for number in range(3):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(np.full((24, 32, 3), 60 * number, np.uint8))))
+        container.mux(video.encode(None))
+    upload(f"{any_comfy.url}/upload/image", "your_video.mp4", clip.getvalue())
+    graph = read_api(UPSCALE_FILE)
+    graph["2"]["inputs"] |= {"size": "factor", "size.factor": 2.5}
+    del graph["2"]["inputs"]["size.name"]
+    outputs = any_comfy.run(graph, timeout=600).outputs
+    with av.open(io.BytesIO(any_comfy.fetch(outputs["2"]["images"][0]))) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert [frame.shape for frame in frames] == [(60, 80, 3)] * 3
+    assert [abs(float(frame.mean()) - 60 * number) < 4 for number, frame in enumerate(frames)] == [True] * 3
+    assert "32 x 24 to 80 x 60: 3 frames, 2 x 2x network" in outputs["2"]["text"][0]
+
+
+def upload(url: str, name: str, data: bytes) -> None:
+    """As the browser's upload button does."""
+    head = f'--edge\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\nContent-Type: video/mp4\r\n\r\n'
+    body = head.encode() + data + b"\r\n--edge--\r\n"
+    request = urllib.request.Request(url, body, {"Content-Type": "multipart/form-data; boundary=edge"})
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
+        assert json.load(answer)["name"] == name
 
 
 @pytest.mark.comfy
