@@ -41,7 +41,7 @@ class PatchUpscaleVideo(io.ComfyNode):
                     step=0.01,
                     tooltip="Part of the noise schedule that is run. 0.2 to 0.35 adds detail; more invents, and windows may disagree.",
                 ),
-                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Steps that are run, as in KSampler: denoise says from which noise level on."),
+                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Steps that are run, as in KSampler; denoise says where they begin."),
                 io.Float.Input("cfg", default=3.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance."),
                 io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="As in KSampler."),
                 io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple", tooltip="As in KSampler."),
