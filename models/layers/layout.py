@@ -1,17 +1,24 @@
-"""Where layers go: in a grid, by golden sections, where masks are, or as a caption says. Rules, no model: the same in, the same out."""
+"""Where layers go: in a grid, by golden sections, in drawn boxes, where masks are, or as a caption says. Rules, no model."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from colorsys import hls_to_rgb
 from dataclasses import replace
 from math import ceil, sqrt
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from .document import Box, Document, Group, Layer, Node, Transform
+from .document import MAX_SIDE, Box, Document, Group, Layer, Node, Transform, clean_name
 
 FITS = ("contain", "cover", "stretch")
+SIDES = ("x", "y", "width", "height")
+GOLDEN_ANGLE = 137.508  # degrees of hue between neighbours, as in web/layout_editor.js
+SAID = 5  # problems in one message
 
 
 def place(layer: Layer, box: Box, fit: str = "contain") -> Layer:
@@ -112,6 +119,72 @@ def from_masks(masks: Tensor, size: tuple[int, int] | None = None, threshold: fl
         right, bottom = round((int(columns[-1]) + 1) * across), round((int(rows[-1]) + 1) * down)
         boxes.append((left, top, max(right - left, 1), max(bottom - top, 1)))
     return boxes
+
+
+def from_json(text: str, width: int, height: int) -> list[tuple[str, Box]]:
+    """Names and boxes, bottom to top, of a JSON list such as `[{"name": "sky", "x": 0, "y": 0, "width": 512, "height": 128}]`, in pixels.
+
+    A name may be missing, which is "". Boxes may overlap and reach beyond the canvas. Raises ValueError that says for each wrong box what is
+    wrong with it: no such object, no area, or all of it outside of the canvas.
+    """
+    if min(width, height) < 1:
+        raise ValueError(f"the canvas is {width} x {height} pixels; use 1 or more a side")
+    try:
+        items = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"boxes is not JSON ({error}); {_WRITE}") from error
+    if not isinstance(items, list):
+        raise ValueError(f"boxes is {json.dumps(items)[:60]} and no list; {_WRITE}")
+    named: list[tuple[str, Box]] = []
+    problems: list[str] = []
+    for number, item in enumerate(items, 1):
+        problem = _malformed(item)
+        if problem is None:
+            name = clean_name(item.get("name", ""))
+            x, y, box_width, box_height = (int(item[side]) for side in SIDES)
+            if min(box_width, box_height) < 1:
+                problem = f"{name!r} has no area ({box_width} x {box_height} pixels)"
+            elif max(box_width, box_height) > MAX_SIDE:
+                problem = f"{name!r} has a side of more than {MAX_SIDE} pixels"
+            elif x >= width or y >= height or x + box_width <= 0 or y + box_height <= 0:
+                problem = f"{name!r} (at {x}, {y}, {box_width} x {box_height}) lies outside of the canvas of {width} x {height}"
+            else:
+                named.append((name, (x, y, box_width, box_height)))
+        if problem is not None:
+            problems.append(f"box {number} {problem}")
+    if problems:
+        more = f", and {len(problems) - SAID} more boxes are wrong" if len(problems) > SAID else ""
+        raise ValueError(f"{'; '.join(problems[:SAID])}{more}; change them in the editor, or {_WRITE}")
+    return named
+
+
+_WRITE = 'write a list such as [{"name": "sky", "x": 0, "y": 0, "width": 512, "height": 128}], the lowest box first'
+
+
+def _malformed(item: Any) -> str | None:
+    if not isinstance(item, dict):
+        return f"is {json.dumps(item)[:60]} and no object"
+    if missing := [side for side in SIDES if side not in item]:
+        return f"has no {', '.join(missing)}"
+    if unknown := sorted(item.keys() - {"name", *SIDES}):
+        return f"has {', '.join(unknown)[:60]}, which mean nothing"
+    if not isinstance(item.get("name", ""), str):
+        return f"has the name {json.dumps(item['name'])[:60]}, which is no text"
+    for side in SIDES:
+        value = item[side]
+        if isinstance(value, bool) or not isinstance(value, int | float) or value % 1:  # of infinity and NaN, too, that is not 0
+            return f"has {side} {json.dumps(value)[:60]}, which is no whole number"
+    return None
+
+
+def swatches(named: Sequence[tuple[str, Box]]) -> tuple[Layer, ...]:
+    """A flat opaque layer for each box, of one pixel that is shown as large as the box. Neighbours differ in hue as far as many colours can."""
+    layers = []
+    for index, (name, (x, y, width, height)) in enumerate(named):
+        colour = hls_to_rgb(index * GOLDEN_ANGLE / 360 % 1, 0.6, 0.6)
+        image = torch.tensor([*colour, 1.0]).view(1, 1, 4)
+        layers.append(Layer(name or f"Layer {index + 1}", image, x, y, transform=Transform(width, height)))
+    return tuple(layers)
 
 
 # Thirds of the canvas that words stand for: start and end, across and down.

@@ -1,0 +1,175 @@
+"""The layout editor in Chromium, on the front end of a real ComfyUI: mouse, keyboard, undo, and the PSD that comes out of the queue."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pytest
+from test_browser import LISTEN, chromium, page  # noqa: F401
+
+from tessera.cli.comfy_server import ComfyServer
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
+WIDTH, HEIGHT = 640, 384
+OPEN = """async ([width, height]) => {
+    app.graph.clear();
+    const [layout, save] = ['TesseraLayout', 'TesseraSaveLayers'].map(type => LiteGraph.createNode(type));
+    for (const node of [layout, save]) app.graph.add(node);
+    layout.pos = [300, 60];
+    layout.size = [520, 620];
+    save.pos = [1000, 60];
+    layout.connect(0, save, 0);
+    for (const [name, value] of [['width', width], ['height', height]]) {
+        const widget = layout.widgets.find(widget => widget.name === name);
+        widget.value = value;
+        widget.callback(value);
+    }
+    app.canvas.ds.reset();
+    app.canvas.setDirty(true, true);
+    return layout.id;
+}"""
+WIDGET = "const widget = name => app.graph.findNodesByType('TesseraLayout')[0].widgets.find(widget => widget.name === name);"
+
+
+class Editor:
+    """What a user does, in pixels of the layout's canvas."""
+
+    def __init__(self, tab: Any):
+        self.tab = tab
+        self.canvas = tab.locator(".tessera-layout .canvas")
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        shown = self.canvas.bounding_box()
+        return shown["x"] + x * shown["width"] / WIDTH, shown["y"] + y * shown["height"] / HEIGHT
+
+    def drag(self, start: tuple[float, float], end: tuple[float, float]) -> None:
+        mouse = self.tab.mouse
+        mouse.move(*self.at(*start))
+        mouse.down()
+        mouse.move(*self.at(*end), steps=3)
+        mouse.up()
+
+    def text(self) -> str:
+        return self.tab.evaluate(f"() => {{ {WIDGET} return widget('boxes').value }}")
+
+    def boxes(self) -> list[tuple]:
+        """What the widget holds: (name, x, y, width, height), lowest first."""
+        return [tuple(box.values()) for box in json.loads(self.text())]
+
+
+def open_editor(tab: Any, renderer: str) -> Editor:
+    tab.evaluate("vue => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', vue)", renderer == "vue")
+    tab.evaluate(OPEN, [WIDTH, HEIGHT])
+    editor = Editor(tab)
+    tab.wait_for_function("() => document.querySelectorAll('.tessera-layout .canvas').length === 1")
+    assert (tab.locator("[data-node-id] .tessera-layout").count() == 1) == (renderer == "vue")
+    editor.canvas.wait_for()
+    shown = editor.canvas.bounding_box()
+    assert shown["width"] / shown["height"] == pytest.approx(WIDTH / HEIGHT, rel=0.02) and shown["width"] > 200
+    return editor
+
+
+@pytest.mark.parametrize("renderer", ["litegraph", "vue"])
+def test_two_drawn_boxes_become_layers_of_a_psd(page, comfy: ComfyServer, renderer, tmp_path):  # noqa: F811
+    psd_tools = pytest.importorskip("psd_tools")
+    editor = open_editor(page, renderer)
+    press = page.keyboard.press
+
+    editor.drag((35, 30), (290, 190))  # near the grid of 16
+    editor.drag((198, 125), (500, 370))  # begins on the first one, which it therefore moves
+    first, *rest = editor.boxes()
+    assert not rest and first[3:] == (256, 160)
+    press("Control+z")
+    assert editor.boxes() == [("", 32, 32, 256, 160)]
+    page.keyboard.down("Shift")
+    editor.drag((198, 125), (500, 383))  # now it is drawn over it; the end is pulled to the edge of the canvas
+    page.keyboard.up("Shift")
+    assert editor.boxes()[1] == ("", 192, 128, 304, 256)
+
+    page.mouse.dblclick(*editor.at(100, 60))
+    page.keyboard.type("sky/../\\😀")
+    press("Enter")
+    assert editor.boxes()[0] == ("sky/../\\😀", 32, 32, 256, 160)
+    press("ArrowLeft")
+    press("Shift+ArrowDown")
+    press("Control+ArrowRight")
+    assert editor.boxes()[0][1:] == (31, 48, 257, 160)
+    press("]")  # above the other one
+    assert [box[0] for box in editor.boxes()] == ["", "sky/../\\😀"]
+    for _ in range(4):
+        press("Control+z")
+    assert editor.boxes() == [("sky/../\\😀", 32, 32, 256, 160), ("", 192, 128, 304, 256)]
+    for _ in range(3):
+        press("Control+Shift+z")
+    assert editor.boxes()[0][1:] == (31, 48, 257, 160)
+
+    editor.drag((288, 208), (400, 300))  # its lower right handle, with the edges of the other box near
+    assert editor.boxes()[0][1:] == (31, 48, 369, 256)
+    page.keyboard.down("Alt")
+    editor.drag((600, 20), (630, 41))
+    page.keyboard.up("Alt")
+    assert len(editor.boxes()) == 3
+    press("Delete")
+    names = page.locator(".tessera-layout .box").evaluate_all("boxes => boxes.map(box => box.ariaLabel)")
+    assert names == ["sky/../\\😀: 31, 48, 369 × 256", "Layer 2: 192, 128, 304 × 256"]
+    page.screenshot(path=tmp_path / "drawn.png")
+
+    # The same text is in the saved workflow and in the API export, and comes back when it is opened again.
+    text = editor.text()
+    queued = page.evaluate("async () => { const p = await app.graphToPrompt(); return [p.workflow, p.output] }")
+    assert [entry["inputs"]["boxes"] for entry in queued[1].values() if "boxes" in entry["inputs"]] == [text]
+    stored = next(node["widgets_values"] for node in queued[0]["nodes"] if node["type"] == "TesseraLayout")
+    assert stored[2] == text
+    page.evaluate("async () => { await app.loadGraphData(app.graph.serialize()) }")
+    page.wait_for_function("() => document.querySelectorAll('.tessera-layout .box').length === 2")
+    assert editor.text() == text
+
+    page.evaluate(LISTEN)
+    press("Control+Enter")
+    page.wait_for_function("() => window.runEvents.some(([type]) => type.startsWith('execution_'))", timeout=120_000)
+    events = page.evaluate("() => window.runEvents")
+    assert [detail for kind, detail in events if kind == "execution_error"] == []
+    (file,) = [detail["output"]["tessera_files"][0] for kind, detail in events if kind == "executed" and "tessera_files" in detail["output"]]
+    psd = psd_tools.PSDImage.open(io.BytesIO(comfy.fetch(file)))
+    assert psd.size == (WIDTH, HEIGHT)
+    assert [(layer.name, *layer.bbox) for layer in psd] == [("sky/../\\😀", 31, 48, 400, 304), ("Layer 2", 192, 128, 496, 384)]
+    assert psd.composite().getpixel((300, 200))[:3] == psd[1].topil().getpixel((0, 0))[:3] != psd[0].topil().getpixel((0, 0))[:3]
+
+
+def test_wrong_boxes_are_shown_and_refused(page):  # noqa: F811
+    """Texts that did not come from the editor: it shows them, keeps them, and the server's message names the box."""
+    editor = open_editor(page, "litegraph")
+
+    def give(text: str) -> None:
+        page.evaluate(f"text => {{ {WIDGET} widget('boxes').value = text }}", text)
+
+    status, shown = page.locator(".tessera-layout .status"), page.locator(".tessera-layout .box")
+    give("[1, 2")
+    assert "boxes cannot be shown" in status.inner_text() and shown.count() == 0
+    assert page.evaluate("async () => Object.values((await app.graphToPrompt()).output)[0].inputs.boxes") == "[1, 2"
+    editor.drag((32, 32), (64, 64))
+    assert editor.boxes() == [("", 32, 32, 32, 32)]
+    page.keyboard.press("Control+z")
+    assert editor.text() == "[1, 2", "undo brings it back"
+
+    far = [dict(name="<b>far</b>", x=WIDTH, y=0, width=20, height=20), dict(name="thin", x=0, y=0, width=0, height=9)]
+    give(json.dumps(far))
+    lost = page.locator(".tessera-layout .box.lost span")
+    assert lost.all_text_contents() == ["<b>far</b>", "thin"]
+    assert status.inner_text() == "2 without an area or outside of the canvas (red): move, resize or delete"
+    page.evaluate("async () => { await app.queuePrompt(0, 1) }")
+    refused = page.evaluate("() => JSON.stringify(app.lastNodeErrors)")
+    assert "lies outside of the canvas of 640 x 384" in refused and "box 2 'thin' has no area (0 x 9 pixels)" in refused
+    page.keyboard.press("Escape")  # ComfyUI's own message
+    page.evaluate(f"() => {{ {WIDGET} widget('width').value *= 2; widget('width').callback(widget('width').value) }}")
+    assert lost.all_text_contents() == ["thin"], "the canvas grew"
+
+    many = [dict(name=f"{i}", x=3 * i, y=i, width=40, height=40) for i in range(200)]
+    give(json.dumps(many))
+    assert shown.count() == 200 and len(editor.boxes()) == 200
+    page.locator(".tessera-layout select").select_option("7")
+    page.get_by_role("button", name="Delete (Del)").click()
+    assert [box[0] for box in editor.boxes()] == [str(i) for i in range(200) if i != 7]
