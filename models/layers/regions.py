@@ -1,0 +1,108 @@
+"""Anonymous regions: several layers of one canvas as one sequence of the tokens inside the layers' boxes.
+
+Pu et al. 2025, "ART: Anonymous Region Transformer" (arXiv 2502.18364): layer 0 is the merged picture, layer 1 the background, both as large as
+the canvas, then come the foregrounds, each in a box of whole tokens. One caption describes everything; no layer has a text of its own. A token
+keeps its true place on the canvas, and the number of its layer, as its position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .document import Box
+
+TOKEN = 16  # pixels of a token's side: 8 of the autoencoder, 2 of the patch
+WHOLE = 2  # layers that have no box of their own: merged picture and background
+MAX_FOREGROUNDS = 50  # the published layer embedding has 52 rows
+
+
+@dataclass(frozen=True)
+class Regions:
+    """width, height: of the canvas. boxes: one a layer, inside the canvas. All in tokens."""
+
+    width: int
+    height: int
+    boxes: tuple[Box, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(width * height for _, _, width, height in self.boxes)
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """int64 `(tokens, 3)`: layer, row and column on the canvas; layer by layer, row by row."""
+        parts = []
+        for layer, (x, y, width, height) in enumerate(self.boxes):
+            parts.append(torch.cartesian_prod(torch.tensor([layer]), torch.arange(y, y + height), torch.arange(x, x + width)))
+        return torch.cat(parts)
+
+    @cached_property
+    def index(self) -> Tensor:
+        """int64 `(tokens,)`: places in the flattened `(layers, height, width)`."""
+        layer, row, column = self.ids.unbind(1)
+        return (layer * self.height + row) * self.width + column
+
+    def finer(self, factor: int) -> Regions:
+        """The same regions on a grid of `factor` times smaller tokens."""
+        boxes = tuple((x * factor, y * factor, width * factor, height * factor) for x, y, width, height in self.boxes)
+        return Regions(self.width * factor, self.height * factor, boxes)
+
+    def fits(self, latent: Tensor, patch: int) -> bool:
+        """Whether a latent is `(batch, channels, layers, patch * height, patch * width)`."""
+        return latent.ndim == 5 and tuple(latent.shape[2:]) == (len(self.boxes), patch * self.height, patch * self.width)
+
+    def crop(self, latent: Tensor, patch: int) -> Tensor:
+        """`(batch, channels, layers, patch * height, patch * width)` -> `(batch, channels, patch, patch * tokens)`: the tokens side by side.
+
+        A network that patchifies this strip reads exactly the tokens inside the boxes, in the order of `ids`.
+        """
+        return self._patches(latent, patch)[..., self.index.to(latent.device), :].flatten(-2)
+
+    def scatter(self, strip: Tensor, canvas: Tensor, patch: int) -> Tensor:
+        """The inverse of `crop`: a copy of `canvas` with the strip's tokens inside the boxes."""
+        patches = self._patches(canvas, patch).to(strip.dtype, copy=True)
+        patches[..., self.index.to(canvas.device), :] = strip.unflatten(-1, (-1, patch)).to(canvas.device)
+        grid = patches.unflatten(-2, (len(self.boxes), self.height, self.width))
+        return grid.permute(0, 1, 3, 4, 2, 5, 6).flatten(-2).flatten(-3, -2)
+
+    def _patches(self, latent: Tensor, patch: int) -> Tensor:
+        """`(batch, channels, patch, layers * height * width, patch)`."""
+        grid = latent.unflatten(-1, (self.width, patch)).unflatten(-3, (self.height, patch))
+        return grid.permute(0, 1, 4, 2, 3, 5, 6).flatten(3, 5)
+
+
+def snap(boxes: Sequence[Box], width: int, height: int) -> Regions:
+    """The regions of a canvas of `width` x `height` pixels with foregrounds in `boxes`, in pixels, lowest first. Boxes may overlap.
+
+    Boxes grow to whole tokens and are cut at the canvas, which itself grows to whole tokens. Raises ValueError that names all boxes without an
+    area and all outside of the canvas, and for more than MAX_FOREGROUNDS.
+    """
+    if len(boxes) > MAX_FOREGROUNDS:
+        raise ValueError(f"boxes has {len(boxes)} foregrounds; use at most {MAX_FOREGROUNDS}")
+    if min(width, height) < 1:
+        raise ValueError(f"the canvas is {width} x {height} pixels; use 1 or more a side")
+    problems = []
+    for number, (x, y, box_width, box_height) in enumerate(boxes, 1):
+        if min(box_width, box_height) < 1:
+            problems.append(f"box {number} ({box_width} x {box_height} pixels) has no area")
+        elif x >= width or y >= height or x + box_width <= 0 or y + box_height <= 0:
+            problems.append(f"box {number} (at {x}, {y}, {box_width} x {box_height}) lies outside of the canvas of {width} x {height}")
+    if problems:
+        raise ValueError(f"{'; '.join(problems)}; give each box as x, y, width, height in pixels, with a part of it on the canvas")
+    across, down = -(-width // TOKEN), -(-height // TOKEN)
+    snapped = []
+    for x, y, box_width, box_height in boxes:
+        left, top = max(x // TOKEN, 0), max(y // TOKEN, 0)
+        right, bottom = min(-(-(x + box_width) // TOKEN), across), min(-(-(y + box_height) // TOKEN), down)
+        snapped.append((left, top, right - left, bottom - top))
+    return Regions(across, down, ((0, 0, across, down),) * WHOLE + tuple(snapped))
+
+
+def schedule_shift(tokens: int, base_shift: float = 0.5, max_shift: float = 1.15) -> float:
+    """Flux's exponential time shift `mu`: base_shift at 256 tokens, max_shift at 4096, on that line beyond. ART counts tokens inside boxes only."""
+    return base_shift + (max_shift - base_shift) * (tokens - 256) / (4096 - 256)

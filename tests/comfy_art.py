@@ -1,0 +1,232 @@
+"""Runs inside ComfyUI's Python (see test_comfy_art.py): ART's regions on the stock Flux and Qwen-Image.
+
+    python comfy_art.py COMFYUI PACKAGE_PARENT SCRATCH
+
+Prints one JSON object per case; what was sampled goes to SCRATCH.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+COMFYUI, PACKAGE_PARENT, SCRATCH = sys.argv[1:]
+sys.argv = sys.argv[:1]
+sys.path.insert(0, COMFYUI)
+sys.path.append(PACKAGE_PARENT)
+
+import torch  # noqa: E402
+from comfy.cli_args import args  # noqa: E402
+
+args.cpu = True
+torch.set_num_threads(1)
+
+import comfy.ops  # noqa: E402
+import comfy.sample  # noqa: E402
+import comfy.samplers  # noqa: E402
+import comfy.sd  # noqa: E402
+import folder_paths  # noqa: E402
+import utils.extra_config  # noqa: E402,F401  (first, as main.py does)
+from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel  # noqa: E402
+from comfy.taesd.taesd import TAESD  # noqa: E402
+from comfy_extras.nodes_model_advanced import ModelSamplingFlux  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+import nodes  # noqa: E402
+from tessera.models.layers.art import layer_embedding  # noqa: E402
+from tessera.models.layers.regions import schedule_shift, snap  # noqa: E402
+from tessera.nodes import DEFAULT_WEIGHTS  # noqa: E402
+from tessera.nodes.art import KEY, patch_regions  # noqa: E402
+from tessera.nodes.attention import AttentionSettings  # noqa: E402
+from tessera.nodes.host import last_report, patch_attention  # noqa: E402
+
+REGIONS = snap([(0, 17, 30, 40), (16, 0, 32, 32), (63, 40, 100, 100)], 64, 48)
+SHAPE = (1, 16, len(REGIONS.boxes), 2 * REGIONS.height, 2 * REGIONS.width)
+STEPS, GUIDANCE, CFG, TEXT = 3, 4.0, 3.5, 7
+
+
+def emit(case, **values):
+    print("RESULT " + json.dumps({"case": case, **values}), flush=True)
+
+
+def conditioning(seed, width, tokens=TEXT, **extra):
+    generator = torch.Generator().manual_seed(seed)
+    return [[torch.randn(1, tokens, width, generator=generator), {"pooled_output": torch.randn(1, 64, generator=generator), **extra}]]
+
+
+def sample(model, positive, negative, latent=None, cfg=CFG, **more):
+    samples = torch.full(SHAPE, 0.25) if latent is None else latent
+    return nodes.common_ksampler(model, 8, STEPS, cfg, "euler", "simple", positive, negative, {"samples": samples, **more})[0]["samples"]
+
+
+def loaded(state, config):
+    """Through ComfyUI's own detection; `config` replaces what it fixes at full size."""
+    import comfy.model_detection as detection
+
+    detect = detection.detect_unet_config
+    # None: not ComfyUI's own names, which it then converts.
+    detection.detect_unet_config = lambda *given, **named: (found := detect(*given, **named)) and {**found, **config}
+    try:
+        return comfy.sd.load_diffusion_model_state_dict(state)
+    finally:
+        detection.detect_unet_config = detect
+
+
+flux = loaded(load_file(Path(SCRATCH) / "flux.safetensors"), dict(vec_in_dim=64, context_in_dim=64))
+embedding = layer_embedding(load_file(Path(SCRATCH) / "layer_pe.safetensors"), REGIONS, 128)
+positive, negative = (conditioning(seed, 64, guidance=GUIDANCE) for seed in (1, 2))
+patched = patch_regions(flux, REGIONS, embedding, schedule_shift(REGIONS.tokens))
+
+
+def parity():
+    lora = load_file(Path(SCRATCH) / "lora.safetensors")
+    sampled = sample(comfy.sd.load_lora_for_models(patched, None, lora, 1.0, 0.0)[0], positive, negative)
+    without = sample(patched, positive, negative)
+    plain = sample(patch_regions(flux, REGIONS, None, schedule_shift(REGIONS.tokens)), positive, negative)
+    sigmas = comfy.samplers.calculate_sigmas(patched.get_model_object("model_sampling"), "simple", STEPS)
+    start = torch.full(SHAPE, 0.25)
+    # At sigma 1, the first of the schedule, the noise is all there is.
+    tensors = {
+        "sampled": sampled,
+        "without embedding": plain,
+        "without LoRA": without,
+        "noise": comfy.sample.prepare_noise(start, 8),
+        "sigmas": sigmas,
+    }
+    for name, cond in (("positive", positive), ("negative", negative)):
+        tensors |= {f"{name}.context": cond[0][0], f"{name}.pooled": cond[0][1]["pooled_output"]}
+    save_file({name: value.contiguous() for name, value in tensors.items()}, Path(SCRATCH) / "sampled.safetensors")
+    return without
+
+
+def qwen():
+    """The stock forward of layers as frames, with the keys outside of the boxes masked by an attention override."""
+    operations = dict(device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+    sizes = dict(num_attention_heads=1, joint_attention_dim=64, num_layers=2)
+    network = QwenImageTransformer2DModel(image_model="qwen_image", in_channels=64, **sizes, **operations)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for tensor in network.state_dict().values():
+            scale = tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.1
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale + (tensor.ndim == 1))
+    model = loaded(network.state_dict(), sizes)
+    texts = conditioning(4, 64), conditioning(5, 64)
+    ours = patch_regions(model, REGIONS, None, None)
+    inside = torch.zeros(TEXT + len(REGIONS.boxes) * REGIONS.height * REGIONS.width, dtype=torch.bool)
+    inside[:TEXT] = True
+    area = torch.zeros(SHAPE[2:], dtype=torch.bool)
+    for layer, (x, y, width, height) in enumerate(REGIONS.boxes):
+        area[layer, 2 * y : 2 * (y + height), 2 * x : 2 * (x + width)] = True
+    inside[TEXT:] = area[:, ::2, ::2].flatten()
+
+    def masked(func, q, k, v, heads, mask=None, **kwargs):
+        bias = torch.zeros(inside.shape).masked_fill(~inside, -1e9)  # not every attention of ComfyUI's takes a boolean mask
+        return func(q, k, v, heads, mask=bias.expand(q.shape[0], 1, q.shape[2], -1), **kwargs)
+
+    stock = model.clone()
+    whole = sample(stock, *texts)
+    stock.model_options["transformer_options"]["optimized_attention_override"] = masked
+    wanted, got = sample(stock, *texts), sample(ours, *texts)
+    scale = wanted.abs().max()
+    error = ((wanted - got).abs() * area).max() / scale
+    emit("qwen", error=float(error), unmasked=float(((whole - got).abs() * area).max() / scale))
+
+
+def hooks(sampled):
+    seen = []
+    noise = comfy.sample.prepare_noise(torch.zeros(SHAPE), 8)
+    again = patch_regions(patched, REGIONS, embedding, schedule_shift(REGIONS.tokens))
+    watched = patch_attention(again, AttentionSettings(min_tokens=0, density=1.0, precision="native", block=16), None)
+    got = comfy.sample.sample(
+        *(watched, noise, STEPS, CFG, "euler", "simple", positive, negative, torch.full(SHAPE, 0.25)),
+        callback=lambda step, denoised, x, total: seen.append(list(denoised.shape)),
+    )
+    report = last_report(watched)
+    core = ModelSamplingFlux().patch(flux, 1.15, 0.5, 1024, 768)[0]
+    emit(
+        "hooks",
+        patches=sorted(flux.model_options["transformer_options"].get("patches", {})),
+        wrappers=sorted(key for group in flux.wrappers.values() for key in group if key == KEY),
+        twice=len(again.model_options["transformer_options"]["patches"]["post_input"]),
+        shift=flux.get_model_object("model_sampling").shift,
+        **{"core shift": core.get_model_object("model_sampling").shift, "our shift": schedule_shift(64 * 48)},
+        same=float((got - sampled).abs().max()),
+        previews=seen,
+        calls=report["calls"],
+        reasons=report["reasons"],
+    )
+
+
+def variants(sampled):
+    """A batch, a mask that protects all but one layer, and sparse attention on the strip."""
+    two = sample(patched, positive, negative, torch.full((2, *SHAPE[1:]), 0.25))
+    mask = torch.zeros(1, 1, *SHAPE[2:])
+    mask[:, :, 3] = 1
+    protected = sample(patched, positive, negative, noise_mask=mask)
+    changed = ((protected - 0.25).abs() > 1e-4).flatten(3).any(3).any(1)[0].tolist()
+    sparse = patch_attention(patched, AttentionSettings(min_tokens=0, density=0.5, precision="native", block=16, start_percent=0.0), None)
+    out = sample(sparse, positive, negative)
+    emit(
+        "variants",
+        batch=float((two[:1] - sampled).abs().max() / sampled.abs().max()),
+        changed=changed,
+        calls=last_report(sparse)["calls"],
+        finite=bool(out.isfinite().all()),
+    )
+
+
+def reference():
+    """A reference latent: its tokens follow the regions' and count as picture, not as text."""
+    latent = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(9))
+    ids = []
+
+    def record(args):
+        ids.append(args["img_ids"].clone())
+        return args
+
+    watched = patched.clone()
+    watched.set_model_patch(record, "post_input")
+    with_reference = conditioning(1, 64, guidance=GUIDANCE, reference_latents=[latent])
+    out = sample(watched, with_reference, with_reference, cfg=1.0)
+    plain = sample(patched, positive, positive, cfg=1.0)
+    # Stock: index 1, rows and columns from 0, as no other reference came before.
+    kept = all(torch.equal(part[0, REGIONS.tokens :], torch.tensor([[1.0, r, c] for r in range(2) for c in range(2)])) for part in ids)
+    emit("reference", finite=bool(out.isfinite().all()), changed=float((out - plain).abs().max()), kept=kept)
+
+
+def refusals():
+    area = conditioning(1, 64, guidance=GUIDANCE, area=(2, 2, 0, 0))
+    tiles = patched.clone()
+    tiles.remove_wrappers_with_key("outer_sample", KEY)
+    unet = nodes.UNETLoader().load_unet("tessera_shapes_t2v.safetensors", "default")[0]
+    for case, action in (
+        ("other latent", lambda: sample(patched, positive, negative, torch.zeros(1, 16, 6, 8))),
+        ("area", lambda: sample(patched, area, negative)),
+        ("tiles", lambda: sample(tiles, positive, negative, torch.zeros(1, 16, 4, 4))),
+        ("other model", lambda: patch_regions(unet, REGIONS, None, None)),
+        ("embedding width", lambda: layer_embedding({"layer_pe": torch.zeros(1, 52, 1, 1, 64)}, REGIONS, 128)),
+    ):
+        try:
+            action()
+        except ValueError as error:
+            emit(case, error=str(error))
+
+
+def small_vae():
+    """The smallest network that ComfyUI's VAE loader takes for Flux: TAESD with random weights."""
+    network = TAESD(latent_channels=16)
+    generator = torch.Generator().manual_seed(11)
+    for tensor in (tensor for name, tensor in network.state_dict().items() if name.startswith("taesd")):
+        scale = tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.0
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
+    save_file({name: value.clone() for name, value in network.state_dict().items()}, Path(SCRATCH) / "taesd.safetensors")
+
+
+folder_paths.add_model_folder_path("diffusion_models", str(DEFAULT_WEIGHTS / "diffusion_models"))
+with torch.inference_mode():
+    sampled = parity()
+    qwen()
+    hooks(sampled)
+    variants(sampled)
+    reference()
+    refusals()
+    small_vae()

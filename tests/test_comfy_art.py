@@ -1,0 +1,237 @@
+"""ART's regions on ComfyUI's own Flux and Qwen-Image, old and new: equal to the whole canvas with masked tokens; and through the queue."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import _installed
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_art import transparent_decoder
+
+from tessera.cli.comfy_server import ComfyServer, PromptFailedError
+
+HERE = Path(__file__).parent
+LAYERS, HEIGHT, WIDTH = 5, 3, 4  # of the canvas, in tokens
+BOXES = [(0, 0, 4, 3), (0, 0, 4, 3), (0, 1, 2, 2), (1, 0, 2, 2), (3, 2, 1, 1)]  # what tests/comfy_art.py's boxes snap to
+STEPS, GUIDANCE, CFG, TEXT = 3, 4.0, 3.5, 7
+
+pytestmark = [pytest.mark.comfy, pytest.mark.slow]
+
+
+def published() -> tuple[torch.nn.Module, torch.Tensor]:
+    """diffusers' Flux at reduced width and depth, whose names the published weights use, and a random `layer_pe`."""
+    diffusers = pytest.importorskip("diffusers", reason="the reference")
+    sizes = dict(num_layers=2, num_single_layers=2, attention_head_dim=128, num_attention_heads=1, joint_attention_dim=64, pooled_projection_dim=64)
+    network = diffusers.FluxTransformer2DModel(**sizes, in_channels=64, guidance_embeds=True, axes_dims_rope=(16, 56, 56)).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + (parameter.ndim == 1))
+    return network, torch.randn(1, 52, 1, 1, 128, generator=generator)
+
+
+def published_lora() -> dict[str, torch.Tensor]:
+    """Under the names that diffusers' pipelines write."""
+    generator = torch.Generator().manual_seed(6)
+    modules = {"transformer_blocks.0.attn.to_q": (128, 128), "transformer_blocks.1.ff.net.0.proj": (512, 128)}
+    modules |= {"single_transformer_blocks.0.attn.to_v": (128, 128), "single_transformer_blocks.1.proj_out": (128, 640)}
+    lora = {}
+    for name, (rows, columns) in modules.items():
+        lora[f"transformer.{name}.lora_A.weight"] = torch.randn(4, columns, generator=generator) * columns**-0.5
+        lora[f"transformer.{name}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.3
+    return lora
+
+
+def reference(network, layer_pe, tensors) -> torch.Tensor:
+    """The whole canvas of every layer through diffusers, keys outside of the boxes masked; Euler, two passes. `(1, 16, layers, h, w)`."""
+    grid = torch.cartesian_prod(torch.arange(LAYERS), torch.arange(HEIGHT), torch.arange(WIDTH))
+    inside = torch.tensor([x <= c < x + w and y <= r < y + h for layer, r, c in grid.tolist() for x, y, w, h in [BOXES[layer]]])
+    hook = network.x_embedder.register_forward_hook(lambda _module, _args, out: out + layer_pe[0, :, 0, 0][grid[:, 0]])
+    mask = torch.cat([torch.ones(TEXT, dtype=torch.bool), inside])[None, None, None]
+
+    def velocity(tokens, sigma, text):
+        return network(
+            hidden_states=tokens,
+            encoder_hidden_states=tensors[f"{text}.context"],
+            pooled_projections=tensors[f"{text}.pooled"],
+            timestep=torch.tensor([sigma]),
+            guidance=torch.tensor([GUIDANCE]),
+            img_ids=grid.float(),
+            txt_ids=torch.zeros(TEXT, 3),
+            joint_attention_kwargs={"attention_mask": mask},
+            return_dict=False,
+        )[0]
+
+    tokens = tensors["noise"].unflatten(-1, (WIDTH, 2)).unflatten(-3, (HEIGHT, 2)).permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
+    mu = 0.5 + 0.65 * (int(inside.sum()) - 256) / 3840  # diffusers.pipelines.flux.calculate_shift, of the tokens inside
+    times = [1 - step / STEPS for step in range(STEPS)]
+    sigmas = [math.exp(mu) / (math.exp(mu) + 1 / t - 1) for t in times] + [0.0]
+    torch.testing.assert_close(tensors["sigmas"], torch.tensor(sigmas), rtol=0, atol=2e-4)  # ComfyUI reads them from a table of 10000
+    for sigma, after in zip(tensors["sigmas"].tolist(), tensors["sigmas"].tolist()[1:], strict=False):
+        negative = velocity(tokens, sigma, "negative")
+        tokens = tokens + (after - sigma) * (negative + CFG * (velocity(tokens, sigma, "positive") - negative))
+    hook.remove()
+    # Back to the autoencoder's scale (scaling_factor, shift_factor of FLUX.1's); outside of the boxes stays what the given latent held.
+    tokens = torch.where(inside[:, None], tokens / 0.3611 + 0.1159, 0.25)
+    return tokens.unflatten(1, (LAYERS, HEIGHT, WIDTH)).unflatten(-1, (16, 2, 2)).permute(0, 4, 1, 2, 5, 3, 6).flatten(-2).flatten(-3, -2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return published()
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["new", "old"])
+def results(request, package_path, tmp_path_factory, model):
+    install, folder = _installed(old=request.param), tmp_path_factory.mktemp("art")
+    save_file(model[0].state_dict(), folder / "flux.safetensors")
+    save_file({"layer_pe": model[1]}, folder / "layer_pe.safetensors")
+    save_file(published_lora(), folder / "lora.safetensors")
+    command = [install.python, HERE / "comfy_art.py", install.path, package_path, folder]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return {line["case"]: line for line in lines} | {name: load_file(folder / f"{name}.safetensors") for name in ("sampled", "taesd")}
+
+
+def test_flux_with_published_names_is_the_whole_canvas_with_masked_tokens(results, model):
+    """Crop, positions, layer embedding, LoRA, shift, embedded guidance, true CFG and scatter, against another library's Flux."""
+    tensors = results["sampled"]
+    network, lora = copy.deepcopy(model[0]), published_lora()
+    with torch.no_grad():
+        for name in (name.removesuffix(".lora_A.weight") for name in lora if "lora_A" in name):
+            module = network.get_submodule(name.removeprefix("transformer."))
+            module.weight += lora[f"{name}.lora_B.weight"] @ lora[f"{name}.lora_A.weight"]
+        wanted = reference(network, model[1], tensors)
+    error = float((tensors["sampled"] - wanted).abs().max() / wanted.abs().max())
+    assert error < 1e-4
+    for other in ("without embedding", "without LoRA"):
+        assert float((tensors[other] - wanted).abs().max()) > 0.1, "what does nothing proves nothing"
+
+
+def test_qwen_image_is_its_own_forward_with_masked_tokens(results):
+    assert results["qwen"]["error"] < 1e-4 and results["qwen"]["unmasked"] > 1e-2
+
+
+def test_the_hooks_leave_nothing_behind(results):
+    line = results["hooks"]
+    assert line["patches"] == [] and line["wrappers"] == [] and line["twice"] == 1 and line["shift"] == pytest.approx(1.15)
+    assert line["same"] == 0.0 and line["core shift"] == pytest.approx(line["our shift"], rel=1e-9)
+    assert line["previews"] == [[1, 16, LAYERS, 2 * HEIGHT, 2 * WIDTH]] * STEPS
+    assert line["calls"] == {"host": 4 * STEPS} and line["reasons"] == {"density 1": 4 * STEPS}, "an attention patch knows where the text is"
+
+
+def test_batches_masks_and_sparse_attention(results):
+    line = results["variants"]
+    assert line["batch"] < 1e-5
+    assert line["changed"] == [False, False, False, True, False]
+    assert line["calls"] == {"sparse": 4 * STEPS} and line["finite"]
+
+
+def test_reference_pictures_keep_their_own_positions(results):
+    line = results["reference"]
+    assert line["finite"] and line["changed"] > 1e-3 and line["kept"]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("other latent", r"latent_image is \(1, 16, 6, 8\), and the model's regions need \(1, 16, 5, 6, 8\); use model and latent of one"),
+        ("area", "the conditioning has area, which know nothing of regions"),
+        ("tiles", "the model got 4 picture tokens and its regions have 33"),
+        ("other model", "model is WanModel, and regions are for Flux.1 and Qwen-Image"),
+        ("embedding width", r"the layer embedding is \(1, 52, 1, 1, 64\); model and boxes need \(1, 5 or more, 1, 1, 128\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused(results, case, message):
+    assert re.search(message, results[case]["error"])
+
+
+def graph(boxes: str = "0, 17, 30, 40\n16 0 32 32", decoder: str = "none", vae: str = "tiny_taesd.safetensors") -> dict[str, dict]:
+    where = dict(width=64, height=48, layer_embedding="tiny_layer_pe.safetensors", base_shift=0.5, max_shift=1.15)
+    run = dict(seed=1, steps=2, cfg=3.5, sampler_name="euler", scheduler="simple", denoise=1.0)
+    return {
+        "1": {"class_type": "UNETLoader", "inputs": {"unet_name": "tiny_flux.safetensors", "weight_dtype": "default"}},
+        "2": {"class_type": "VAELoader", "inputs": {"vae_name": vae}},
+        "3": {"class_type": "TesseraShapesPrompt", "inputs": {"text": "red disc left"}},
+        "4": {
+            "class_type": "TesseraRegionLayers",
+            "inputs": {"model": ["1", 0], "vae": ["2", 0], "boxes": boxes, **where},
+        },
+        "5": {
+            "class_type": "KSampler",
+            "inputs": {"model": ["4", 0], "positive": ["3", 0], "negative": ["3", 0], "latent_image": ["4", 1], **run},
+        },
+        "6": {"class_type": "TesseraDecodeRegionLayers", "inputs": {"samples": ["5", 0], "vae": ["2", 0], "transparent_decoder": decoder}},
+        "7": {"class_type": "TesseraComposeLayers", "inputs": {"layers": ["6", 0], "light": "sRGB", "background": "black"}},
+        "8": {"class_type": "SaveImage", "inputs": {"images": ["7", 0], "filename_prefix": "regions"}},
+        "9": {"class_type": "SaveImage", "inputs": {"images": ["6", 1], "filename_prefix": "merged"}},
+    }
+
+
+@pytest.fixture
+def server(any_comfy: ComfyServer, results, model, tmp_path) -> ComfyServer:
+    """With a tiny Flux under the published names, its layer embedding, a transparent decoder and a small VAE."""
+    assert any_comfy._base is not None
+    folder = any_comfy._base / "models"
+    decoder = transparent_decoder(width=64, blocks=1, hidden=64, channels=16)
+    for name, state in (
+        ("diffusion_models/tiny_flux", model[0].state_dict()),
+        ("layer_embeddings/tiny_layer_pe", {"layer_pe": model[1]}),
+        ("transparent_decoders/tiny_decoder", decoder),
+        ("vae/tiny_taesd", results["taesd"]),
+    ):
+        file = folder / f"{name}.safetensors"
+        if not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            save_file(state, file)
+    return any_comfy
+
+
+def pictures(server: ComfyServer, **changes) -> list[np.ndarray]:
+    outputs = server.run(graph(**changes), timeout=600).outputs
+    return [np.asarray(Image.open(io.BytesIO(server.fetch(outputs[node]["images"][0])))) for node in ("8", "9")]
+
+
+once = pytest.mark.parametrize("results", [False], ids=["new"], indirect=True)
+
+
+@once
+def test_through_the_queue(server):
+    opaque, merged = pictures(server)
+    transparent, same = pictures(server, decoder="tiny_decoder.safetensors")
+    assert opaque.shape == merged.shape == transparent.shape == (48, 64, 3)
+    assert (merged == same).all(), "the merged picture is not the transparent decoder's"
+    outside = np.ones((48, 64), bool)
+    outside[16:48, :32] = outside[:32, 16:48] = False
+    assert (opaque[outside] == transparent[outside]).all() and (opaque != transparent).any()
+    video_vae, _ = pictures(server, vae="tessera_shapes_vae.safetensors")
+    assert video_vae.shape == (48, 64, 3)
+
+
+@once
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"boxes": "0 0 0 10\n70 0 10 10"},
+            r"box 1 \(0 x 10 pixels\) has no area; box 2 \(at 70, 0, 10 x 10\) lies outside of the canvas",
+        ),
+        ({"boxes": "0 0 10 10\n" * 200}, "boxes has 200 foregrounds; use at most 50"),
+        ({"boxes": "a dog"}, "boxes has 'a dog' in line 1; write x, y, width, height in pixels"),
+    ],
+)
+def test_bad_boxes_are_refused_with_one_message(server, changes, message):
+    with pytest.raises(PromptFailedError, match=message):
+        server.run(graph(**changes))
