@@ -9,9 +9,13 @@ import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 from ..models.upscale import spandrel_catanet
+from .art import DECODERS as TRANSPARENT_DECODERS
+from .art import FOLDER as LAYER_EMBEDDINGS
+from .art import DecodeRegionLayers, RegionLayers
 from .attention import Accelerate, AttentionReport, SparseAttention
 from .diffusion_upscale import PatchUpscaleVideo
 from .layers import AutoLayout, ComposeLayers, EditLayer, LayersFromImages, LoadLayers, SaveLayers
+from .layout import Layout
 from .offload import LayerOffload, OffloadReport
 from .patch_adapter import FOLDER as PATCH_ADAPTERS
 from .patch_adapter import LoadPatchAdapter
@@ -31,12 +35,15 @@ class Tessera(ComfyExtension):
         folder_paths.add_model_folder_path("upscale_models", str(UPSCALE / "upscale_models"))
         for parent in (Path(folder_paths.models_dir), UPSCALE):
             folder_paths.add_model_folder_path(PATCH_ADAPTERS, str(parent / PATCH_ADAPTERS))
-        folder_paths.folder_names_and_paths[PATCH_ADAPTERS][1].add(".safetensors")
+        for folder in (LAYER_EMBEDDINGS, TRANSPARENT_DECODERS):
+            folder_paths.add_model_folder_path(folder, str(Path(folder_paths.models_dir) / folder))
+        for folder in (PATCH_ADAPTERS, LAYER_EMBEDDINGS, TRANSPARENT_DECODERS):
+            folder_paths.folder_names_and_paths[folder][1].add(".safetensors")
         logging.info("Tessera: %s", spandrel_catanet.register())
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         upscalers = [PatchUpscale, PatchUpscaleVideoNetwork, PatchUpscaleVideoFile, PatchUpscaleVideo, LoadPatchAdapter, UpscaleReport]
-        layers = [LayersFromImages, ComposeLayers, EditLayer, AutoLayout, SaveLayers, LoadLayers]
+        layers = [LayersFromImages, ComposeLayers, EditLayer, AutoLayout, Layout, SaveLayers, LoadLayers, RegionLayers, DecodeRegionLayers]
         clips = [SaveTransparentVideo, LoadTransparentVideo, AddVideoLayer, ComposeLayeredVideo]
         return [Accelerate, SparseAttention, AttentionReport, LayerOffload, OffloadReport, *upscalers, *layers, *clips, ShapesPrompt]
 
