@@ -16,6 +16,7 @@ from .attention import Accelerate, AttentionReport, SparseAttention
 from .diffusion_upscale import PatchUpscaleVideo
 from .layers import AutoLayout, ComposeLayers, EditLayer, LayersFromImages, LoadLayers, SaveLayers
 from .layout import Layout
+from .lora_composer import ConceptRegion, LoRAComposer
 from .offload import LayerOffload, OffloadReport
 from .patch_adapter import FOLDER as PATCH_ADAPTERS
 from .patch_adapter import LoadPatchAdapter
@@ -45,7 +46,19 @@ class Tessera(ComfyExtension):
         upscalers = [PatchUpscale, PatchUpscaleVideoNetwork, PatchUpscaleVideoFile, PatchUpscaleVideo, LoadPatchAdapter, UpscaleReport]
         layers = [LayersFromImages, ComposeLayers, EditLayer, AutoLayout, Layout, SaveLayers, LoadLayers, RegionLayers, DecodeRegionLayers]
         clips = [SaveTransparentVideo, LoadTransparentVideo, AddVideoLayer, ComposeLayeredVideo]
-        return [Accelerate, SparseAttention, AttentionReport, LayerOffload, OffloadReport, *upscalers, *layers, *clips, ShapesPrompt]
+        return [
+            Accelerate,
+            SparseAttention,
+            AttentionReport,
+            LayerOffload,
+            OffloadReport,
+            *upscalers,
+            *layers,
+            *clips,
+            ConceptRegion,
+            LoRAComposer,
+            ShapesPrompt,
+        ]
 
 
 async def comfy_entrypoint() -> Tessera:
