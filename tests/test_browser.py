@@ -157,10 +157,10 @@ def test_text_to_video_from_drop_to_result(page, tmp_path):
 
 
 @pytest.fixture
-def your_video(comfy: ComfyServer) -> None:
+def your_video(comfy: ComfyServer) -> Iterator[None]:
     """The file that the workflow names, in the input folder before the page asks what is there."""
     import av
-    from test_workflows import upload
+    from test_workflows import uploaded
 
     clip = io.BytesIO()
     with av.open(clip, "w", format="mp4") as container:
@@ -169,7 +169,8 @@ def your_video(comfy: ComfyServer) -> None:
         for number in range(2):
             container.mux(video.encode(av.VideoFrame.from_ndarray(np.full((24, 32, 3), 100 + 50 * number, np.uint8))))
         container.mux(video.encode(None))
-    upload(f"{comfy.url}/upload/image", "your_video.mp4", clip.getvalue())
+    with uploaded(comfy, "your_video.mp4", clip.getvalue()):
+        yield
 
 
 def test_upscale_video_file_from_drop_to_result(your_video, page, tmp_path):

@@ -34,6 +34,16 @@ OPEN = """async ([width, height]) => {
 WIDGET = "const widget = name => app.graph.findNodesByType('TesseraLayout')[0].widgets.find(widget => widget.name === name);"
 
 
+# The canvas has stayed where it is for twenty frames: the front end puts it into place after it has made it.
+AT_REST = """() => {
+    const box = document.querySelector('.tessera-layout .canvas').getBoundingClientRect();
+    const place = [box.x, box.y, box.width, box.height].join();
+    window.framesAtRest = place === window.lastPlace ? (window.framesAtRest ?? 0) + 1 : 0;
+    window.lastPlace = place;
+    return window.framesAtRest > 20;
+}"""
+
+
 class Editor:
     """What a user does, in pixels of the layout's canvas."""
 
@@ -67,6 +77,8 @@ def open_editor(tab: Any, renderer: str) -> Editor:
     tab.wait_for_function("() => document.querySelectorAll('.tessera-layout .canvas').length === 1")
     assert (tab.locator("[data-node-id] .tessera-layout").count() == 1) == (renderer == "vue")
     editor.canvas.wait_for()
+    tab.wait_for_function(AT_REST)
+    editor.canvas.hover(position={"x": 4, "y": 4})  # waits until the mouse reaches it
     shown = editor.canvas.bounding_box()
     assert shown["width"] / shown["height"] == pytest.approx(WIDTH / HEIGHT, rel=0.02) and shown["width"] > 200
     return editor

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -294,11 +296,11 @@ def test_upscale_video_file_runs(any_comfy: ComfyServer):
         for number in range(3):
             container.mux(video.encode(av.VideoFrame.from_ndarray(np.full((24, 32, 3), 60 * number, np.uint8))))
         container.mux(video.encode(None))
-    upload(f"{any_comfy.url}/upload/image", "your_video.mp4", clip.getvalue())
     graph = read_api(UPSCALE_FILE)
     graph["2"]["inputs"] |= {"size": "factor", "size.factor": 2.5}
     del graph["2"]["inputs"]["size.name"]
-    outputs = any_comfy.run(graph, timeout=600).outputs
+    with uploaded(any_comfy, "your_video.mp4", clip.getvalue()):
+        outputs = any_comfy.run(graph, timeout=600).outputs
     with av.open(io.BytesIO(any_comfy.fetch(outputs["2"]["images"][0]))) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert [frame.shape for frame in frames] == [(60, 80, 3)] * 3
@@ -306,13 +308,19 @@ def test_upscale_video_file_runs(any_comfy: ComfyServer):
     assert "32 x 24 to 80 x 60: 3 frames, 2 x 2x network" in outputs["2"]["text"][0]
 
 
-def upload(url: str, name: str, data: bytes) -> None:
-    """As the browser's upload button does."""
+@contextmanager
+def uploaded(server: ComfyServer, name: str, data: bytes) -> Iterator[None]:
+    """A file in the input folder, as the browser's upload button puts it there; gone afterwards, because tests share a server."""
     head = f'--edge\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\nContent-Type: video/mp4\r\n\r\n'
     body = head.encode() + data + b"\r\n--edge--\r\n"
-    request = urllib.request.Request(url, body, {"Content-Type": "multipart/form-data; boundary=edge"})
+    request = urllib.request.Request(f"{server.url}/upload/image", body, {"Content-Type": "multipart/form-data; boundary=edge"})
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
         assert json.load(answer)["name"] == name
+    assert server._base is not None
+    try:
+        yield
+    finally:
+        (server._base / "input" / name).unlink()
 
 
 @pytest.mark.comfy
