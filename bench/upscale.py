@@ -18,6 +18,7 @@ import tempfile
 import time
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("comfyui")
@@ -45,7 +46,6 @@ from PIL import Image  # noqa: E402
 
 from tessera.models.upscale import metrics, pictures, spandrel_catanet  # noqa: E402
 from tessera.models.upscale.pictures import Network, plan, upscale  # noqa: E402
-from tessera.models.upscale.tiling import Tiling, overlapping  # noqa: E402
 from tessera.nodes import UPSCALE  # noqa: E402
 from tessera.nodes.upscale import PatchUpscale  # noqa: E402
 
@@ -96,13 +96,14 @@ def seams() -> dict[str, float]:
 
 
 def speed() -> dict[str, float]:
-    """576 x 992 is two columns and two rows of ComfyUI's tiles of 512."""
-    loaded, image = model(), picture(576, 992)
+    """160 x 928 is two of ComfyUI's tiles."""
+    loaded, image = model(), picture(160, 928)
+    PatchUpscale.hidden = SimpleNamespace(unique_id=None)  # what the server fills in
     network, batch = Network(lambda x: loaded(x), 2, 28), image.movedim(0, -1)[None]
-    tiling = Tiling(tuple(overlapping(side, TILE, OVERLAP, OVERLAP // 4) for side in image.shape[-2:]))
+    tiling = plan(*image.shape[-2:], TILE, OVERLAP)
     runs = {
         "untiled": lambda: network(image[None]),
-        "tiled": lambda: upscale(image, network, (1984, 1152), tile=TILE, overlap=OVERLAP),
+        "tiled": lambda: upscale(image, network, (1856, 320), tile=TILE, overlap=OVERLAP),
         "Patch Upscale (network)": lambda: PatchUpscale.execute(loaded, batch, {"size": "factor", "factor": 2.0}, TILE, OVERLAP),
         "Upscale Image (using Model)": lambda: ImageUpscaleWithModel.execute(loaded, batch),
     }
@@ -137,7 +138,7 @@ source, target, weights = sys.argv[1:]
 if weights == "bicubic":
     operator = lambda frames: F.interpolate(frames, scale_factor=2, mode="bicubic")
 else:
-    network = Network(catanet.build(load_file(weights)), 2, catanet.MIN_SIDE)
+    network = Network(catanet.build(load_file(weights)), 4, catanet.MIN_SIDE)
     operator = lambda frames: torch.stack([upscale(frame, network, (3840, 2160)) for frame in frames])
 with torch.inference_mode():
     upscale_video(source, target, operator, (3840, 2160))
@@ -146,15 +147,17 @@ print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.st
 
 
 def memory() -> dict[str, int | float]:
-    """Peak resident kB of a process that turns a clip of 1920 x 1080 into one of 3840 x 2160."""
+    """Peak resident kB of a process that makes a clip of 3840 x 2160 of one of 1920 x 1080, or with CATANet x4 of one of 960 x 540."""
     found: dict[str, int | float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, frames, weights in (("bicubic", 20, "bicubic"), ("bicubic", 200, "bicubic"), ("CATANet", 3, "tessera_catanet_x2.safetensors")):
+        runs = (("bicubic", 20, "bicubic", 2), ("bicubic", 200, "bicubic", 2), ("CATANet", 3, "tessera_catanet_x4.safetensors", 4))
+        for name, frames, weights, factor in runs:
+            width, height = 3840 // factor, 2160 // factor
             source = Path(folder, f"{frames}.mp4")
             with av.open(str(source), "w") as container:
                 stream = container.add_stream("libx264", rate=Fraction(25), options={"preset": "ultrafast"})
-                stream.width, stream.height, stream.pix_fmt = 1920, 1080, "yuv420p"
-                base = (drawn(1080, 1920) * 255).byte().movedim(0, -1).numpy()
+                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+                base = (drawn(height, width) * 255).byte().movedim(0, -1).numpy()
                 for index in range(frames):
                     container.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(base, 4 * index, 1), format="rgb24")))
                 container.mux(stream.encode())

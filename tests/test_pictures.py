@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 
 from tessera.models.upscale import catanet, metrics
 from tessera.models.upscale.pictures import NAMED, Network, guided_alpha, passes, plan, target_size, upscale
+from tessera.models.upscale.tiling import Tiling, overlapping
 
 
 def bicubic(scale: int) -> Network:
@@ -102,6 +105,18 @@ def test_sixteen_bits_survive():
     ramp = torch.linspace(0, 1, 4096).expand(3, 8, -1)
     out = upscale(ramp, Network(lambda x: x, 1), (4096, 8), tile=512)
     assert len(out[0, 0].unique()) == 4096
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([64, 77, 96, 256, 512]), st.floats(0, 0.5))
+def test_patches_are_few_and_no_larger_than_needed(height, width, tile, share):
+    """Never more of them, nor more area, than patches of the full size; and the overlap that was asked for."""
+    overlap = int(tile * share)
+    cut = plan(height, width, tile, overlap)
+    full = Tiling(tuple(overlapping(side, tile, overlap, overlap // 4) for side in (height, width)))
+    assert len(cut.patches) <= len(full.patches) and cut.recomputed <= full.recomputed + 1e-9
+    for axis in cut.axes:
+        assert axis.tile <= tile
+        assert all(left.stop - right.start >= overlap for left, right in itertools.pairwise(axis.spans))
 
 
 def test_other_channels_are_refused():

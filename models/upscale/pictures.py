@@ -83,10 +83,18 @@ def passes(width: int, height: int, size: tuple[int, int], scale: int) -> int:
 
 
 def plan(height: int, width: int, tile: int, overlap: int) -> Tiling:
-    """Patches of `tile` with `overlap`; the outer quarter of an overlap is not used, the rest is blended."""
+    """Patches of at most `tile` with `overlap`; the outer quarter of an overlap is not used, the rest is blended.
+
+    There are as few as possible, and they are as small as that many can be: positions that are computed twice cost time and bring nothing.
+    """
     tile = max(tile, 4)
     overlap = min(overlap, tile // 2)
-    return Tiling(tuple(overlapping(side, tile, overlap, overlap // 4) for side in (height, width)))
+
+    def fitting(side: int) -> int:
+        count = max(ceil((side - overlap) / (tile - overlap)), 1)
+        return min(max(ceil((side + (count - 1) * overlap) / count / 8) * 8, 2 * overlap), tile)
+
+    return Tiling(tuple(overlapping(side, fitting(side), overlap, overlap // 4) for side in (height, width)))
 
 
 def upscale(
