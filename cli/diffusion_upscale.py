@@ -32,9 +32,12 @@ from torch import Tensor
 from ..models.upscale.picture_files import read_picture
 from ..models.upscale.pictures import NAMED
 from ..models.upscale.tiling import stream
-from ..models.upscale.video import CONTAINERS, NO_SPACE, VideoFacts, _open, _Reader, _to_rgb, inspect_video, upscale_video
+from ..models.upscale.video import upscale_video
+from ..models.upscale.video_reader import VideoFacts, VideoReader, inspect_video, open_video
+from ..models.upscale.video_writer import CONTAINERS, NO_SPACE
+from ..models.upscale.ycbcr import to_rgb
 from .comfy_server import HOW_TO_GET, ComfyClient, ComfyServer, PromptFailedError, PromptRefusedError, ServerStartError, find_comfy
-from .upscale import _jobs, _Line, _size
+from .upscale import ProgressLine, find_jobs, wanted_size
 
 NODE = "TesseraPatchUpscaleVideo"
 SAVE = "tessera_save"
@@ -57,11 +60,11 @@ def run(options: argparse.Namespace) -> None:
     """Do what the command line says. Raises ValueError and OSError before any work where the request cannot be done."""
     _check(options)
     workflow = Workflow.read(options.diffusion)
-    [(source, target)] = _jobs(options.source, options.target, options.overwrite)
+    [(source, target)] = find_jobs(options.source, options.target, options.overwrite)
     if target.suffix.lower() not in CONTAINERS:
         raise ValueError(f"{target}: --diffusion makes videos; write one of {', '.join(CONTAINERS)}")
     facts = inspect_video(source)
-    size = _size(options, facts.width, facts.height)
+    size = wanted_size(options, facts.width, facts.height)
     workflow.graph[workflow.node]["inputs"] |= _size_inputs(options)
     start = time.monotonic()
     with ExitStack() as stack:
@@ -69,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
         # Beside the result, where there has to be room for a video anyway.
         folder = Path(stack.enter_context(TemporaryDirectory(prefix=f".{target.stem[:64]}.", dir=target.parent)))
         pool = stack.enter_context(Chunks(servers, workflow, folder))
-        line = stack.enter_context(_Line(source.name))
+        line = stack.enter_context(ProgressLine(source.name))
         pool.begin(_frames(source, facts), options.chunk, options.chunk_overlap)
         estimate = ceil((facts.frames - options.chunk_overlap) / (options.chunk - options.chunk_overlap)) if facts.frames else 0
 
@@ -242,12 +245,12 @@ def read_frame(file: Path, deep: bool) -> Tensor:
 
 def _frames(source: Path, facts: VideoFacts) -> Iterator[Tensor]:
     """What `upscale_video` reads, (3, height, width) in 0..1, to its end or to where it would stop."""
-    with _open(source) as container:
-        reader = _Reader(container, str(source))
+    with open_video(source) as container:
+        reader = VideoReader(container, str(source))
         for frame in reader.decoded((reader.video, *reader.others), lambda packet: None):
             if (frame.width, frame.height) != (facts.width, facts.height):
                 return
-            yield _to_rgb(frame, facts.colour)
+            yield to_rgb(frame, facts.colour)
 
 
 # Chunks and servers

@@ -18,7 +18,9 @@ from ..models.upscale.networks import NetworkFile, built_in, read_network
 from ..models.upscale.picture_files import FORMATS, fitted, read_picture, write_picture
 from ..models.upscale.pictures import NAMED, SMALLEST_TILE, Network, passes, target_size, upscale
 from ..models.upscale.tiling import Patch, Progress
-from ..models.upscale.video import CONTAINERS, inspect_video, upscale_video
+from ..models.upscale.video import upscale_video
+from ..models.upscale.video_reader import inspect_video
+from ..models.upscale.video_writer import CONTAINERS
 from ..models.upscale.workers import WorkerError, Workers, processes, ray_cluster
 
 BICUBIC = Network(lambda x: x, 1)
@@ -27,7 +29,7 @@ BICUBIC = Network(lambda x: x, 1)
 def run(options: argparse.Namespace) -> None:
     """Do what the command line says. Raises ValueError and OSError before any work where the request cannot be done."""
     _check(options)
-    jobs = _jobs(options.source, options.target, options.overwrite)
+    jobs = find_jobs(options.source, options.target, options.overwrite)
     weights = read_network(Path(options.model)) if options.model not in ("catanet", "bicubic") else None
     failed = []
     with ExitStack() as stack:
@@ -61,10 +63,10 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name} is {value}; use at least 1")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    _size(options, 1, 1)
+    wanted_size(options, 1, 1)
 
 
-def _jobs(source: Path, target: Path, overwrite: bool) -> list[tuple[Path, Path]]:
+def find_jobs(source: Path, target: Path, overwrite: bool) -> list[tuple[Path, Path]]:
     """Files to read and to write. In a folder, those that are there already are left alone."""
     if source.is_dir():
         if target.exists() and not target.is_dir():
@@ -99,7 +101,8 @@ def _jobs(source: Path, target: Path, overwrite: bool) -> list[tuple[Path, Path]
     return [(source, target)]
 
 
-def _size(options: argparse.Namespace, width: int, height: int) -> tuple[int, int]:
+def wanted_size(options: argparse.Namespace, width: int, height: int) -> tuple[int, int]:
+    """(width, height) that --size, --factor or --megapixels asks for, for a source of this size. Raises ValueError."""
     if options.size is None:
         return target_size(width, height, factor=options.factor, megapixels=options.megapixels)
     names = [name for name in NAMED if name.lower().startswith(options.size.strip().lower())]
@@ -168,7 +171,7 @@ class _Run:
 class _Passes:
     """The passes of the network over one picture, as `on_patch` sees them."""
 
-    def __init__(self, count: int, scale: int, line: _Line | None = None) -> None:
+    def __init__(self, count: int, scale: int, line: ProgressLine | None = None) -> None:
         self.shares = [scale ** (2 * index) for index in range(count)]  # each has as many times more to do
         self.line = line
         self.states: list[Progress] = []
@@ -191,11 +194,11 @@ def _picture(source: Path, target: Path, options: argparse.Namespace, engine: _E
     start = time.monotonic()
     picture = read_picture(source)
     height, width = picture.pixels.shape[-2:]
-    size = _size(options, width, height)
+    size = wanted_size(options, width, height)
     picture = fitted(picture, target, size)
     run = engine.get(width, height, size)
     count = passes(width, height, size, run.network.scale)
-    with _Line(source.name) as line:
+    with ProgressLine(source.name) as line:
         seen = _Passes(count, run.network.scale, line)
         pixels = run.enlarge(picture.pixels, size, options.tile, seen)
     write_picture(target, replace(picture, pixels=pixels))
@@ -205,7 +208,7 @@ def _picture(source: Path, target: Path, options: argparse.Namespace, engine: _E
 def _video(source: Path, target: Path, options: argparse.Namespace, engine: _Engine) -> None:
     start = time.monotonic()
     facts = inspect_video(source)
-    size = _size(options, facts.width, facts.height)
+    size = wanted_size(options, facts.width, facts.height)
     run = engine.get(facts.width, facts.height, size)
     count = passes(facts.width, facts.height, size, run.network.scale)
     steps_down: list[str] = []
@@ -216,7 +219,7 @@ def _video(source: Path, target: Path, options: argparse.Namespace, engine: _Eng
         steps_down.extend(seen.steps_down)  # the next frame would not fit either
         return out[None]
 
-    with _Line(source.name) as line:
+    with ProgressLine(source.name) as line:
 
         def on_frame(done: int, total: int | None, frame: Tensor | None) -> None:
             line.show(done / max(total, done, 1) if total else None, f"frame {done}" + (f" of {max(total, done)}" if total else ""))
@@ -225,7 +228,7 @@ def _video(source: Path, target: Path, options: argparse.Namespace, engine: _Eng
     run.report(target, (summary.width, summary.height), count, f"{summary.frames} frames, ", start, [*summary.notes, *steps_down])
 
 
-class _Line:
+class ProgressLine:
     """A line on stderr that is written over on a terminal; elsewhere a new one every tenth of the way."""
 
     def __init__(self, name: str) -> None:
@@ -233,7 +236,7 @@ class _Line:
         self.terminal = sys.stderr.isatty()
         self._tenths = 0
 
-    def __enter__(self) -> _Line:
+    def __enter__(self) -> ProgressLine:
         return self
 
     def __exit__(self, *_: object) -> None:

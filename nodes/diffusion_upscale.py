@@ -12,7 +12,7 @@ from torch import Tensor
 from ..models.upscale import colour as colours
 from ..models.upscale.pictures import resize
 from .patch_adapter import Adapter, PatchGuide, adapted
-from .upscale import CATEGORY, size_input, size_of
+from .upscale import CATEGORY, size_for, size_input
 from .windows import COORDINATES, FUSIONS, PATCH, JointModulation
 
 
@@ -123,7 +123,7 @@ class PatchUpscaleVideo(io.ComfyNode):
         for name, conditioning in (("positive", positive), ("negative", negative)):
             if any("control" in extra for _, extra in conditioning):
                 raise ValueError(f"{name} carries a control net, whose picture cannot be cut into windows; leave it out")
-        width, height = size_of(image, size)
+        width, height = size_for(image.shape[2], image.shape[1], size)
         compression = vae.spacial_compression_encode()
         enlarged = torch.stack([resize(frame.movedim(-1, 0)[:3].float(), (width, height)).clamp(0, 1) for frame in image])
         temporal = vae.temporal_compression_decode() or 1

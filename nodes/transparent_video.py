@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ..models.layers.blend import MODES
 from ..models.layers.document import MAX_SIDE, clean_name, rgba
 from .layers import CATEGORY
-from .upscale_video import _input_path
+from .upscale_video import input_path
 
 # The library's formats; PyAV, which it needs, is imported when a node runs.
 FORMATS = {
@@ -37,7 +37,7 @@ FILES = (".mov", ".webm", ".mkv", ".mp4", ".avi", ".webp", ".apng")
 VideoLayers = io.Custom("TESSERA_VIDEO_LAYERS")
 
 
-class _Frames:
+class AlphaFrames:
     """The frames of an IMAGE with its own alpha, or that of a MASK (1 hides), made one at a time: `(height, width, 4)`."""
 
     def __init__(self, images: Tensor, mask: Tensor | None):
@@ -129,10 +129,10 @@ class SaveTransparentVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, filename_prefix, fps, format, alpha, mask=None, audio=None) -> io.NodeOutput:
-        from ..models.layers.video import Sound, save, save_preview
+        from ..models.layers.video_writer import Sound, save, save_preview
 
         kind, rate = format["format"], _rate(fps)
-        frames = _Frames(images, mask)
+        frames = AlphaFrames(images, mask)
         sound = None if audio is None else Sound(audio["waveform"][0], int(audio["sample_rate"]))
         size = images.shape[2], images.shape[1]
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory(), *size)
@@ -215,12 +215,12 @@ class LoadTransparentVideo(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file=None, **others):
-        path = None if file is None else _input_path(file)  # None: another node makes it, and runs first
+        path = None if file is None else input_path(file)  # None: another node makes it, and runs first
         return None if path is None or not path.exists() else path.stat().st_mtime_ns
 
     @classmethod
     def execute(cls, file, channels, alpha, start, frames) -> io.NodeOutput:
-        from ..models.layers.video import load
+        from ..models.layers.video_reader import load
 
         clip = load(_existing(file), alpha)
         stop = start + frames if frames else None
@@ -242,7 +242,7 @@ class LoadTransparentVideo(io.ComfyNode):
 
 def _choices() -> list[str]:
     """Clips in the input folder and below it; of PNG files the animated ones, and folders that hold others."""
-    from ..models.layers.video import is_animated_png
+    from ..models.layers.video_reader import is_animated_png
 
     folder = Path(folder_paths.get_input_directory())
     found = set()
@@ -256,7 +256,7 @@ def _choices() -> list[str]:
 
 
 def _existing(file: str) -> Path:
-    path = _input_path(file)
+    path = input_path(file)
     if path is None:
         raise ValueError(f"file is {file!r}, which lies outside ComfyUI's folders; copy the video into the input folder")
     if not path.exists():
@@ -296,7 +296,7 @@ class AddVideoLayer(io.ComfyNode):
         name = clean_name(name) or f"Layer {len(layers) + 1}"
         if name in (layer.name for layer in layers):
             raise ValueError(f"name is {name!r}, as that of a layer below; give it another")
-        return io.NodeOutput((*layers, ClipLayer(name, _Frames(images, mask), x, y, opacity, blend_mode, ending)))
+        return io.NodeOutput((*layers, ClipLayer(name, AlphaFrames(images, mask), x, y, opacity, blend_mode, ending)))
 
 
 class ComposeLayeredVideo(io.ComfyNode):
@@ -309,7 +309,7 @@ class ComposeLayeredVideo(io.ComfyNode):
             description="Flattens layers of clips frame by frame, or gives one layer alone, at its place and with its transparency.",
             search_aliases=["layered video", "overlay video", "composite video", "flatten"],
             inputs=[
-                VideoLayers.Input("layers", tooltip="From Add Video Layer."),
+                VideoLayers.Input("layers", tooltip="From Add Video Layer or Decode Region Video."),
                 io.String.Input("layer", default="", tooltip="Name of the one layer to give alone. Empty: all of them over one another."),
                 io.Int.Input("width", default=0, min=0, max=MAX_SIDE, tooltip="Of the canvas, in pixels. 0: that of the lowest layer."),
                 io.Int.Input("height", default=0, min=0, max=MAX_SIDE, tooltip="Of the canvas, in pixels. 0: that of the lowest layer."),

@@ -45,13 +45,8 @@ def size_input() -> Any:
     )
 
 
-def size_of(image: Tensor, size: dict[str, Any]) -> tuple[int, int]:
-    """(width, height) that the widget asks for, for an image `(batch, height, width, channels)`."""
-    return size_for(image.shape[2], image.shape[1], size)
-
-
 def size_for(width: int, height: int, size: dict[str, Any]) -> tuple[int, int]:
-    """The same for a picture of this size."""
+    """(width, height) that the widget asks for, for a picture of this size."""
     kind = size["size"]
     return target_size(width, height, **{{"named": "name"}.get(kind, kind): size["name" if kind == "named" else kind]})
 
@@ -184,7 +179,7 @@ class PatchUpscale(io.ComfyNode):
         batch, height, width, channels = image.shape
         if channels not in (1, 3, 4) or min(batch, height, width) < 1:
             raise ValueError(f"image is {tuple(image.shape)} (pictures, height, width, channels); give at least one picture of 1, 3 or 4 channels")
-        target = size_of(image, size)
+        target = size_for(width, height, size)
         device = load_network(upscale_model, image.element_size(), tile)
         network = network_of(upscale_model)
         count = passes(width, height, target, network.scale)

@@ -106,7 +106,7 @@ class PatchUpscaleVideoFile(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, tile, overlap, size=None, file=None):
         if file is not None:
-            path = _input_path(file)
+            path = input_path(file)
             if path is None:
                 return f"file is {file!r}, which lies outside ComfyUI's folders; copy the video into the input folder"
             if not path.is_file():
@@ -115,15 +115,15 @@ class PatchUpscaleVideoFile(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file, **others):
-        path = _input_path(file)
+        path = input_path(file)
         return path.stat().st_mtime_ns if path is not None and path.is_file() else None
 
     @classmethod
     def execute(cls, upscale_model, file, size, tile, overlap, filename_prefix, container, crf) -> io.NodeOutput:
-        path = _input_path(file)
+        path = input_path(file)
         if path is None:  # a name made by another node, which no validation has seen
             raise ValueError(f"file is {file!r}, which lies outside ComfyUI's folders; copy the video into the input folder")
-        from ..models.upscale.video import inspect_video
+        from ..models.upscale.video_reader import inspect_video
 
         facts = inspect_video(path)
         wanted = size_for(facts.width, facts.height, size)
@@ -139,7 +139,8 @@ class PatchUpscaleVideoFile(io.ComfyNode):
 
 def _upscale(node_id, upscale_model, source, trim, target, part, size, tile, overlap, crf, metadata=None) -> str:
     """Upscale a source of the library into `target`; what an interrupted run finished is in `part`. Returns a line on what was done."""
-    from ..models.upscale.video import inspect_video, upscale_video
+    from ..models.upscale.video import upscale_video
+    from ..models.upscale.video_reader import inspect_video
 
     facts = inspect_video(source, trim)
     wanted = size_for(facts.width, facts.height, size)
@@ -190,7 +191,7 @@ def _upscale(node_id, upscale_model, source, trim, target, part, size, tile, ove
 
 def _source(video: Any) -> tuple[Any, tuple[float, float]]:
     """ComfyUI's VIDEO as a source of the library, and its trim: start and length in seconds."""
-    from ..models.upscale.video import Clip
+    from ..models.upscale.video_reader import Clip
 
     if isinstance(video, InputImpl.VideoFromComponents):
         # Its stream would be lossy H.264 of 8 bit, and as much memory again.
@@ -236,7 +237,7 @@ def _bytes(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def _input_path(file: str) -> Path | None:
+def input_path(file: str) -> Path | None:
     """The path of an entry of the widget, such as "clip.mp4" or "video/clip.mp4 [output]"; None where it leaves its folder."""
     name, base = folder_paths.annotated_filepath(file)
     folder = Path(base or folder_paths.get_input_directory()).resolve()

@@ -37,7 +37,8 @@ from server import PromptServer  # noqa: E402
 
 import nodes  # noqa: E402
 from tessera.models.default import vocabulary  # noqa: E402
-from tessera.models.upscale import video  # noqa: E402
+from tessera.models.upscale.video import upscale_video  # noqa: E402
+from tessera.models.upscale.video_reader import Clip  # noqa: E402
 from tessera.nodes import DEFAULT_WEIGHTS  # noqa: E402
 from tessera.nodes.upscale import Display, PatchUpscale  # noqa: E402
 from tessera.nodes.upscale_video import PatchUpscaleVideoFile  # noqa: E402
@@ -207,7 +208,7 @@ def interrupted():
         folder_paths.set_output_directory(str(out))
         for name in ("stop", "memory"):
             frames = torch.rand(12, 48, 96, 3, generator=torch.Generator().manual_seed(1))
-            video.upscale_video(video.Clip(frames, Fraction(25)), Path(folder) / f"{name}.mp4", lambda x: x, (96, 48))
+            upscale_video(Clip(frames, Fraction(25)), Path(folder) / f"{name}.mp4", lambda x: x, (96, 48))
             error = torch.cuda.OutOfMemoryError("device full") if name == "memory" else None
             first, second, third = Nearest(11, error), Nearest(), Nearest()
             said, found, lists = [], "", []

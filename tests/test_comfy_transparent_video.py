@@ -18,7 +18,8 @@ av = pytest.importorskip("av")
 from test_transparent_video import COUNT, HEIGHT, WIDTH, clip, ffprobe, independent, needs_ffmpeg, over, placed, psnr, written  # noqa: E402
 
 from tessera.cli.comfy_server import ComfyServer, PromptFailedError, PromptRefusedError  # noqa: E402
-from tessera.models.layers.video import FORMATS, Sound, load  # noqa: E402
+from tessera.models.layers.video_reader import load  # noqa: E402
+from tessera.models.layers.video_writer import FORMATS, Sound  # noqa: E402
 
 pytestmark = [pytest.mark.comfy, pytest.mark.slow]
 

@@ -23,7 +23,8 @@ av = pytest.importorskip("av")
 from tessera.__main__ import main  # noqa: E402
 from tessera.cli import comfy_server, diffusion_upscale  # noqa: E402
 from tessera.cli.comfy_server import ComfyServer  # noqa: E402
-from tessera.models.upscale.video import Clip, upscale_video  # noqa: E402
+from tessera.models.upscale.video import upscale_video  # noqa: E402
+from tessera.models.upscale.video_reader import Clip  # noqa: E402
 
 NODE = "TesseraPatchUpscaleVideo"
 

@@ -13,6 +13,7 @@ import pytest
 import tifffile
 import torch
 from safetensors.torch import load_file, save_file
+from test_catanet import shuffle
 
 from tessera.__main__ import main
 from tessera.cli import hyperspectral
@@ -103,15 +104,6 @@ def refine(x, p, name, convs):
         y = conv(y, p, f"{name}.{convs}.{index}")
         y = np.where(y > 0, y, 0.2 * y)
     return x + conv(y, p, f"{name}.{convs}.6")
-
-
-def shuffle(x, factor):
-    channels, height, width = x.shape
-    out = np.zeros((channels // factor**2, height * factor, width * factor))
-    for dy in range(factor):
-        for dx in range(factor):
-            out[:, dy::factor, dx::factor] = x[dy * factor + dx :: factor**2]
-    return out
 
 
 def unshuffle(x, factor):

@@ -20,8 +20,11 @@ av = pytest.importorskip("av")
 from test_browser import chromium  # noqa: E402, F401  (a fixture)
 from test_upscale_video import to_rgb  # noqa: E402
 
-from tessera.models.layers import video  # noqa: E402
-from tessera.models.layers.video import ALPHA, FORMATS, BrokenVideoError, ClipLayer, LayeredClip, Sound, bled, load, save  # noqa: E402
+from tessera.models.layers import video_writer  # noqa: E402
+from tessera.models.layers.video import ClipLayer, LayeredClip  # noqa: E402
+from tessera.models.layers.video_reader import load  # noqa: E402
+from tessera.models.layers.video_writer import ALPHA, FORMATS, Sound, bled, save  # noqa: E402
+from tessera.models.upscale.video_reader import BrokenVideoError  # noqa: E402
 
 WIDTH, HEIGHT, COUNT = 96, 64, 5
 RATE = Fraction(24)
@@ -238,7 +241,7 @@ def test_no_other_colour_comes_into_an_edge(tmp_path, format, monkeypatch):
     errors = []
     for name in ("bled", "as it is"):
         if name != "bled":
-            monkeypatch.setattr(video, "bled", lambda picture: picture)
+            monkeypatch.setattr(video_writer, "bled", lambda picture: picture)
         found = independent(written(tmp_path, format, frames), format, 10)
         visible = torch.stack(frames)[..., 3].numpy() == 1
         errors.append(np.abs(found[..., :3] - (1.0, 0.1, 0.1))[visible].max())
@@ -395,7 +398,7 @@ def test_a_missing_encoder_is_named(tmp_path, monkeypatch):
             raise ValueError(name)
         return real(name, mode)
 
-    monkeypatch.setattr(video.av.codec, "Codec", without)
+    monkeypatch.setattr(video_writer.av.codec, "Codec", without)
     with pytest.raises(ValueError, match=r"VP9 WebM needs the encoder libvpx-vp9, which this build of PyAV has not; .*FFV1"):
         written(tmp_path, "VP9 WebM")
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -17,7 +20,7 @@ def composite(document: Document, *, linear: bool = False, device: torch.device 
     """
     canvas = torch.zeros(document.height, document.width, 4, device=device)
     _draw(canvas, (0, 0), document.layers, linear)
-    out = _straight(canvas)
+    out = straight(canvas)
     if linear:
         out[..., :3] = to_srgb(out[..., :3])
     return out.clamp_(0, 1).cpu()
@@ -44,7 +47,7 @@ def _draw(canvas: Tensor, origin: tuple[int, int], nodes: tuple[Node, ...], line
         else:
             group = torch.zeros_like(part)
             _draw(group, (x, y), node.layers, linear)
-            colour, alpha = _straight(group).split([3, 1], -1)
+            colour, alpha = straight(group).split([3, 1], -1)
         alpha = alpha * node.opacity
         if node.blend_mode == "dissolve":
             alpha = _dissolved(alpha, box, _bounds(node))
@@ -89,13 +92,14 @@ def _paint(canvas: Tensor, colour: Tensor, alpha: Tensor, blend_mode: str) -> No
     """W3C section 10: the part of the source over the backdrop is blended, the part beside it is the source. In place, premultiplied."""
     below = canvas[..., 3:]
     if blend_mode not in ("normal", "dissolve"):
-        colour = (1 - below) * colour + below * MODES[blend_mode](_straight(canvas)[..., :3], colour)
+        colour = (1 - below) * colour + below * MODES[blend_mode](straight(canvas)[..., :3], colour)
     canvas.mul_(1 - alpha)
     canvas[..., :3].add_(colour * alpha)
     canvas[..., 3:].add_(alpha)
 
 
-def _straight(premultiplied: Tensor) -> Tensor:
+def straight(premultiplied: Tensor) -> Tensor:
+    """`(..., 4)` with colours times alpha -> colours as they are, in 0..1; black where alpha is 0."""
     alpha = premultiplied[..., 3:]
     colour = torch.where(alpha > 0, premultiplied[..., :3] / alpha.clamp_min(1e-12), 0)
     return torch.cat([colour.clamp(0, 1), alpha], -1)
@@ -106,3 +110,19 @@ def on_checkerboard(picture: Tensor, cell: int = 8) -> Tensor:
     rows, columns = (torch.arange(side, device=picture.device) // cell for side in picture.shape[:2])
     squares = torch.where((rows[:, None] + columns) % 2 == 0, 0.8, 0.6)[..., None]
     return picture[..., :3] * picture[..., 3:] + squares * (1 - picture[..., 3:])
+
+
+def thumbnails(document: Document, layers: Sequence[Layer], side: int = 256) -> Tensor:
+    """The composite, then each of the layers alone where it lies, hidden ones too, on a checkerboard: `(1 + layers, height, width, 3)`.
+
+    The longer side of the canvas is shown at `side` pixels at most.
+    """
+    scale = min(side / max(document.width, document.height), 1.0)
+
+    def small(layer: Layer) -> Layer:
+        width, height = (max(round(pixels * scale), 1) for pixels in layer.size)
+        return replace(layer, x=round(layer.x * scale), y=round(layer.y * scale), transform=replace(layer.transform, width=width, height=height))
+
+    canvas = replace(document, width=max(round(document.width * scale), 1), height=max(round(document.height * scale), 1))
+    alone = [replace(canvas, layers=(replace(small(layer), visible=True),)) for layer in layers]
+    return torch.stack([on_checkerboard(composite(one)) for one in (canvas.map(small), *alone)])

@@ -1,0 +1,283 @@
+"""Transparent video out of files, frame by frame: what `video_writer` and other programs wrote."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..upscale.picture_files import read_picture
+from ..upscale.video_reader import BrokenVideoError, open_video
+from ..upscale.ycbcr import Colour, bit_depth, colour_tags, plane_codes, to_rgb
+from .compose import straight
+from .document import rgba
+from .video_writer import ALPHA, ALPHA_TAG, RATE_TAG, SOUND_FILE, Sound
+
+
+@dataclass(frozen=True)
+class AlphaVideo:
+    """A clip in a file or folder. Each iteration reads it anew: frames `(height, width, 4)` float32 in 0..1 with straight alpha.
+
+    frames: how many the file says there are, or None. transparent: whether it has an alpha channel. premultiplied: how its colours are
+    stored; they are divided by alpha when they are read. notes: sentences on what was assumed or left out.
+    """
+
+    path: Path
+    width: int
+    height: int
+    rate: Fraction
+    frames: int | None
+    codec: str
+    bits: int
+    transparent: bool
+    premultiplied: bool
+    notes: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        read = _folder_frames if self.path.is_dir() else _webp_frames if self.codec == "webp" else _decoded
+        for number, frame in enumerate(read(self.path)):
+            if frame.shape[:2] != (self.height, self.width):
+                sizes = f"{self.width} x {self.height} to {frame.shape[1]} x {frame.shape[0]}"
+                raise BrokenVideoError(f"{self.path} changes its size from {sizes} at frame {number}; export it with one size")
+            yield straight(frame) if self.premultiplied else frame
+
+    def sound(self) -> Sound | None:
+        """The first sound track, all of it, or None. Raises BrokenVideoError."""
+        path = self.path / SOUND_FILE if self.path.is_dir() else self.path
+        if self.codec == "webp" or not path.is_file():
+            return None
+        with open_video(path) as container:
+            if not container.streams.audio:
+                return None
+            parts: list[np.ndarray] = []
+            stream = container.streams.audio[0]
+            resampler = av.AudioResampler(format="fltp", layout=stream.layout, rate=stream.rate)
+            try:
+                for frame in itertools.chain(container.decode(stream), (None,)):
+                    parts.extend(part.to_ndarray() for part in resampler.resample(frame))
+            except av.FFmpegError as error:
+                raise BrokenVideoError(f"the sound of {path} is damaged ({error.strerror}); get a complete copy of it") from error
+            return Sound(torch.from_numpy(np.concatenate(parts, 1)), stream.rate) if parts else None
+
+
+def load(path: str | os.PathLike, alpha: str = "auto") -> AlphaVideo:
+    """Open a clip: a video file, animated WebP, APNG, or a folder of numbered PNG files. Alpha of VP8 and VP9 is read, by libvpx.
+
+    alpha: "straight" or "premultiplied" says how the file's colours are stored; "auto": as its tag says, which is that of `save`, and
+    without one straight.
+
+    Raises FileNotFoundError, BrokenVideoError, or ValueError: no video in it, or no decoder for its alpha.
+    """
+    path = Path(path)
+    if alpha not in ("auto", *ALPHA):
+        raise ValueError(f"alpha is {alpha!r}; use auto, {' or '.join(ALPHA)}")
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, "there is no such file or folder; check the path", str(path))
+    if path.is_dir():
+        facts, tags = _folder_facts(path)
+    elif path.suffix.lower() == ".webp":
+        facts, tags = _webp_facts(path)
+    else:
+        facts, tags = _video_facts(path)
+    premultiplied = (tags.get(ALPHA_TAG) if alpha == "auto" else alpha) == "premultiplied"
+    return AlphaVideo(path, premultiplied=premultiplied and facts["transparent"], **facts)
+
+
+def _folder_files(path: Path) -> list[Path]:
+    """In the order of the numbers in their names, whether or not these have zeros in front."""
+    files = [file for file in path.iterdir() if file.suffix.lower() == ".png" and not file.name.startswith(".")]
+    return sorted(files, key=lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)])
+
+
+def _folder_facts(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    files = _folder_files(path)
+    if not files:
+        raise ValueError(f"{path} has no .png file in it; choose a folder of numbered PNG files")
+    picture = read_picture(files[0])
+    rate, notes = _tagged_rate(picture.text)
+    channels, height, width = picture.pixels.shape
+    facts = {"codec": "png", "bits": picture.bits, "transparent": channels == 4, "frames": len(files), "rate": rate, "notes": notes}
+    return facts | {"width": width, "height": height}, picture.text
+
+
+def _tagged_rate(tags: Mapping[str, str]) -> tuple[Fraction, tuple[str, ...]]:
+    with suppress(KeyError, ValueError, ZeroDivisionError):  # ours, or somebody else's tag of that name
+        rate = Fraction(tags[RATE_TAG])
+        if rate > 0:
+            return rate, ()
+    return Fraction(24), ("there is no frame rate in it; 24 was assumed",)
+
+
+def _folder_frames(path: Path) -> Iterator[Tensor]:
+    for file in _folder_files(path):
+        yield rgba(read_picture(file).pixels.movedim(0, -1))
+
+
+def _webp_facts(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    with _open_webp(path) as image:
+        tags = _exif_tags(image)
+        facts: dict[str, Any] = {"width": image.width, "height": image.height, "codec": "webp", "bits": 8, "transparent": image.mode == "RGBA"}
+    rate, repeats, notes = _webp_times(path, tags)
+    return facts | {"rate": rate, "frames": sum(repeats), "notes": notes}, tags
+
+
+def _exif_tags(image: Any) -> dict[str, str]:
+    entries = (value.partition(":") for value in image.getexif().values() if isinstance(value, str))
+    return {key: value for key, _, value in entries}
+
+
+def _webp_times(path: Path, tags: Mapping[str, str]) -> tuple[Fraction, list[int], tuple[str, ...]]:
+    """The rate, and how many frames each stored picture stands for: encoders join equal ones. Durations are milliseconds (RFC 9649, 2.7.1.1)."""
+    durations = []
+    with path.open("rb") as file:
+        file.seek(12)
+        while len(header := file.read(8)) == 8:
+            size = struct.unpack("<I", header[4:])[0]
+            if header[:4] == b"ANMF":
+                durations.append(int.from_bytes(file.read(16)[12:15], "little"))
+                size -= 16
+            file.seek(size + size % 2, os.SEEK_CUR)
+    if not any(durations):
+        rate, notes = _tagged_rate(tags)
+        return rate, [1] * max(len(durations), 1), notes
+    total, shortest = sum(durations), max(min(durations), 1)
+    tagged, unknown = _tagged_rate(tags)
+    repeats = [max(round(duration * tagged / 1000 if not unknown else duration / shortest), 1) for duration in durations]
+    step = total / sum(repeats)
+    if any(abs(duration - count * step) > 1.5 for duration, count in zip(durations, repeats, strict=True)):
+        rate = Fraction(1000 * len(durations), total).limit_denominator(1001)
+        return rate, [1] * len(durations), (f"its frames last {min(durations)} to {max(durations)} ms; they were given one rate, the mean",)
+    if not unknown:
+        return tagged, repeats, ()
+    # The simplest rate that comes to this length in whole milliseconds.
+    low, high = (Fraction(2000 * sum(repeats), 2 * total + error) for error in (1, -1))
+    candidates = (Fraction(round((low + high) / 2 * denominator), denominator) for denominator in itertools.count(1))
+    return next(rate for rate in candidates if low <= rate <= high), repeats, ()
+
+
+def _webp_frames(path: Path) -> Iterator[Tensor]:
+    with _open_webp(path) as image:
+        _, repeats, _ = _webp_times(path, _exif_tags(image))
+        for number, count in enumerate(repeats):
+            try:
+                image.seek(number)
+                codes = np.asarray(image.convert("RGBA"), np.float32)
+            except (OSError, EOFError) as error:
+                raise BrokenVideoError(f"{path} is damaged or cut off after {number} frames ({error}); get a complete copy of it") from error
+            for _ in range(count):
+                yield torch.from_numpy(codes).div(255)
+
+
+def is_animated_png(path: Path) -> bool:
+    """Whether a file is an APNG: an acTL chunk comes before the pixels (PNG, third edition, 11.3.6.1)."""
+    with path.open("rb") as file:
+        file.seek(8)
+        while len(header := file.read(8)) == 8 and header[4:] != b"IDAT":
+            if header[4:] == b"acTL":
+                return True
+            file.seek(struct.unpack(">I", header[:4])[0] + 4, os.SEEK_CUR)
+    return False
+
+
+def _open_webp(path: Path) -> Any:
+    try:
+        return Image.open(path, formats=["WEBP"])
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BrokenVideoError(f"{path} is no WebP picture, or not all of it ({error}); export or copy it again") from error
+
+
+def _video_facts(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    with open_video(path) as container:
+        video = _video(container, path)
+        frame = next(_frames(container, video, path), None)
+        if frame is None:
+            raise BrokenVideoError(f"{path} has a video stream, but not one frame of it can be decoded; export it again")
+        tags = {key.lower(): value for key, value in {**container.metadata, **video.metadata}.items()}
+        if container.format.name in ("apng", "png_pipe"):
+            with Image.open(path) as image:  # FFmpeg reads no texts
+                tags = {key: value for key, value in image.info.items() if isinstance(value, str)}
+        rate = video.average_rate or video.guessed_rate
+        facts = {"width": frame.width, "height": frame.height, "rate": rate or Fraction(24), "codec": video.codec_context.codec.canonical_name}
+        facts |= {"bits": bit_depth(frame.format), "transparent": _has_alpha(frame.format), "frames": _declared(video)}
+        return facts | {"notes": () if rate else ("there is no frame rate in it; 24 was assumed",)}, tags
+
+
+def _video(container: Any, path: Path) -> Any:
+    if not container.streams.video:
+        found = ", ".join(sorted({item.type for item in container.streams})) or "nothing"
+        raise ValueError(f"{path} has no video stream, only {found}; choose a video file")
+    return container.streams.video[0]
+
+
+def _declared(video: Any) -> int | None:
+    """The number of frames by the header: MOV counts them, Matroska has the length of each stream as text."""
+    match = re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", video.metadata.get("DURATION", ""))
+    if video.frames or match is None:
+        return video.frames or None
+    hours, minutes, seconds = (Fraction(part) for part in match.groups())
+    return round((hours * 3600 + minutes * 60 + seconds) * (video.average_rate or 0)) or None
+
+
+def _decoded(path: Path) -> Iterator[Tensor]:
+    with open_video(path) as container:
+        video = _video(container, path)
+        colour, count, declared = None, 0, _declared(video)
+        for frame in _frames(container, video, path):
+            colour = colour or colour_tags(video, frame)[0]
+            yield _picture(frame, colour)
+            count += 1
+        # Matroska that was cut off ends like a complete one; its rounded times may be a frame wrong.
+        if declared is not None and declared - count > max(1, declared / 100):
+            raise BrokenVideoError(f"{path} is cut off after {count} of {declared} frames; get a complete copy of it")
+
+
+def _frames(container: Any, video: Any, path: Path) -> Iterator[Any]:
+    """FFmpeg's own decoders of VP8 and VP9 leave the second picture, alpha, unread; libvpx's do not."""
+    decoder = video.codec_context
+    if {key.lower(): value for key, value in video.metadata.items()}.get("alpha_mode") == "1":
+        name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}[decoder.codec.canonical_name]
+        try:
+            decoder = av.CodecContext.create(name, "r")
+        except ValueError as error:
+            raise ValueError(f"{path} is transparent, and this build of PyAV has no {name} to read that with; install av from PyPI") from error
+    count = 0
+    try:
+        for packet in container.demux(video):
+            for frame in decoder.decode(packet if packet.size else None):
+                yield frame
+                count += 1
+    except av.FFmpegError as error:
+        raise BrokenVideoError(f"{path} is damaged or cut off after {count} frames ({error.strerror}); get a complete copy of it") from error
+
+
+def _has_alpha(format: Any) -> bool:
+    return format.has_palette or any(component.is_alpha for component in format.components)
+
+
+def _picture(frame: Any, colour: Colour) -> Tensor:
+    """`(height, width, 4)` of a decoded frame, as stored."""
+    clear, bits = _has_alpha(frame.format), bit_depth(frame.format)
+    if clear and not frame.format.name.startswith(("yuva", "gbrap")):
+        bits = 8 if bits == 8 else 16
+        plane: Any = frame.reformat(format="rgba" if bits == 8 else "rgba64le").planes[0]
+        codes = np.frombuffer(plane, np.uint8 if bits == 8 else "<u2").reshape(frame.height, -1)[:, : frame.width * 4]
+        return torch.from_numpy(codes.reshape(frame.height, frame.width, 4).astype(np.float32)).div_(2**bits - 1)
+    out = torch.ones(frame.height, frame.width, 4)
+    out[..., :3] = to_rgb(frame, colour).movedim(0, -1)
+    if clear:
+        out[..., 3] = torch.from_numpy(plane_codes(frame.planes[3], bits).astype(np.float32)).div_(2**bits - 1)
+    return out
