@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..models.patchers.report import summary
 
 KEY = "tessera_attention"
 OVERRIDE = "optimized_attention_override"
+BOXES = "tessera_region_boxes"  # in transformer_options: TokenGrid.boxes of a strip of regions
 
 try:  # ComfyUI >= 0.34: tensors that outlive a block must be made outside the Comfy Compiler's malloc graph (#16144)
     from comfy.model_prefetch import pause_malloc_graph
@@ -76,6 +78,8 @@ class _AttentionHost:
             self.patch.report.family = None if family is None else family.name
         latent_shape = tuple(kwargs["latent_shapes"][0]) if "latent_shapes" in kwargs else tuple(x.shape)
         layout = layout_of(network, latent_shape, kwargs)
+        if layout is not None and BOXES in transformer_options:
+            layout = replace(layout, boxes=transformer_options[BOXES])
         branch = tuple(transformer_options.get("uuids", ()))
         sigma = float(t.flatten()[0])
 

@@ -17,6 +17,13 @@ from tessera.kernels.sparsity.select import SELECTORS
 CPU = torch.device("cpu")
 quick = settings(deadline=None, max_examples=60)
 grids = st.builds(TokenGrid, st.integers(1, 6), st.integers(1, 20), st.integers(1, 20), st.integers(0, 40), st.integers(0, 40))
+boxes = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=9)
+region_grids = st.builds(
+    lambda boxes, before, after: TokenGrid(1, 1, sum(f * h * w for f, h, w in boxes), before, after, tuple(boxes)),
+    boxes,
+    st.integers(0, 40),
+    st.integers(0, 40),
+)
 blocks = st.sampled_from([16, 32, 64, 128])
 methods = st.sampled_from(sorted(RECIPES))
 
@@ -276,7 +283,15 @@ def test_an_unknown_method_is_named_with_the_known_ones():
 
 
 @quick
-@given(methods, grids, st.sampled_from([16, 32]), st.floats(0.05, 1.0), st.sampled_from([(2, 2), (4, 2)]), st.integers(1, 2), st.booleans())
+@given(
+    methods,
+    grids | region_grids,
+    st.sampled_from([16, 32]),
+    st.floats(0.05, 1.0),
+    st.sampled_from([(2, 2), (4, 2)]),
+    st.integers(1, 2),
+    st.booleans(),
+)
 def test_sparse_attention_is_attention_over_the_blocks_it_reports(name, grid, block, density, heads, batch, with_bias):
     assume(grid.seq_len > 1)
     recipe = get(name)
@@ -284,7 +299,8 @@ def test_sparse_attention_is_attention_over_the_blocks_it_reports(name, grid, bl
     q, k, v = tensors(grid.seq_len, batch, *heads)
     bias = torch.randn(batch, grid.seq_len) if with_bias else None
     out, mask = sparse_attention(recipe, layout, q, k, v, density=density, precision="native", key_bias=bias)
-    tokens = mask.token_mask(grid.seq_len, grid.seq_len)[:, :, layout.inverse][:, :, :, layout.inverse]
+    positions = len(layout.order)
+    tokens = mask.token_mask(positions, positions)[:, :, layout.inverse][:, :, :, layout.inverse]
     add = torch.zeros(tokens.shape, dtype=torch.float64).masked_fill(~tokens, float("-inf"))
     if bias is not None:
         add = add + bias.double()[:, None, None]
@@ -292,6 +308,24 @@ def test_sparse_attention_is_attention_over_the_blocks_it_reports(name, grid, bl
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=0)
     again, same = sparse_attention(recipe, layout, q, k, v, density=density, precision="native", key_bias=bias, mask=mask)
     assert same is mask and torch.equal(out, again)
+
+
+@quick
+@given(methods, region_grids, blocks)
+def test_boxes_have_blocks_of_their_own(name, grid, block):
+    """Every token is somewhere once; no box is in more blocks than it must be, text shares none; little is filled in."""
+    layout = prepare(get(name), grid, CPU, block=block)
+    shown = ~layout.hidden
+    assert torch.equal(layout.order[shown].sort().values, torch.arange(grid.seq_len))
+    assert torch.equal(layout.order[layout.inverse], torch.arange(grid.seq_len)) and shown[layout.inverse].all()
+    sizes = torch.tensor([f * h * w for f, h, w in grid.boxes])
+    owner = torch.full((grid.seq_len,), -1)
+    owner[grid.before : grid.before + int(sizes.sum())] = torch.arange(len(sizes)).repeat_interleave(sizes)
+    for box, size in enumerate(sizes.tolist()):
+        where = layout.inverse[owner == box] // block
+        assert len(where.unique()) == num_blocks(size, block)
+    assert not set((layout.inverse[owner < 0] // block).tolist()) & set((layout.inverse[owner >= 0] // block).tolist())
+    assert len(layout.order) <= 2 * grid.seq_len + 2 * block
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

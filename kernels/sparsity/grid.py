@@ -10,7 +10,8 @@ class TokenGrid:
     """A sequence of `before` other tokens, frames x height x width video tokens in raster order, and `after` other tokens.
 
     The other tokens (text, reference images) are always attended densely. An image has one frame. Sizes are in patchified
-    latent tokens.
+    latent tokens. boxes: (frames, height, width) of several grids one after another, such as the layers of a picture, in place of one: together
+    they have as many tokens. No box is in more blocks than its tokens need.
     """
 
     frames: int
@@ -18,6 +19,7 @@ class TokenGrid:
     width: int
     before: int = 0
     after: int = 0
+    boxes: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def video_tokens(self) -> int:

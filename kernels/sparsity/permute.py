@@ -44,6 +44,40 @@ def spatial_tiles(grid: TokenGrid, block: int, protect_first_frame: bool) -> Ten
     return _order(grid, *_tiles(frames, _window(block, 1)), first)
 
 
+def ragged(grid: TokenGrid, block: int, permuter: Permuter | None) -> tuple[Tensor, Tensor]:
+    """Blocks of variable length for a grid of boxes: (order, hidden), int64 and bool `(positions,)`.
+
+    A box begins a block where it would not fit into what is left of one, and what is left is filled with the last token again, hidden. The
+    tokens before and after the grid come last, in blocks of their own.
+    """
+    runs, start = [], grid.before
+    for frames, height, width in grid.boxes:
+        box = TokenGrid(frames, height, width)
+        inner = torch.arange(box.seq_len) if permuter is None else permuter(box, block, False)
+        runs.append(start + inner)
+        start += box.seq_len
+    around = torch.cat([torch.arange(grid.before), torch.arange(start, grid.seq_len)])
+    order: list[Tensor] = []
+    hidden: list[Tensor] = []
+    length = 0
+
+    def fill() -> None:
+        nonlocal length
+        gap = -length % block
+        if gap:
+            order.append(order[-1][-1].expand(gap))
+            hidden.append(torch.ones(gap, dtype=torch.bool))
+            length += gap
+
+    for run in (*runs, around):
+        if len(run) > -length % block or run is around:
+            fill()
+        order.append(run)
+        hidden.append(torch.zeros(len(run), dtype=torch.bool))
+        length += len(run)
+    return torch.cat(order), torch.cat(hidden)
+
+
 def _window(block: int, deepest: int) -> tuple[int, int, int]:
     """(frames, height, width) of a window of `block` tokens, a power of two: two frames deep where that leaves a square, else flat."""
     doublings = block.bit_length() - 1

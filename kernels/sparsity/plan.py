@@ -12,7 +12,7 @@ from ..block_mask import BlockMask, num_blocks
 from .compensate import COMPENSATORS
 from .estimate import ESTIMATORS
 from .grid import TokenGrid
-from .permute import PERMUTERS
+from .permute import PERMUTERS, ragged
 from .recipes import Recipe
 from .select import SELECTORS, Forced
 
@@ -21,10 +21,11 @@ from .select import SELECTORS, Forced
 class Layout:
     """What a recipe needs to know about sequences of one grid, on one device. Made once by `prepare`, used by every call."""
 
-    order: Tensor | None  # int64 (seq_len,): source token of each position; None = as they come
+    order: Tensor | None  # int64 (positions,): source token of each position; None = as they come
     inverse: Tensor | None
     forced: Forced
     block: int
+    hidden: Tensor | None = None  # bool (positions,): what only fills a block; None where nothing does
 
 
 def prepare(recipe: Recipe, grid: TokenGrid | None, device: torch.device, *, block: int = 128, seq_len: int | None = None) -> Layout:
@@ -36,7 +37,7 @@ def prepare(recipe: Recipe, grid: TokenGrid | None, device: torch.device, *, blo
         raise ValueError(f"{recipe.name}: no token grid is known; use a method that needs none, with seq_len")
     tokens = grid.seq_len if grid is not None else seq_len
     assert tokens is not None
-    order = None
+    order = hidden = None
     protected = torch.zeros(tokens, dtype=torch.bool)
     if grid is not None:
         if recipe.protect_text:
@@ -44,11 +45,15 @@ def prepare(recipe: Recipe, grid: TokenGrid | None, device: torch.device, *, blo
             protected[tokens - grid.after :] = True
         if recipe.protect_first_frame and grid.frames > 1:
             protected[grid.before : grid.before + grid.height * grid.width] = True
-        if recipe.permute is not None:
+        if grid.boxes:
+            order, hidden = ragged(grid, block, None if recipe.permute is None else PERMUTERS[recipe.permute])
+            protected = protected[order]
+        elif recipe.permute is not None:
             order = PERMUTERS[recipe.permute](grid, block, recipe.protect_first_frame)
             protected = protected[order]
-    blocks = num_blocks(tokens, block)
-    protected_blocks = torch.nn.functional.pad(protected, (0, blocks * block - tokens)).view(blocks, block).any(1)
+    positions = len(protected)
+    blocks = num_blocks(positions, block)
+    protected_blocks = torch.nn.functional.pad(protected, (0, blocks * block - positions)).view(blocks, block).any(1)
     pairs = protected_blocks[:, None] | protected_blocks[None, :]
     if recipe.protect_own_block:
         pairs = pairs | torch.eye(blocks, dtype=torch.bool)
@@ -57,7 +62,10 @@ def prepare(recipe: Recipe, grid: TokenGrid | None, device: torch.device, *, blo
     forced = Forced(pairs.to(device), protected_blocks.nonzero()[:, 0].to(device), free.to(device), widest)
     if order is None:
         return Layout(None, None, forced, block)
-    return Layout(order.to(device), order.argsort().to(device), forced, block)
+    if hidden is None:
+        return Layout(order.to(device), order.argsort().to(device), forced, block)
+    shown = (~hidden).nonzero()[:, 0]
+    return Layout(order.to(device), shown[order[shown].argsort()].to(device), forced, block, hidden.to(device))
 
 
 def sparse_attention(
@@ -85,6 +93,9 @@ def sparse_attention(
     if layout.order is not None:
         q, k, v = (x.index_select(2, layout.order) for x in (q, k, v))
         key_bias = None if key_bias is None else key_bias.index_select(1, layout.order)
+    if layout.hidden is not None:
+        bias = q.new_zeros(q.shape[0], len(layout.hidden)) if key_bias is None else key_bias
+        key_bias = bias.masked_fill(layout.hidden, float("-inf"))
     if mask is None:
         scores = ESTIMATORS[recipe.estimate](q, k, layout.block, scale, values)
         mask = SELECTORS[recipe.select](scores, layout.forced, density, layout.block, values)

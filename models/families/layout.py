@@ -15,7 +15,7 @@ class TokenLayout:
     """The video grid of one model call, in patchified latent tokens, and what surrounds it.
 
     text: "first" and "last" place the text of joint attention; "none" means that self-attention holds no text.
-    references_before, references_after: tokens of reference latents directly before and after the grid.
+    references_before, references_after: tokens of reference latents directly before and after the grid. boxes: as in TokenGrid.
 
     The text length is read off the sequence itself, because models pad it or add tokens of their own to it.
     """
@@ -26,6 +26,7 @@ class TokenLayout:
     text: str = "none"
     references_before: int = 0
     references_after: int = 0
+    boxes: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def image_tokens(self) -> int:
@@ -38,7 +39,7 @@ class TokenLayout:
             return None
         before = self.references_before + (text if self.text == "first" else 0)
         after = self.references_after + (text if self.text == "last" else 0)
-        return TokenGrid(self.frames, self.height, self.width, before, after)
+        return TokenGrid(self.frames, self.height, self.width, before, after, self.boxes)
 
 
 @dataclass(frozen=True)
