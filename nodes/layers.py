@@ -15,12 +15,15 @@ from torch import Tensor
 
 from ..models.layers import files
 from ..models.layers.blend import MODES
-from ..models.layers.compose import composite, on_checkerboard
+from ..models.layers.clean import Cleaning, colour, stacked
+from ..models.layers.compose import composite, on_checkerboard, thumbnails
 from ..models.layers.document import MAX_SIDE, Document, Layer, clean_name, from_core, rgba, to_core
-from ..models.layers.layout import FITS, arranged, chosen, from_caption, from_masks, golden, grid, restacked, trimmed
+from ..models.layers.layout import FITS, arranged, chosen, from_caption, from_masks, golden, grid, restacked
 
 CATEGORY = "Tessera/layers"
 Layers = io.Custom("LAYERS")  # io.Layers is newer than our oldest ComfyUI
+ORDERS = ("first is lowest", "first is top")
+FIRST = ("a layer", "left out", "hidden")  # what the first picture of a batch is; the last two: the merged picture
 BACKGROUNDS = {"transparent": None, "white": 1.0, "grey": 0.5, "black": 0.0}
 
 
@@ -40,42 +43,117 @@ def _side(name: str, what: str) -> Any:
 class LayersFromImages(io.ComfyNode):
     @classmethod
     def define_schema(cls):
+        def pixels(name: str, default: int, high: int, what: str) -> Any:
+            return io.Int.Input(name, default=default, min=0, max=high, tooltip=what)
+
+        def alpha(name: str, default: float, what: str) -> Any:
+            return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=what)
+
+        edges = [
+            io.String.Input(
+                "matte",
+                default="none",
+                tooltip="The colour that shows through at the edges, taken out of them: black for premultiplied pictures, white, grey, #336699 ...",
+            ),
+            alpha("low", 0.05, "Alpha up to this becomes 0: no haze where nothing should be, and tighter boxes."),
+            alpha("high", 0.95, "Alpha from this on becomes 1: no pinholes in what should be solid."),
+            pixels("specks", 16, 1_000_000, "Connected pixels fewer than this are removed. 0: none."),
+            pixels("bleed", 2, 256, "How many pixels outwards solid colours replace those of soft edges and of transparent pixels. 0: not at all."),
+        ]
         return io.Schema(
             node_id="TesseraLayersFromImages",
             display_name="Layers from Images",
             category=CATEGORY,
-            description="Makes layers of a batch of pictures, the first one lowest: names them, cuts them to what is not transparent, stacks them.",
-            search_aliases=["layer", "rgba", "qwen image layered", "layer stack"],
+            description="Makes layers of a batch of pictures, such as Qwen-Image-Layered's: names, cleans, orders and trims them.",
+            search_aliases=["layer", "rgba", "qwen image layered", "layerdiffuse", "layer stack", "defringe", "unpremultiply", "alpha bleed"],
             inputs=[
                 io.Image.Input("image", tooltip="A picture or a batch, RGB or RGBA (straight alpha). Each becomes a layer."),
                 io.Mask.Input("mask", optional=True, tooltip="One for all or one each: 1 where the layer is transparent, as Load Image gives it."),
                 Layers.Input("layers", optional=True, tooltip="Layers below the new ones."),
-                io.String.Input("names", default="", multiline=True, tooltip="One name a line, the lowest layer first. Missing ones are numbered."),
+                io.String.Input("names", default="", multiline=True, tooltip="One name a line, in the pictures' order. Missing ones are numbered."),
                 io.Boolean.Input(
                     "trim", default=True, tooltip="Cut each layer to the pixels that are not fully transparent. It stays where it was on the canvas."
                 ),
                 _side("width", "Of the canvas, in pixels. 0: that of the layers below, or of the pictures."),
                 _side("height", "Of the canvas, in pixels. 0: that of the layers below, or of the pictures."),
+                # Workflows from before these had been added lack them.
+                io.Combo.Input(
+                    "first",
+                    options=list(FIRST),
+                    default=FIRST[0],
+                    optional=True,
+                    tooltip="What the first picture is. Qwen-Image-Layered's is the merged picture: leave it out, or keep it hidden.",
+                ),
+                io.Combo.Input("order", options=list(ORDERS), default=ORDERS[0], optional=True, tooltip="In which the pictures are stacked."),
+                io.Combo.Input(
+                    "mask_means",
+                    options=["transparent", "opaque"],
+                    default="transparent",
+                    optional=True,
+                    tooltip="What 1 in the mask means. opaque: for decoders that give alpha itself as the mask, such as Layer Diffuse Decode.",
+                ),
+                io.Float.Input(
+                    "threshold",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Pixels with alpha up to this count as nothing there when layers are trimmed or dropped.",
+                ),
+                io.Boolean.Input("drop_empty", default=False, optional=True, tooltip="Leave out layers with nothing in them; the node says which."),
+                io.DynamicCombo.Input(
+                    "clean",
+                    options=[io.DynamicCombo.Option("off", []), io.DynamicCombo.Option("edges", edges)],
+                    optional=True,
+                    tooltip="edges: repair alpha and the colours of edges. A mask becomes part of the picture then.",
+                ),
             ],
             outputs=[Layers.Output(display_name="layers")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, image, names, trim, width, height, mask=None, layers=None) -> io.NodeOutput:
+    def execute(
+        cls,
+        image,
+        names,
+        trim,
+        width,
+        height,
+        mask=None,
+        layers=None,
+        first=FIRST[0],
+        order=ORDERS[0],
+        mask_means="transparent",
+        threshold=0.0,
+        drop_empty=False,
+        clean=None,
+    ) -> io.NodeOutput:
         below = None if layers is None else from_core(layers)
         if mask is not None and len(mask) not in (1, len(image)):
             raise ValueError(f"mask has {len(mask)} pictures and image {len(image)}; give one for all, or one each")
-        lines = [clean_name(line) for line in names.splitlines()]
-        item: dict[str, Any] = {"image": image, "mask": mask, "z_index": 0}
+        item: dict[str, Any] = {"image": image, "mask": 1 - mask if mask is not None and mask_means == "opaque" else mask, "z_index": 0}
         made = from_core({"version": 1, "canvas": (image.shape[2], image.shape[1]), "layers": [item]})
-        start = 0 if below is None else sum(1 for _ in below.walk())
-        new: list[Layer] = []
-        for index, (_, layer) in enumerate(made.walk()):
-            name = lines[index] if index < len(lines) and lines[index] else f"Layer {start + index + 1}"
-            new.append(replace(trimmed(layer) if trim else layer, name=name))
+        cleaning = None
+        if clean is not None and clean["clean"] == "edges":
+            cleaning = Cleaning(colour(clean["matte"]), clean["low"], clean["high"], clean["specks"], clean["bleed"])
+        new, notes = stacked(
+            [layer for _, layer in made.walk()],
+            [clean_name(line) for line in names.rstrip().splitlines()],
+            merged=first,
+            top_first=order == ORDERS[1],
+            cleaning=cleaning,
+            trim=trim,
+            threshold=threshold,
+            drop_empty=drop_empty,
+            numbered_from=1 + (0 if below is None else sum(1 for _ in below.walk())),
+        )
         canvas = below or made
         document = Document(width or canvas.width, height or canvas.height, (*(below.layers if below else ()), *new))
-        return io.NodeOutput(to_core(document))
+        lines = [f"{sum(1 for _ in document.walk())} layers, {document.width} x {document.height}", *notes]
+        shown = ui.PreviewImage(thumbnails(document, new), cls=cls).as_dict()
+        return io.NodeOutput(to_core(document), ui=shown | {"text": ("\n".join(lines),)})
 
 
 class ComposeLayers(io.ComfyNode):

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import _installed
 from PIL import Image
+from psd_tools import PSDImage
 from test_layers_blend import flat, levels
 from test_layers_document import document, same
+from test_workflows import uploaded
 
 from tessera.cli.comfy_server import ComfyServer, PromptFailedError, PromptRefusedError
 from tessera.models.layers import png
 from tessera.models.layers.compose import composite
 from tessera.models.layers.document import Document, Layer
 from tessera.models.layers.files import eight_bit, read, write
+from tiny_models import LAYERED, LAYERED_VAE, write_qwen_image_layered
 
 pytestmark = [pytest.mark.comfy, pytest.mark.slow]
 
@@ -198,3 +205,129 @@ def test_core_nodes_take_our_layers_and_give_theirs(comfy: ComfyServer, tmp_path
     same(before, Document(61, 47, joined.layers[:-1]))
     names = json.loads((comfy._base / "output" / "l" / outputs["9"]["tessera_files"][0]["filename"] / png.INDEX).read_text())["layers"]
     assert [entry["name"] for entry in names] == ["ground", "people 😀", "people 😀", "far out", "added"]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["comfy", "comfy_old"])
+def layered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """A server with a tiny Qwen-Image-Layered."""
+    pytest.importorskip("diffusers", reason="its weights' names")
+    models = write_qwen_image_layered(tmp_path_factory.mktemp("layered"))
+    with ComfyServer(_installed(old=request.param), models=models, custom_nodes=[Path(__file__).parent / "tiny_sizes"]) as server:
+        yield server
+
+
+def picture_of(layer: Any, canvas: tuple[int, int]) -> np.ndarray:
+    """A psd-tools layer on its canvas, `(height, width, 4)`, 0 where it is not."""
+    out = np.zeros((canvas[1], canvas[0], 4))
+    out[layer.top : layer.bottom, layer.left : layer.right] = np.asarray(layer.topil().convert("RGBA"))
+    return out
+
+
+@pytest.mark.parametrize("first", ["left out", "hidden"])
+def test_qwen_image_layered_to_photoshop(layered: ComfyServer, first, tmp_path):
+    """Sampled sparsely on stock nodes with a reference, decoded to RGBA, and saved: the PSD holds the decoded pictures but for the merged one."""
+    sparse = {"method": "draft", "density": 0.5, "precision": "native", "start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 0}
+    seed = 1 + (first == "hidden")  # nodes that ComfyUI need not run again report nothing
+    run = {"seed": seed, "steps": 2, "cfg": 2.5, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    names = {"names": "backdrop\nold tree 😀\ntitle", "trim": True, "width": 0, "height": 0, "first": first, "clean": "off"}
+    graph = {
+        "1": {"class_type": "UNETLoader", "inputs": {"unet_name": LAYERED, "weight_dtype": "default"}},
+        "2": {"class_type": "VAELoader", "inputs": {"vae_name": LAYERED_VAE}},
+        "3": {"class_type": "TesseraShapesPrompt", "inputs": {"text": "red disc left"}},
+        "4": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 48, "batch_size": 1, "color": 0x3366CC}},
+        "5": {"class_type": "VAEEncode", "inputs": {"pixels": ["4", 0], "vae": ["2", 0]}},
+        "6": {"class_type": "ReferenceLatent", "inputs": {"conditioning": ["3", 0], "latent": ["5", 0]}},
+        "7": {"class_type": "TesseraSparseAttention", "inputs": {"model": ["1", 0], **sparse, "block": "16"}},
+        "8": {"class_type": "EmptyQwenImageLayeredLatentImage", "inputs": {"width": 64, "height": 48, "layers": 3, "batch_size": 1}},
+        "9": {
+            "class_type": "KSampler",
+            "inputs": {"model": ["7", 0], "positive": ["6", 0], "negative": ["6", 0], "latent_image": ["8", 0], **run},
+        },
+        "10": {"class_type": "TesseraAttentionReport", "inputs": {"model": ["7", 0], "samples": ["9", 0]}},
+        "11": {"class_type": "LatentCutToBatch", "inputs": {"samples": ["10", 0], "dim": "t", "slice_size": 1}},
+        "12": {"class_type": "VAEDecode", "inputs": {"samples": ["11", 0], "vae": ["2", 0]}},
+        "13": {"class_type": "SaveImage", "inputs": {"images": ["12", 0], "filename_prefix": "decoded"}},
+        "14": {"class_type": "TesseraLayersFromImages", "inputs": {"image": ["12", 0], **names}},
+        "15": {"class_type": "TesseraSaveLayers", "inputs": {"layers": ["14", 0], "filename_prefix": "l/layered", "format": "psd"}},
+    }
+    outputs = layered.run(graph, timeout=600).outputs
+    report = outputs["10"]["tessera"][0]
+    assert report["family"] == "Qwen-Image" and report["calls"] == {"sparse": 2 * 2}, "two steps of two blocks"
+    decoded = [np.asarray(Image.open(io.BytesIO(layered.fetch(file)))).astype(np.float64) for file in outputs["13"]["images"]]
+    assert [picture.shape for picture in decoded] == [(48, 64, 4)] * 4
+    assert all(np.abs(a - b).max() > 8 for a, b in itertools.combinations(decoded, 2)), "what is all alike proves nothing"
+
+    (file,) = outputs["15"]["tessera_files"]
+    psd = PSDImage.open(io.BytesIO(layered.fetch(file)))
+    expected = {"backdrop": decoded[1], "old tree 😀": decoded[2], "title": decoded[3]}
+    if first == "hidden":
+        expected = {"Merged": decoded[0], **expected}
+    assert psd.size == (64, 48) and [layer.name for layer in psd] == list(expected), "psd-tools lists the lowest first"
+    assert [layer.visible for layer in psd] == [name != "Merged" for name in expected]
+    for layer in psd:
+        assert np.abs(picture_of(layer, psd.size) - expected[layer.name]).max() <= 1, "SaveImage rounds down"
+    shown = outputs["14"]
+    assert shown["text"] == [f"{len(expected)} layers, 64 x 48"]
+    assert [pixels(layered, {"14": {"images": [image]}}, "14").shape for image in shown["images"]] == [(48, 64, 3)] * (1 + len(expected))
+
+
+def cut_out(height: int = 40, width: int = 50) -> np.ndarray:
+    """An orange disc with a soft edge as bytes, straight alpha."""
+    down, right = np.mgrid[:height, :width]
+    alpha = np.clip((12 - np.hypot(down - 20, right - 30)) / 3 + 0.5, 0, 1)
+    return np.concatenate([np.broadcast_to([230, 130, 50], (height, width, 3)), np.rint(alpha * 255)[..., None]], -1)
+
+
+def test_a_decoder_that_gives_colours_and_alpha(any_comfy: ComfyServer):
+    """As Layer Diffuse Decode: a batch of RGB and alpha as a mask. The disc was composed over grey, and haze, a speck and nothing come along."""
+    true = cut_out()
+    alpha = true[..., 3:] / 255
+    grey = np.concatenate([np.rint(alpha * true[..., :3] + (1 - alpha) * 128), true[..., 3:]], -1)
+    hazy, empty = grey.copy(), grey * [1, 1, 1, 0]
+    hazy[..., 3] = np.maximum(hazy[..., 3], 8)
+    hazy[2:4, 5:7, 3] = 255
+    graph: dict[str, dict] = {}
+    sources = {"whole.png": grey, "empty.png": empty, "hazy.png": hazy}
+    for number, name in enumerate(sources, 1):
+        graph[f"{number}"] = {"class_type": "LoadImage", "inputs": {"image": name}}
+        graph[f"1{number}"] = {"class_type": "InvertMask", "inputs": {"mask": [f"{number}", 1]}}
+        graph[f"2{number}"] = {"class_type": "MaskToImage", "inputs": {"mask": [f"1{number}", 0]}}
+    for name, of in (("3", ("1", "2", "3")), ("4", ("21", "22", "23"))):
+        graph[f"{name}1"] = {"class_type": "ImageBatch", "inputs": {"image1": [of[0], 0], "image2": [of[1], 0]}}
+        graph[f"{name}2"] = {"class_type": "ImageBatch", "inputs": {"image1": [f"{name}1", 0], "image2": [of[2], 0]}}
+    graph["43"] = {"class_type": "ImageToMask", "inputs": {"image": ["42", 0], "channel": "red"}}
+    edges = {"matte": "#808080", "low": 0.04, "high": 1.0, "specks": 16, "bleed": 4}
+    given = {"image": ["32", 0], "mask": ["43", 0], "names": "a\nb\nc\nd", "trim": True, "width": 0, "height": 0, "mask_means": "opaque"}
+    given |= {"order": "first is top", "drop_empty": True, "threshold": 0.0}
+    save = {"class_type": "TesseraSaveLayers", "inputs": {"layers": ["50", 0], "filename_prefix": "l/cut", "format": "psd"}}
+    cleaning = {"clean": "edges", **{f"clean.{name}": value for name, value in edges.items()}}
+    graph["50"] = {"class_type": "TesseraLayersFromImages", "inputs": {**given, **cleaning}}
+    graph["51"] = save
+    graph["52"] = {"class_type": "TesseraLayersFromImages", "inputs": given}
+    graph["53"] = {**save, "inputs": {**save["inputs"], "layers": ["52", 0]}}
+    with ExitStack() as files:
+        for name, picture in sources.items():
+            data = io.BytesIO()
+            Image.fromarray(picture.astype(np.uint8), "RGBA").save(data, "PNG")
+            files.enter_context(uploaded(any_comfy, name, data.getvalue()))
+        outputs = any_comfy.run(graph, timeout=300).outputs
+        wrong = {**graph, "50": {**graph["50"], "inputs": {**graph["50"]["inputs"], "clean.matte": "mauvish"}}}
+        with pytest.raises(PromptFailedError, match="matte is 'mauvish'; use none, or a colour such as black"):
+            any_comfy.run(wrong, targets=["51"], timeout=300)
+
+    clean, plain = (PSDImage.open(io.BytesIO(any_comfy.fetch(outputs[node]["tessera_files"][0]))) for node in ("51", "53"))
+    assert [layer.name for layer in clean] == [layer.name for layer in plain] == ["c", "a"]
+    assert outputs["50"]["text"] == ["2 layers, 50 x 40\nnames has 4 lines for 3 layers; not used: d\nb: empty, left out"]
+    down, right = np.nonzero(true[..., 3])
+    box = (right.min(), down.min(), right.max() + 1, down.max() + 1)
+    assert [layer.bbox for layer in plain] == [(0, 0, 50, 40), box] and plain[1].mask is not None, "without cleaning the mask stays one"
+    low = 0.04 * 255
+    for layer in clean:
+        picture = picture_of(layer, clean.size)
+        wanted = np.rint(np.clip((true[..., 3] - low) / (255 - low), 0, 1) * 255)
+        assert np.abs(picture[..., 3] - wanted).max() <= 1 and layer.mask is None
+        down, right = np.nonzero(wanted)
+        assert layer.bbox == (right.min(), down.min(), right.max() + 1, down.max() + 1)
+        there = picture[..., 3] > 0
+        assert np.abs(picture[..., :3] - true[..., :3])[there].max() <= 2, "the disc's own colour to its last pixel"
+        assert np.abs(grey[..., :3] - true[..., :3])[there].max() > 60, "which it was not"

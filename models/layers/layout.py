@@ -265,12 +265,12 @@ def restacked(nodes: tuple[Node, ...], layer: Layer, position: int) -> tuple[Nod
     return tuple(replace(node, layers=restacked(node.layers, layer, position)) if isinstance(node, Group) else node for node in nodes)
 
 
-def trimmed(layer: Layer) -> Layer:
-    """A layer cut to the pixels that are not fully transparent; one that has none stays as it is. Only for layers without a transform."""
+def trimmed(layer: Layer, threshold: float = 0.0) -> Layer:
+    """A layer cut to its pixels with alpha above `threshold`; one that has none stays as it is. Only for layers without a transform."""
     alpha = layer.image[..., 3] if layer.mask is None else layer.image[..., 3] * layer.mask
-    if layer.transform != Transform() or not alpha.any():
+    if layer.transform != Transform() or not (alpha > threshold).any():
         return layer
-    left, top, width, height = from_masks(alpha[None], threshold=0.0)[0]
+    left, top, width, height = from_masks(alpha[None], threshold=threshold)[0]
     mask = None if layer.mask is None else layer.mask[top : top + height, left : left + width].contiguous()
     image = layer.image[top : top + height, left : left + width].contiguous()
     return replace(layer, image=image, mask=mask, x=layer.x + left, y=layer.y + top)
