@@ -11,7 +11,7 @@ from comfy_api.latest import ComfyExtension, io
 from ..models.upscale import spandrel_catanet
 from .art import DECODERS as TRANSPARENT_DECODERS
 from .art import FOLDER as LAYER_EMBEDDINGS
-from .art import DecodeRegionLayers, RegionLayers
+from .art import DecodeRegionLayers, DecodeRegionVideo, RegionLayers
 from .attention import Accelerate, AttentionReport, SparseAttention
 from .diffusion_upscale import PatchUpscaleVideo
 from .layers import AutoLayout, ComposeLayers, EditLayer, LayersFromImages, LoadLayers, SaveLayers
@@ -20,24 +20,27 @@ from .lora_composer import ConceptRegion, LoRAComposer
 from .offload import LayerOffload, OffloadReport
 from .patch_adapter import FOLDER as PATCH_ADAPTERS
 from .patch_adapter import LoadPatchAdapter
-from .prompt import ShapesPrompt
+from .prompt import LayersPrompt, ShapesPrompt
 from .transparent_video import AddVideoLayer, ComposeLayeredVideo, LoadTransparentVideo, SaveTransparentVideo
 from .upscale import PatchUpscale, UpscaleReport
 from .upscale_video import PatchUpscaleVideoFile, PatchUpscaleVideoNetwork
 
 DEFAULT_WEIGHTS = Path(__file__).parent.parent / "models" / "default"
+LAYERED_WEIGHTS = Path(__file__).parent.parent / "models" / "layers" / "default"
 UPSCALE = Path(__file__).parent.parent / "models" / "upscale"
 
 
 class Tessera(ComfyExtension):
     async def on_load(self) -> None:
         for folder in ("diffusion_models", "vae"):  # so that the stock loaders list the built-in weights
-            folder_paths.add_model_folder_path(folder, str(DEFAULT_WEIGHTS / folder))
+            for parent in (DEFAULT_WEIGHTS, LAYERED_WEIGHTS):
+                folder_paths.add_model_folder_path(folder, str(parent / folder))
         folder_paths.add_model_folder_path("upscale_models", str(UPSCALE / "upscale_models"))
         for parent in (Path(folder_paths.models_dir), UPSCALE):
             folder_paths.add_model_folder_path(PATCH_ADAPTERS, str(parent / PATCH_ADAPTERS))
         for folder in (LAYER_EMBEDDINGS, TRANSPARENT_DECODERS):
-            folder_paths.add_model_folder_path(folder, str(Path(folder_paths.models_dir) / folder))
+            for parent in (Path(folder_paths.models_dir), LAYERED_WEIGHTS):
+                folder_paths.add_model_folder_path(folder, str(parent / folder))
         for folder in (PATCH_ADAPTERS, LAYER_EMBEDDINGS, TRANSPARENT_DECODERS):
             folder_paths.folder_names_and_paths[folder][1].add(".safetensors")
         logging.info("Tessera: %s", spandrel_catanet.register())
@@ -45,7 +48,7 @@ class Tessera(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         upscalers = [PatchUpscale, PatchUpscaleVideoNetwork, PatchUpscaleVideoFile, PatchUpscaleVideo, LoadPatchAdapter, UpscaleReport]
         layers = [LayersFromImages, ComposeLayers, EditLayer, AutoLayout, Layout, SaveLayers, LoadLayers, RegionLayers, DecodeRegionLayers]
-        clips = [SaveTransparentVideo, LoadTransparentVideo, AddVideoLayer, ComposeLayeredVideo]
+        clips = [SaveTransparentVideo, LoadTransparentVideo, AddVideoLayer, ComposeLayeredVideo, DecodeRegionVideo]
         return [
             Accelerate,
             SparseAttention,
@@ -58,6 +61,7 @@ class Tessera(ComfyExtension):
             ConceptRegion,
             LoRAComposer,
             ShapesPrompt,
+            LayersPrompt,
         ]
 
 

@@ -1,9 +1,11 @@
-"""Region Layers and Decode Region Layers: ART's anonymous regions on stock Flux and Qwen-Image models, by hooks alone."""
+"""Region Layers, Decode Region Layers and Video: ART's anonymous regions on stock Flux, Qwen-Image and Wan models, by hooks alone."""
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import comfy.model_management as mm
@@ -14,6 +16,7 @@ import folder_paths
 import torch
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
+from comfy.ldm.wan.model import WanModel
 from comfy.model_sampling import ModelSamplingFlux
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
@@ -22,13 +25,16 @@ from torch import Tensor
 from ..models.layers import transparent_vae
 from ..models.layers.art import layer_embedding
 from ..models.layers.document import MAX_SIDE, Box, Document, Layer, from_core, rgba, to_core
-from ..models.layers.regions import MAX_FOREGROUNDS, TOKEN, WHOLE, Regions, schedule_shift, snap
+from ..models.layers.regions import LAYER_SPACING, MAX_FOREGROUNDS, TOKEN, WHOLE, Regions, positions, schedule_shift, snap
+from .host import BOXES
 from .layers import CATEGORY, Layers
+from .transparent_video import AlphaFrames, VideoLayers
 
 FOLDER = "layer_embeddings"
 DECODERS = "transparent_decoders"
 KEY = "tessera_regions"  # of the latent, too: samplers pass on what they do not know
 PATCH = 2  # latent pixels of a token's side
+CHANNELS = 16  # of the latents of the Wan models that regions are for
 DECODED_AT_ONCE = 16  # layers; larger batches gave ART's authors "odd purple output"
 NONE = "none"
 
@@ -47,22 +53,43 @@ def parse_boxes(text: str) -> list[Box]:
     return boxes
 
 
-def patch_regions(model: Any, regions: Regions, embedding: Tensor | None, shift: float | None) -> Any:
-    """A clone of `model` that samples latents of `regions`, and nothing else. shift: of the schedule; None leaves the model's own.
-
-    embedding: `(layers, width)` of a Flux or Qwen-Image transformer, or None. Raises ValueError for another model.
-    """
+def _network(model: Any) -> Any:
+    """The transformer of a model that regions are for. Raises ValueError for another."""
     network = getattr(model.model.diffusion_model, "_orig_mod", model.model.diffusion_model)
-    centred = isinstance(network, QwenImageTransformer2DModel)
-    if not (centred or isinstance(network, Flux)) or network.patch_size != PATCH or len(network.pe_embedder.axes_dim) != 3:
-        raise ValueError(f"model is {type(network).__name__}, and regions are for Flux.1 and Qwen-Image; load one of those")
+    if type(network) is WanModel:
+        plain = network.model_type == "t2v" and network.ref_conv is None and network.in_dim == network.out_dim == CHANNELS
+        fits = plain and tuple(network.patch_size) == (1, PATCH, PATCH)
+    else:
+        known = isinstance(network, Flux | QwenImageTransformer2DModel)
+        fits = known and network.patch_size == PATCH and len(network.pe_embedder.axes_dim) == 3
+    if not fits:
+        raise ValueError(
+            f"model is {type(network).__name__}, and regions are for Flux.1, Qwen-Image and Wan text-to-video (2.1, 2.2 14B); load one of those"
+        )
+    return network
+
+
+def patch_regions(model: Any, regions: Regions, embedding: Tensor | None, shift: float | None) -> Any:
+    """A clone of `model` that samples latents of `regions`, and nothing else. shift: of Flux's schedule; None leaves the model's own.
+
+    embedding: `(layers, width)` of a Flux, Qwen-Image or Wan text-to-video transformer, or None. Raises ValueError for another model, and for
+    clips where the model makes pictures.
+    """
+    network = _network(model)
+    if regions.frames > 1 and not isinstance(network, WanModel):
+        raise ValueError(f"frames is more than 1, and model is {type(network).__name__}, which makes pictures; set frames to 1, or load a Wan model")
     patched = model.clone()
-    patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
-    hook = _Regions(regions, embedding, centred)
+    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.DIFFUSION_MODEL):
+        patched.remove_wrappers_with_key(kind, KEY)
+    hook = _Regions(regions, embedding, network)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, hook.outer_sample)
-    patches = patched.model_options["transformer_options"].setdefault("patches", {})
-    others = [patch for patch in patches.get("post_input", ()) if not isinstance(getattr(patch, "__self__", None), _Regions)]
-    patches["post_input"] = [*others, hook.post_input]
+    if isinstance(network, WanModel):
+        patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, hook.diffusion_model)
+    else:
+        patches = patched.model_options["transformer_options"].setdefault("patches", {})
+        others = [patch for patch in patches.get("post_input", ()) if not isinstance(getattr(patch, "__self__", None), _Regions)]
+        patches["post_input"] = [*others, hook.post_input]
+    patched.model_options["transformer_options"][BOXES] = tuple((regions.frames, height, width) for _, _, width, height in regions.boxes)
     sampling = model.get_model_object("model_sampling")
     if shift is not None and isinstance(sampling, ModelSamplingFlux):  # a distilled model's fixed schedule stays
         sampling = type(sampling)(model.model.model_config)
@@ -72,19 +99,20 @@ def patch_regions(model: Any, regions: Regions, embedding: Tensor | None, shift:
 
 
 class _Regions:
-    """Sampling happens on a strip of the tokens inside the boxes, which to the model is a picture one token high.
+    """Sampling happens on a strip of the tokens inside the boxes, which to the model is a picture one token high, of one frame.
 
     Noise, latent and mask are cropped before sampling and the result is put back after it, so that samplers, memory estimates and every other
     patch see as many tokens as there are. The strip's positions are replaced by the true ones after the patch embedding.
     """
 
-    def __init__(self, regions: Regions, embedding: Tensor | None, centred: bool):
-        self.regions, self.embedding, self.centred = regions, embedding, centred
+    def __init__(self, regions: Regions, embedding: Tensor | None, network: Any):
+        self.regions, self.embedding = regions, embedding
+        self.framed, self.centred = not isinstance(network, Flux), isinstance(network, QwenImageTransformer2DModel)
 
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *rest, latent_shapes=None, **kwargs):
         regions = self.regions
         if not regions.fits(latent_image, PATCH):
-            wanted = (latent_image.shape[0], latent_image.shape[1], len(regions.boxes), PATCH * regions.height, PATCH * regions.width)
+            wanted = (*latent_image.shape[:2], *regions.latent(PATCH))
             raise ValueError(
                 f"latent_image is {tuple(latent_image.shape)}, and the model's regions need {wanted}; use model and latent of one Region Layers node"
             )
@@ -97,10 +125,10 @@ class _Regions:
 
         def strip(x: Tensor) -> Tensor:
             x = regions.crop(x, PATCH)
-            return x.unsqueeze(2) if self.centred else x
+            return x.unsqueeze(2) if self.framed else x
 
         def whole(x: Tensor) -> Tensor:
-            return regions.scatter(x.squeeze(2) if self.centred else x, latent_image, PATCH)
+            return regions.scatter(x.squeeze(2) if self.framed else x, latent_image, PATCH)
 
         def shown(step, denoised, x, total):
             return callback(step, whole(denoised), x, total)
@@ -116,12 +144,8 @@ class _Regions:
         """Positions and layer embeddings of the region tokens, which are the first of `img`; reference pictures follow."""
         regions, img, img_ids = self.regions, args["img"], args["img_ids"].clone()
         tokens = img.shape[1] - sum(args["transformer_options"].get("reference_image_num_tokens", ()))
-        if tokens != regions.tokens:
-            raise ValueError(
-                f"the model got {tokens} picture tokens and its regions have {regions.tokens}; "
-                "give the model of Region Layers to a sampler, not to a node that tiles"
-            )
-        ids = regions.ids.to(img_ids)
+        self._check(tokens)
+        ids = positions(regions, 1).to(img_ids)
         if self.centred:  # Qwen-Image counts rows and columns from the middle, and its text from the middle of the longer side
             ids = ids - ids.new_tensor([0, regions.height // 2, regions.width // 2])
             start = max(regions.height // 2, regions.width // 2)
@@ -129,9 +153,40 @@ class _Regions:
             args = {**args, "txt_ids": torch.arange(start, start + text.shape[1], device=text.device).to(text)[None, :, None].expand_as(text)}
         img_ids[:, : regions.tokens] = ids
         if self.embedding is not None:
-            added = self.embedding.to(img)[regions.ids[:, 0].to(img.device)]
-            img = torch.cat([img[:, : regions.tokens] + added, img[:, regions.tokens :]], 1)
+            img = torch.cat([img[:, : regions.tokens] + self._embedded(img), img[:, regions.tokens :]], 1)
         return {**args, "img": img, "img_ids": img_ids}
+
+    def diffusion_model(self, executor, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options=None, **kwargs):
+        """A call of Wan, which has no patch after its patch embedding: every block gets the true positions, the first one the embeddings."""
+        network = executor.class_obj
+        rope = network.rope_embedder(positions(self.regions, LAYER_SPACING)[None].to(x.device, torch.float32)).movedim(1, 2)
+        options = transformer_options or {}
+        replaced = options.get("patches_replace", {})
+        blocks = replaced.get("dit", {})
+        names = [("double_block", index) for index in range(len(network.blocks))]
+        ours = {name: partial(self._block, rope, name == names[0], blocks.get(name)) for name in names}
+        options = {**options, "patches_replace": {**replaced, "dit": {**blocks, **ours}}}
+        return executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
+
+    def _block(self, rope: Tensor, first: bool, previous: Callable | None, args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+        img = args["img"]
+        if first:
+            self._check(img.shape[1])
+            img = img if self.embedding is None else img + self._embedded(img)
+        args = {**args, "img": img, "pe": rope.to(args["pe"])}
+        return extra["original_block"](args) if previous is None else previous(args, extra)
+
+    def _embedded(self, img: Tensor) -> Tensor:
+        """`(tokens, width)`: what is added to `img`'s region tokens."""
+        assert self.embedding is not None
+        return self.embedding.to(img)[self.regions.ids[:, 0].to(img.device)]
+
+    def _check(self, tokens: int) -> None:
+        if tokens != self.regions.tokens:
+            raise ValueError(
+                f"the model got {tokens} picture tokens and its regions have {self.regions.tokens}; "
+                "give the model of Region Layers to a sampler, not to a node that tiles or adds frames"
+            )
 
 
 def _files(folder: str) -> list[str]:
@@ -149,10 +204,10 @@ class RegionLayers(io.ComfyNode):
             node_id="TesseraRegionLayers",
             display_name="Region Layers",
             category=CATEGORY,
-            description="Makes Flux or Qwen-Image sample a merged picture, a background and foregrounds at once, each inside its box.",
-            search_aliases=["art", "anonymous region", "layered", "transparent layers", "multi-layer"],
+            description="Makes Flux, Qwen-Image or Wan sample a merged picture, a background and foregrounds at once, each inside its box.",
+            search_aliases=["art", "anonymous region", "layered", "transparent layers", "multi-layer", "layered video"],
             inputs=[
-                io.Model.Input("model", tooltip="Flux.1 or Qwen-Image, with a LoRA that was trained on layers."),
+                io.Model.Input("model", tooltip="Flux.1, Qwen-Image or Wan text-to-video that was trained on layers, or with a LoRA that was."),
                 io.Vae.Input("vae", tooltip="The model's own; what lies outside of the boxes is its grey."),
                 io.Int.Input("width", default=1024, min=16, max=MAX_SIDE, step=16, tooltip="Of the canvas, in pixels."),
                 io.Int.Input("height", default=1024, min=16, max=MAX_SIDE, step=16, tooltip="Of the canvas, in pixels."),
@@ -166,32 +221,37 @@ class RegionLayers(io.ComfyNode):
                 io.Combo.Input(
                     "layer_embedding", options=_files(FOLDER), default=NONE, tooltip=f"From models/{FOLDER}: what tells the model its layers apart."
                 ),
-                io.Float.Input("base_shift", default=0.5, min=0.0, max=10.0, step=0.01, advanced=True, tooltip="Of the schedule at 256 tokens."),
-                io.Float.Input("max_shift", default=1.15, min=0.0, max=10.0, step=0.01, advanced=True, tooltip="Of the schedule at 4096 tokens."),
+                io.Float.Input("base_shift", default=0.5, min=0.0, max=10.0, step=0.01, advanced=True, tooltip="Of Flux's schedule at 256 tokens."),
+                io.Float.Input("max_shift", default=1.15, min=0.0, max=10.0, step=0.01, advanced=True, tooltip="Of Flux's schedule at 4096 tokens."),
+                io.Int.Input("frames", default=1, min=1, max=81, step=4, optional=True, tooltip="Of a clip, with a video model; 1 makes a picture."),
             ],
             outputs=[
                 io.Model.Output(display_name="model"),
-                io.Latent.Output(display_name="latent", tooltip="For the sampler, with the model; then for Decode Region Layers."),
+                io.Latent.Output(display_name="latent", tooltip="For the sampler, with the model; then for Decode Region Layers or Video."),
             ],
         )
 
     @classmethod
-    def execute(cls, model, vae, width, height, boxes, layer_embedding, base_shift, max_shift, layers=None) -> io.NodeOutput:
+    def execute(cls, model, vae, width, height, boxes, layer_embedding, base_shift, max_shift, layers=None, frames=1) -> io.NodeOutput:
         placed = [] if layers is None else [layer.bounds for _, layer in from_core(layers).walk()]
-        regions = snap([*placed, *parse_boxes(boxes)], width, height)
-        embedding = None if layer_embedding == NONE else _embedding(layer_embedding, regions, model)
+        regions = snap([*placed, *parse_boxes(boxes)], width, height, (frames - 1) // transparent_vae.FRAMES + 1)
+        embedding = None if layer_embedding == NONE else _embedding(layer_embedding, regions, _network(model))
         patched = patch_regions(model, regions, embedding, schedule_shift(regions.tokens, base_shift, max_shift))
-        grey = vae.encode(torch.full((1, TOKEN * regions.height, TOKEN * regions.width, 3), 0.5))
+        grey = vae.encode(torch.full((frames, TOKEN * regions.height, TOKEN * regions.width, 3), 0.5))
         samples = grey.unflatten(2, (1, -1)) if grey.ndim == 4 else grey
-        if samples.shape[2:] != (1, PATCH * regions.height, PATCH * regions.width):
-            raise ValueError(f"vae encodes to {tuple(grey.shape)}, not 8 times smaller; use the VAE of the model")
-        logging.info("Tessera: %d of %d tokens lie in boxes", regions.tokens, len(regions.boxes) * regions.width * regions.height)
+        if samples.shape[2:] != (regions.frames, PATCH * regions.height, PATCH * regions.width):
+            raise ValueError(
+                f"vae encodes to {tuple(grey.shape)}, not {regions.frames} latent frames of a size 8 times smaller; use the VAE of the model"
+            )
+        whole = len(regions.boxes) * regions.frames * regions.width * regions.height
+        logging.info("Tessera: %d of %d tokens lie in boxes", regions.tokens, whole)
         return io.NodeOutput(patched, {"samples": samples.repeat(1, 1, len(regions.boxes), 1, 1), KEY: regions})
 
 
-def _embedding(name: str, regions: Regions, model: Any) -> Tensor:
+def _embedding(name: str, regions: Regions, network: Any) -> Tensor:
+    width = network.dim if isinstance(network, WanModel) else network.img_in.out_features
     try:
-        return layer_embedding(_tensors(FOLDER, name), regions, model.model.diffusion_model.img_in.out_features)
+        return layer_embedding(_tensors(FOLDER, name), regions, width)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
@@ -220,34 +280,86 @@ class DecodeRegionLayers(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples, vae, transparent_decoder) -> io.NodeOutput:
-        regions, latent = samples.get(KEY), samples["samples"]
-        if latent.shape[0] != 1:
-            raise ValueError(f"samples has {latent.shape[0]} pictures; decode one at a time, through Latent From Batch")
-        if regions is None or not regions.fits(latent, PATCH):
-            raise ValueError(f"samples is {tuple(latent.shape)} without its regions; connect a sampler that had the latent of Region Layers")
-        layers = latent[0].movedim(1, 0)
-        if transparent_decoder == NONE:
-            pictures = _decoded(vae, layers)
-        else:
-            pictures = torch.cat([_decoded(vae, layers[:WHOLE]), _transparent(transparent_decoder, latent[0], regions)])
-        made = []
-        for number, ((x, y, width, height), picture) in enumerate(zip(regions.boxes[1:], pictures[1:], strict=True)):
-            x, y, width, height = (TOKEN * value for value in (x, y, width, height))
-            cut = picture[y : y + height, x : x + width].contiguous()
-            made.append(Layer(f"Layer {number}" if number else "Background", cut, x, y))
-        document = Document(TOKEN * regions.width, TOKEN * regions.height, tuple(made))
-        return io.NodeOutput(to_core(document), pictures[:1, ..., :3])
+        regions, latent = _sampled(samples)
+        if regions.frames > 1:
+            raise ValueError(f"samples has clips of {regions.frames} latent frames; decode them with Decode Region Video")
+        merged, *pictures = _layers(vae, transparent_decoder, latent, regions)
+        made = [
+            Layer(_name(number), rgba(picture[0]), TOKEN * x, TOKEN * y)
+            for number, (picture, (x, y, _, _)) in enumerate(zip(pictures, regions.boxes[1:], strict=True))
+        ]
+        return io.NodeOutput(to_core(Document(TOKEN * regions.width, TOKEN * regions.height, tuple(made))), merged[..., :3])
 
 
-def _decoded(vae: Any, layers: Tensor) -> Tensor:
-    """`(layers, channels, height, width)` -> `(layers, 8 * height, 8 * width, 4)`, opaque where the autoencoder has no alpha."""
-    layers = layers if vae.latent_dim == 2 else layers.unsqueeze(2)
-    pictures = torch.cat([vae.decode(part).flatten(0, -4).float().cpu() for part in layers.split(DECODED_AT_ONCE)])
-    return torch.stack([rgba(picture) for picture in pictures])
+class DecodeRegionVideo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TesseraDecodeRegionVideo",
+            display_name="Decode Region Video",
+            category=CATEGORY,
+            description="Decodes clips that were sampled with Region Layers: the merged clip, and the background with the foregrounds as layers.",
+            search_aliases=["art", "transparent decoder", "rgba video", "layered video"],
+            inputs=[
+                io.Latent.Input("samples", tooltip="From the sampler that had the latent of Region Layers."),
+                io.Vae.Input("vae", tooltip="The same as in Region Layers."),
+                io.Combo.Input(
+                    "transparent_decoder",
+                    options=_files(DECODERS),
+                    default=NONE,
+                    tooltip=f"From models/{DECODERS}, one for clips. none: boxes come out opaque.",
+                ),
+            ],
+            outputs=[
+                VideoLayers.Output(display_name="layers", tooltip="The background, and each foreground cut to its box; for Compose Layered Video."),
+                io.Image.Output(display_name="images", tooltip="The merged clip, as the model made it."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, samples, vae, transparent_decoder) -> io.NodeOutput:
+        from ..models.layers.video import ClipLayer
+
+        regions, latent = _sampled(samples)
+        if vae.latent_dim != 3:
+            raise ValueError("vae decodes pictures; use the video VAE that Region Layers had")
+        merged, *clips = _layers(vae, transparent_decoder, latent, regions)
+        layers = tuple(
+            ClipLayer(_name(number), AlphaFrames(clip, None), TOKEN * x, TOKEN * y)
+            for number, (clip, (x, y, _, _)) in enumerate(zip(clips, regions.boxes[1:], strict=True))
+        )
+        return io.NodeOutput(layers, merged[..., :3])
 
 
-def _transparent(name: str, latent: Tensor, regions: Regions) -> Tensor:
-    """The foregrounds `(layers, height, width, 4)` of a latent `(channels, layers, ...)`, which all of its layers are read for."""
+def _sampled(samples: dict[str, Any]) -> tuple[Regions, Tensor]:
+    """Regions and latent `(channels, layers * frames, height, width)` of what a sampler gave. Raises ValueError."""
+    regions, latent = samples.get(KEY), samples["samples"]
+    if latent.shape[0] != 1:
+        raise ValueError(f"samples has {latent.shape[0]} pictures; decode one at a time, through Latent From Batch")
+    if regions is None or not regions.fits(latent, PATCH):
+        raise ValueError(f"samples is {tuple(latent.shape)} without its regions; connect a sampler that had the latent of Region Layers")
+    return regions, latent[0]
+
+
+def _name(number: int) -> str:
+    return f"Layer {number}" if number else "Background"
+
+
+def _layers(vae: Any, decoder: str, latent: Tensor, regions: Regions) -> list[Tensor]:
+    """Merged picture, background and foregrounds, each in its box: `(frames, height, width, 3 or 4)` in 0..1, on the CPU."""
+    clips = latent.unflatten(1, (-1, regions.frames)).movedim(1, 0)
+    clips = clips if vae.latent_dim == 3 else clips.squeeze(2)
+    layers: list[Tensor] = []
+    for part in (clips if decoder == NONE else clips[:WHOLE]).split(DECODED_AT_ONCE if regions.frames == 1 else 1):
+        mm.throw_exception_if_processing_interrupted()
+        for clip in vae.decode(part).flatten(0, -4).unflatten(0, (len(part), -1)):
+            x, y, width, height = (TOKEN * value for value in regions.boxes[len(layers)])
+            layers.append(clip[:, y : y + height, x : x + width].float().clamp(0, 1).cpu())  # clamped: a copy, not a view of the canvas
+    return layers if decoder == NONE else [*layers, *_transparent(decoder, latent, regions)]
+
+
+def _transparent(name: str, latent: Tensor, regions: Regions) -> list[Tensor]:
+    """The foregrounds, each `(frames, height, width, 4)` in its box, of a latent `(channels, layers * frames, ...)` that is read as a whole."""
     state = _tensors(DECODERS, name)
     device = mm.get_torch_device()
     try:
@@ -260,4 +372,4 @@ def _transparent(name: str, latent: Tensor, regions: Regions) -> Tensor:
         )
     patcher = comfy.model_patcher.ModelPatcher(network, load_device=device, offload_device=mm.unet_offload_device())
     mm.load_models_gpu([patcher])
-    return network(latent.to(device, torch.float32), regions.finer(PATCH))[WHOLE:].cpu()
+    return [layer.cpu() for layer in network.cut(latent.to(device, torch.float32), regions.finer(PATCH))[WHOLE:]]

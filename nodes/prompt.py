@@ -1,10 +1,11 @@
-"""Shapes Prompt: text for the small model that comes with Tessera."""
+"""Shapes Prompt and Layers Prompt: text for the small models that come with Tessera."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
 from ..models.default import vocabulary
+from ..models.layers.default import vocabulary as layers_vocabulary
 
 
 class ShapesPrompt(io.ComfyNode):
@@ -37,3 +38,36 @@ class ShapesPrompt(io.ComfyNode):
     @classmethod
     def execute(cls, text) -> io.NodeOutput:
         return io.NodeOutput([[vocabulary.encode(text), {}]])
+
+
+class LayersPrompt(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TesseraLayersPrompt",
+            display_name="Layers Prompt",
+            category="Tessera/default model",
+            description="Encodes a prompt for Tessera's small built-in layered model (tessera_layers). It knows a closed vocabulary: "
+            + layers_vocabulary.describe(),
+            inputs=[
+                io.String.Input(
+                    "text",
+                    default="red disc, blue ring, yellow triangle on green",
+                    tooltip="Objects with commas between them, then the ground; "
+                    f"{layers_vocabulary.describe()}. Empty: no condition, for the negative input.",
+                )
+            ],
+            outputs=[io.Conditioning.Output(display_name="conditioning")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, text):
+        try:
+            layers_vocabulary.parse(text or "")  # None: linked, and checked when its value is known
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, text) -> io.NodeOutput:
+        return io.NodeOutput([[layers_vocabulary.embed(layers_vocabulary.parse(text))[None], {}]])

@@ -1,4 +1,4 @@
-"""Runs inside ComfyUI's Python (see test_comfy_art.py): ART's regions on the stock Flux and Qwen-Image.
+"""Runs inside ComfyUI's Python (see test_comfy_art.py): ART's regions on the stock Flux, Qwen-Image and Wan.
 
     python comfy_art.py COMFYUI PACKAGE_PARENT SCRATCH
 
@@ -7,7 +7,9 @@ Prints one JSON object per case; what was sampled goes to SCRATCH.
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 COMFYUI, PACKAGE_PARENT, SCRATCH = sys.argv[1:]
 sys.argv = sys.argv[:1]
@@ -24,24 +26,36 @@ import comfy.ops  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
-import folder_paths  # noqa: E402
 import utils.extra_config  # noqa: E402,F401  (first, as main.py does)
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel  # noqa: E402
+from comfy.ldm.wan.model import VaceWanModel, WanModel  # noqa: E402
 from comfy.taesd.taesd import TAESD  # noqa: E402
 from comfy_extras.nodes_model_advanced import ModelSamplingFlux  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import nodes  # noqa: E402
+from tessera.kernels.sparsity import plan  # noqa: E402
 from tessera.models.layers.art import layer_embedding  # noqa: E402
 from tessera.models.layers.regions import schedule_shift, snap  # noqa: E402
-from tessera.nodes import DEFAULT_WEIGHTS  # noqa: E402
 from tessera.nodes.art import KEY, patch_regions  # noqa: E402
 from tessera.nodes.attention import AttentionSettings  # noqa: E402
 from tessera.nodes.host import last_report, patch_attention  # noqa: E402
+from tessera.nodes.memory import MemorySettings, patch_memory  # noqa: E402
 
 REGIONS = snap([(0, 17, 30, 40), (16, 0, 32, 32), (63, 40, 100, 100)], 64, 48)
 SHAPE = (1, 16, len(REGIONS.boxes), 2 * REGIONS.height, 2 * REGIONS.width)
 STEPS, GUIDANCE, CFG, TEXT = 3, 4.0, 3.5, 7
+
+
+ragged, blocks_of = plan.ragged, []
+
+
+def recorded(grid, *rest):
+    blocks_of.append(grid.boxes)
+    return ragged(grid, *rest)
+
+
+plan.ragged = recorded
 
 
 def emit(case, **values):
@@ -98,17 +112,20 @@ def parity():
     return without
 
 
+def randomised(network):
+    """Its state dict, with weights that make every output depend on every input."""
+    generator = torch.Generator().manual_seed(3)
+    for tensor in network.state_dict().values():
+        scale = tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.1
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale + (tensor.ndim == 1))
+    return network.state_dict()
+
+
 def qwen():
     """The stock forward of layers as frames, with the keys outside of the boxes masked by an attention override."""
     operations = dict(device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init)
     sizes = dict(num_attention_heads=1, joint_attention_dim=64, num_layers=2)
-    network = QwenImageTransformer2DModel(image_model="qwen_image", in_channels=64, **sizes, **operations)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for tensor in network.state_dict().values():
-            scale = tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.1
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale + (tensor.ndim == 1))
-    model = loaded(network.state_dict(), sizes)
+    model = loaded(randomised(QwenImageTransformer2DModel(image_model="qwen_image", in_channels=64, **sizes, **operations)), sizes)
     texts = conditioning(4, 64), conditioning(5, 64)
     ours = patch_regions(model, REGIONS, None, None)
     inside = torch.zeros(TEXT + len(REGIONS.boxes) * REGIONS.height * REGIONS.width, dtype=torch.bool)
@@ -129,6 +146,89 @@ def qwen():
     scale = wanted.abs().max()
     error = ((wanted - got).abs() * area).max() / scale
     emit("qwen", error=float(error), unmasked=float(((whole - got).abs() * area).max() / scale))
+
+
+WAN = dict(dim=192, ffn_dim=256, num_heads=3, num_layers=2, text_dim=64)
+
+
+def stock_wan(kind=WanModel, **sizes):
+    return kind(**{**WAN, **sizes}, device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+
+
+def ran(model, noise, texts, callback=None):
+    return comfy.sample.sample(model, noise, STEPS, CFG, "euler", "simple", *texts, torch.full(noise.shape, 0.25), callback=callback)
+
+
+def wan():
+    """Of layers that are `apart` frames apart, the stock forward of all frames between: keys outside of the boxes, and frames that a layer has
+    not, are masked by an attention override."""
+    model = loaded(randomised(stock_wan()), WAN)
+    texts = conditioning(4, 64), conditioning(5, 64)
+    table = torch.randn(len(REGIONS.boxes), WAN["dim"], generator=torch.Generator().manual_seed(12))
+    for frames, apart in ((1, 4), (3, 4), (5, 5)):
+        regions = replace(REGIONS, frames=frames)
+        noise = torch.randn(1, 16, len(REGIONS.boxes), apart, *SHAPE[3:], generator=torch.Generator().manual_seed(13))
+        area = torch.zeros(noise.shape[2:], dtype=torch.bool)
+        for layer, (x, y, width, height) in enumerate(REGIONS.boxes):
+            area[layer, :frames, 2 * y : 2 * (y + height), 2 * x : 2 * (x + width)] = True
+        bias = torch.zeros(area[..., ::2, ::2].numel()).masked_fill(~area[..., ::2, ::2].flatten(), -1e9)
+
+        def masked(func, q, k, v, heads, mask=None, bias=bias, **kwargs):
+            own = q.shape[1] == k.shape[1]  # else the text's
+            return func(q, k, v, heads, mask=bias.expand(q.shape[0], 1, q.shape[1], -1) if own else mask, **kwargs)
+
+        stock = model.clone()
+        stock.model_options["transformer_options"]["optimized_attention_override"] = masked
+        added = table.T[None, :, :, None].repeat(1, 1, 1, apart).flatten(2)[..., None, None]
+        hook = model.model.diffusion_model.patch_embedding.register_forward_hook(lambda _module, _args, out, added=added: out + added)
+        wanted = ran(stock, noise.flatten(2, 3), texts).unflatten(2, noise.shape[2:4])[:, :, :, :frames]
+        hook.remove()
+        ours = patch_regions(patch_regions(model, REGIONS, None, None), regions, table, schedule_shift(regions.tokens))
+        given, seen = noise[:, :, :, :frames].flatten(2, 3), []
+        got = ran(ours, given, texts, lambda step, denoised, x, total, seen=seen: seen.append(list(denoised.shape)))
+        outside = got.unflatten(2, (-1, frames))[:, :, ~area[:, :frames]]
+        without = ran(patch_regions(model, regions, None, None), given, texts)
+        scale, area = wanted.abs().max(), area[:, :frames]
+        emit(
+            f"wan {frames}",
+            error=float(((wanted - got.unflatten(2, (-1, frames))).abs() * area).max() / scale),
+            unembedded=float((without - got).abs().max() / scale),
+            outside=float((outside - 0.25).abs().max()),
+            previews=seen,
+            wrappers=[sum(KEY in group for group in one.wrappers.values()) for one in (ours, model)],
+        )
+        if frames == 3:
+            wan_with_others(ours, got, given, texts)
+
+
+def wan_with_others(ours, got, noise, texts):
+    """Another block patch under ours, Sparse Attention over the strip, and Layer Offload."""
+    calls = []
+
+    def record(args, extra):
+        calls.append(args["img"].shape[1])
+        return extra["original_block"](args)
+
+    watched = ours.clone()
+    watched.set_model_patch_replace(record, "dit", "double_block", 1)
+    same = ran(watched, noise, texts)
+    dense = patch_attention(ours, AttentionSettings(min_tokens=0, density=1.0, precision="native", block=16), None)
+    at_density_1 = ran(dense, noise, texts)
+    sparse = patch_attention(ours, AttentionSettings(min_tokens=0, density=0.5, precision="native", block=16, start_percent=0.0), None)
+    out = ran(sparse, noise, texts)
+    limited = ran(patch_memory(ours, MemorySettings(gb=1.0), None), noise, texts)
+    emit(
+        "wan with others",
+        same=float((same - got).abs().max()),
+        dense=float((at_density_1 - got).abs().max()),
+        limited=float((limited - got).abs().max()),
+        tokens=sorted(set(calls)),
+        family=last_report(sparse)["family"],
+        calls=last_report(sparse)["calls"],
+        boxes=blocks_of[-1],
+        finite=bool(out.isfinite().all()),
+        changed=float((out - got).abs().max()),
+    )
 
 
 def hooks(sampled):
@@ -170,6 +270,7 @@ def variants(sampled):
         batch=float((two[:1] - sampled).abs().max() / sampled.abs().max()),
         changed=changed,
         calls=last_report(sparse)["calls"],
+        boxes=blocks_of[-1],
         finite=bool(out.isfinite().all()),
     )
 
@@ -197,12 +298,19 @@ def refusals():
     area = conditioning(1, 64, guidance=GUIDANCE, area=(2, 2, 0, 0))
     tiles = patched.clone()
     tiles.remove_wrappers_with_key("outer_sample", KEY)
-    unet = nodes.UNETLoader().load_unet("tessera_shapes_t2v.safetensors", "default")[0]
+    clip = replace(REGIONS, frames=3)
+
+    def of(network):
+        return SimpleNamespace(model=SimpleNamespace(diffusion_model=network))
+
     for case, action in (
         ("other latent", lambda: sample(patched, positive, negative, torch.zeros(1, 16, 6, 8))),
         ("area", lambda: sample(patched, area, negative)),
         ("tiles", lambda: sample(tiles, positive, negative, torch.zeros(1, 16, 4, 4))),
-        ("other model", lambda: patch_regions(unet, REGIONS, None, None)),
+        ("other model", lambda: patch_regions(of(torch.nn.Identity()), REGIONS, None, None)),
+        ("image to video", lambda: patch_regions(of(stock_wan(in_dim=36)), REGIONS, None, None)),
+        ("VACE", lambda: patch_regions(of(stock_wan(VaceWanModel, vace_layers=1, vace_in_dim=96)), REGIONS, None, None)),
+        ("clips of Flux", lambda: patch_regions(flux, clip, None, None)),
         ("embedding width", lambda: layer_embedding({"layer_pe": torch.zeros(1, 52, 1, 1, 64)}, REGIONS, 128)),
     ):
         try:
@@ -221,10 +329,10 @@ def small_vae():
     save_file({name: value.clone() for name, value in network.state_dict().items()}, Path(SCRATCH) / "taesd.safetensors")
 
 
-folder_paths.add_model_folder_path("diffusion_models", str(DEFAULT_WEIGHTS / "diffusion_models"))
 with torch.inference_mode():
     sampled = parity()
     qwen()
+    wan()
     hooks(sampled)
     variants(sampled)
     reference()

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from tessera.models.layers.art import layer_embedding
-from tessera.models.layers.regions import Regions, snap
-from tessera.models.layers.transparent_vae import build, grey_blended
+from tessera.models.layers.regions import Regions, positions, snap
+from tessera.models.layers.transparent_vae import TransparentDecoder, build, grey_blended, in_pixel_frames, published
 
 
 def random_boxes(count: int, width: int, height: int) -> list[tuple[int, int, int, int]]:
@@ -33,22 +33,24 @@ def test_boxes_snap_to_the_tokens_they_touch(seed):
     random.seed(seed)
     width, height = random.randint(17, 150), random.randint(17, 150)
     boxes = random_boxes(5, width, height)
-    regions = snap(boxes, width, height)
+    frames = random.randint(1, 3)
+    regions = snap(boxes, width, height, frames)
     whole = {(r, c) for r in range(-(-height // 16)) for c in range(-(-width // 16))}
     places = [whole, whole, *(covered(box, width, height) for box in boxes)]
-    wanted = [(layer, *place) for layer, there in enumerate(places) for place in sorted(there)]
+    wanted = [(layer, frame, *place) for layer, there in enumerate(places) for frame in range(frames) for place in sorted(there)]
     assert [tuple(row) for row in regions.ids.tolist()] == wanted
     assert regions.tokens == len(wanted)
 
 
-@pytest.mark.parametrize("patch", [1, 2, 8])
-def test_crop_reads_the_tokens_in_order_and_scatter_puts_them_back(patch):
-    regions = Regions(4, 3, ((0, 0, 4, 3), (1, 1, 2, 2), (2, 0, 2, 3)))
-    latent = torch.randn(2, 5, 3, 3 * patch, 4 * patch)
+@pytest.mark.parametrize(("patch", "frames"), [(1, 1), (2, 1), (8, 1), (2, 3)])
+def test_crop_reads_the_tokens_in_order_and_scatter_puts_them_back(patch, frames):
+    regions = Regions(4, 3, ((0, 0, 4, 3), (1, 1, 2, 2), (2, 0, 2, 3)), frames)
+    latent = torch.randn(2, 5, 3 * frames, 3 * patch, 4 * patch)
+    assert regions.fits(latent, patch) and not regions.fits(latent[:, :, 1:], patch)
     strip = regions.crop(latent, patch)
     assert strip.shape == (2, 5, patch, patch * regions.tokens)
-    for number, (layer, row, column) in enumerate(regions.ids.tolist()):
-        token = latent[:, :, layer, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
+    for number, (layer, frame, row, column) in enumerate(regions.ids.tolist()):
+        token = latent[:, :, layer * frames + frame, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
         assert torch.equal(strip[..., number * patch : (number + 1) * patch], token)
     canvas = torch.randn_like(latent)
     back = regions.scatter(strip, canvas, patch)
@@ -59,11 +61,25 @@ def test_crop_reads_the_tokens_in_order_and_scatter_puts_them_back(patch):
 
 
 def test_finer_regions_cover_the_same_place():
-    regions = Regions(4, 3, ((0, 0, 4, 3), (1, 1, 2, 2)))
+    regions = Regions(4, 3, ((0, 0, 4, 3), (1, 1, 2, 2)), 2)
     ones = []
     for grid, patch in ((regions, 4), (regions.finer(2), 2)):
-        ones.append(grid.scatter(torch.ones(1, 1, patch, patch * grid.tokens), torch.zeros(1, 1, 2, 12, 16), patch))
+        ones.append(grid.scatter(torch.ones(1, 1, patch, patch * grid.tokens), torch.zeros(1, 1, 4, 12, 16), patch))
     assert torch.equal(*ones)
+
+
+@pytest.mark.parametrize(("spacing", "frames", "apart"), [(1, 1, 1), (4, 1, 4), (4, 3, 4), (4, 7, 7)])
+def test_no_two_tokens_share_a_position(spacing, frames, apart):
+    regions = Regions(3, 2, ((0, 0, 3, 2), (0, 0, 3, 2), (1, 1, 2, 1)), frames)
+    wanted = [
+        (layer * apart + frame, row, column)
+        for layer, (x, y, width, height) in enumerate(regions.boxes)
+        for frame in range(frames)
+        for row in range(y, y + height)
+        for column in range(x, x + width)
+    ]
+    assert [tuple(position) for position in positions(regions, spacing).tolist()] == wanted
+    assert len(set(wanted)) == regions.tokens
 
 
 def test_all_bad_boxes_in_one_message():
@@ -93,10 +109,12 @@ def test_grey_blending_is_the_formula_of_the_paper():
     torch.testing.assert_close(grey_blended(image) * 2 - 1, (0.5 * alpha + 0.5) * colour)
 
 
-def transparent_decoder(width: int, blocks: int, hidden: int, channels: int) -> dict[str, torch.Tensor]:
-    """Random weights under the published names."""
+def transparent_decoder(width: int, blocks: int, hidden: int, channels: int, timed: bool = False) -> dict[str, torch.Tensor]:
+    """Random weights under the published names; timed: and ours, for clips."""
     generator = torch.Generator().manual_seed(7)
     shapes = {"fc_in": (width, channels), "fc_out": (256, width), "encoder.ln": (width,)}
+    if timed:
+        shapes["fc_out_time"] = (1024, width)
     for index in range(blocks):
         layer = f"encoder.layers.encoder_layer_{index}."
         shapes |= {f"{layer}ln_1": (width,), f"{layer}ln_2": (width,), f"{layer}self_attention.in_proj": (3 * width, width)}
@@ -107,11 +125,13 @@ def transparent_decoder(width: int, blocks: int, hidden: int, channels: int) -> 
         weight = torch.randn(shape, generator=generator) * (shape[1] ** -0.5 if len(shape) > 1 else 0.1) + (len(shape) == 1)
         state[f"decoder.{name}{join}weight"] = weight
         state[f"decoder.{name}{join}bias"] = torch.randn(shape[0], generator=generator) * 0.1
+    if timed:
+        state["decoder.layer_spacing"] = torch.tensor([4])
     return state
 
 
 def in_float64(state, latent, regions: Regions) -> torch.Tensor:
-    """The decoder over again: torch's MultiheadAttention, diffusers' rotary embedding, loops over layers. `(layers, h, w, 4)` in -1..1."""
+    """The decoder over again: torch's MultiheadAttention, diffusers' rotary embedding, loops over layers. `(layers, frames, h, w, 4)` in -1..1."""
     embeddings = pytest.importorskip("diffusers.models.embeddings", reason="the reference")
     rotary = pytest.importorskip("diffusers.models.transformers.transformer_flux").FluxPosEmbed(theta=10000, axes_dim=(8, 28, 28))
     state = {name.removeprefix("decoder."): value.double() for name, value in state.items()}
@@ -122,10 +142,17 @@ def in_float64(state, latent, regions: Regions) -> torch.Tensor:
     def norm(x, name):
         return nn.functional.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], 1e-6)
 
-    places = [(layer, r, c) for layer, (x, y, w, h) in enumerate(regions.boxes) for r in range(y, y + h) for c in range(x, x + w)]
-    x = linear(torch.stack([latent[:, layer, r, c].double() for layer, r, c in places])[None], "fc_in")
+    frames, spacing = regions.frames, int(state.get("layer_spacing", 1))
+    places = [
+        (layer, frame, r, c)
+        for layer, (x, y, w, h) in enumerate(regions.boxes)
+        for frame in range(frames)
+        for r in range(y, y + h)
+        for c in range(x, x + w)
+    ]
+    x = linear(torch.stack([latent[:, layer * frames + frame, r, c].double() for layer, frame, r, c in places])[None], "fc_in")
     width = x.shape[-1]
-    tables = rotary(torch.tensor(places))
+    tables = rotary(torch.tensor([(layer * spacing + frame, r, c) for layer, frame, r, c in places]))
     for index in range(sum("mlp.0.weight" in name for name in state)):
         layer = f"encoder.layers.encoder_layer_{index}."
         attention = nn.MultiheadAttention(width, width // 64, batch_first=True, dtype=torch.float64)
@@ -136,11 +163,16 @@ def in_float64(state, latent, regions: Regions) -> torch.Tensor:
         turned = embeddings.apply_rotary_emb(heads, tuple(table.double() for table in tables)).transpose(1, 2).flatten(2).double()
         x = x + attention(turned, turned, y, need_weights=False)[0]
         x = x + linear(nn.functional.gelu(linear(norm(x, f"{layer}ln_2"), f"{layer}mlp.0")), f"{layer}mlp.3")
-    out = linear(norm(x, "encoder.ln"), "fc_out")[0]
-    canvas = torch.zeros(len(regions.boxes), 8 * regions.height, 8 * regions.width, 4, dtype=torch.float64)
+    x = norm(x, "encoder.ln")[0]
+    canvas = torch.zeros(len(regions.boxes), 1 + 4 * (frames - 1), 8 * regions.height, 8 * regions.width, 4, dtype=torch.float64)
     canvas[..., 3] = -1
-    for (layer, r, c), values in zip(places, out, strict=True):
-        canvas[layer, 8 * r : 8 * r + 8, 8 * c : 8 * c + 8] = values.view(4, 8, 8).permute(1, 2, 0)
+    for (layer, frame, r, c), token in zip(places, x, strict=True):
+        if frame:
+            values, start = linear(token, "fc_out_time").view(4, 4, 8, 8), 4 * frame - 3
+        else:
+            values, start = linear(token, "fc_out").view(1, 4, 8, 8), 0
+        for number, value in enumerate(values):
+            canvas[layer, start + number, 8 * r : 8 * r + 8, 8 * c : 8 * c + 8] = value.permute(1, 2, 0)
     return canvas
 
 
@@ -149,11 +181,51 @@ def test_the_transparent_decoder_is_the_published_network():
     state = transparent_decoder(width=128, blocks=2, hidden=96, channels=16)
     regions = Regions(6, 4, ((0, 0, 6, 4), (0, 0, 6, 4), (1, 1, 3, 2), (2, 0, 4, 3)))
     latent = torch.randn(16, 4, 4, 6)
-    wanted = ((in_float64(state, latent, regions) + 1) / 2).clamp(0, 1)
+    wanted = ((in_float64(state, latent, regions)[:, 0] + 1) / 2).clamp(0, 1)
     got = build(state)(latent, regions)
     assert got.shape == (4, 32, 48, 4)
     assert ((wanted > 0) & (wanted < 1)).double().mean() > 0.3, "clamped values prove nothing"
     torch.testing.assert_close(got.double(), wanted, rtol=0, atol=2e-6)
+
+
+@torch.no_grad()
+def test_the_transparent_decoder_of_clips():
+    """Three latent frames are nine: one, four and four. Pictures go through the published part of it."""
+    state = transparent_decoder(width=128, blocks=2, hidden=96, channels=16, timed=True)
+    network = build(state)
+    boxes = ((0, 0, 6, 4), (0, 0, 6, 4), (1, 1, 3, 2), (2, 0, 4, 3))
+    clip = Regions(6, 4, boxes, 3)
+    latent = torch.randn(16, 12, 4, 6)
+    wanted = in_float64(state, latent, clip)
+    got = network(latent, clip)
+    assert got.shape == (4, 9, 32, 48, 4)
+    torch.testing.assert_close(got.double(), ((wanted + 1) / 2).clamp(0, 1), rtol=0, atol=2e-6)
+    patches = in_pixel_frames(clip).crop(wanted.flatten(0, 1).movedim(-1, 0)[None], 8)
+    assert patches.abs().max() > 1, "what training sees is not clamped"
+    torch.testing.assert_close(network.patches(latent, clip).double(), patches, rtol=0, atol=4e-6)
+    picture = Regions(6, 4, boxes)
+    wanted = in_float64(state, latent[:, ::3], picture)[:, 0]
+    torch.testing.assert_close(network(latent[:, ::3], picture).double(), ((wanted + 1) / 2).clamp(0, 1), rtol=0, atol=2e-6)
+
+
+def test_every_part_of_the_decoder_of_clips_gets_a_gradient():
+    network = TransparentDecoder(16, 64, 1, 64, timed=True, layer_spacing=4)
+    network.patches(torch.randn(16, 9, 2, 3), Regions(3, 2, ((0, 0, 3, 2),) * 3, 3)).square().mean().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_weights_are_written_as_they_are_read(timed):
+    state = transparent_decoder(width=128, blocks=2, hidden=96, channels=16, timed=timed)
+    written = published(build(state))
+    assert written.keys() == state.keys()
+    assert all(torch.equal(written[name], value) and written[name].dtype == value.dtype for name, value in state.items())
+
+
+def test_a_decoder_of_pictures_refuses_a_clip():
+    network = build(transparent_decoder(width=64, blocks=1, hidden=64, channels=16))
+    with pytest.raises(ValueError, match="the transparent decoder is for pictures, and the layers have 3 latent frames; use one for clips"):
+        network(torch.zeros(16, 6, 1, 1), Regions(1, 1, ((0, 0, 1, 1),) * 2, 3))
 
 
 def test_other_weights_are_no_transparent_decoder():

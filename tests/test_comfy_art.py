@@ -1,4 +1,4 @@
-"""ART's regions on ComfyUI's own Flux and Qwen-Image, old and new: equal to the whole canvas with masked tokens; and through the queue."""
+"""ART's regions on ComfyUI's own Flux, Qwen-Image and Wan, old and new: equal to the whole canvas with masked tokens; and through the queue."""
 
 from __future__ import annotations
 
@@ -15,13 +15,19 @@ import pytest
 import torch
 from conftest import _installed
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from test_art import transparent_decoder
+from safetensors.torch import load, load_file, save_file
+from test_art import in_float64, transparent_decoder
+from test_comfy_transparent_video import base, save_node, saved
+from test_transparent_video import independent, needs_ffmpeg, psnr
 
-from tessera.cli.comfy_server import ComfyServer, PromptFailedError
+from tessera.cli.comfy_server import ComfyServer, PromptFailedError, PromptRefusedError
+from tessera.models.layers.regions import Regions
+from tiny_models import LAYERS as LAYERS_FILE
+from tiny_models import LAYERS_VAE
 
 HERE = Path(__file__).parent
 LAYERS, HEIGHT, WIDTH = 5, 3, 4  # of the canvas, in tokens
+BOXES = [[3, 4], [3, 4], [2, 2], [2, 2], [1, 1]]  # height and width of the layers
 BOXES = [(0, 0, 4, 3), (0, 0, 4, 3), (0, 1, 2, 2), (1, 0, 2, 2), (3, 2, 1, 1)]  # what tests/comfy_art.py's boxes snap to
 STEPS, GUIDANCE, CFG, TEXT = 3, 4.0, 3.5, 7
 
@@ -124,6 +130,23 @@ def test_qwen_image_is_its_own_forward_with_masked_tokens(results):
     assert results["qwen"]["error"] < 1e-4 and results["qwen"]["unmasked"] > 1e-2
 
 
+@pytest.mark.parametrize("frames", [1, 3, 5])
+def test_wan_is_its_own_forward_with_masked_tokens(results, frames):
+    """Pictures, and clips of 9 and 17 frames: crop, positions in time and space, layer embedding, scatter."""
+    line = results[f"wan {frames}"]
+    assert line["error"] < 1e-4 and line["unembedded"] > 1e-2 and line["outside"] == 0
+    assert line["previews"] == [[1, 16, frames * LAYERS, 2 * HEIGHT, 2 * WIDTH]] * STEPS
+    assert line["wrappers"] == [2, 0], "applied twice, and the model itself left as it was"
+
+
+def test_wan_with_other_patches(results):
+    line = results["wan with others"]
+    assert line["tokens"] == [99], "the strip's, three frames of them"
+    assert line["same"] == line["limited"] == 0 and line["dense"] < 1e-5
+    assert line["family"] == "Wan" and line["calls"]["sparse"] == 2 * STEPS and line["finite"] and line["changed"] > 1e-3
+    assert line["boxes"] == [[3, *box] for box in BOXES], "sparse blocks end where layers do"
+
+
 def test_the_hooks_leave_nothing_behind(results):
     line = results["hooks"]
     assert line["patches"] == [] and line["wrappers"] == [] and line["twice"] == 1 and line["shift"] == pytest.approx(1.15)
@@ -136,7 +159,7 @@ def test_batches_masks_and_sparse_attention(results):
     line = results["variants"]
     assert line["batch"] < 1e-5
     assert line["changed"] == [False, False, False, True, False]
-    assert line["calls"] == {"sparse": 4 * STEPS} and line["finite"]
+    assert line["calls"] == {"sparse": 4 * STEPS} and line["finite"] and line["boxes"] == [[1, *box] for box in BOXES]
 
 
 def test_reference_pictures_keep_their_own_positions(results):
@@ -150,7 +173,10 @@ def test_reference_pictures_keep_their_own_positions(results):
         ("other latent", r"latent_image is \(1, 16, 6, 8\), and the model's regions need \(1, 16, 5, 6, 8\); use model and latent of one"),
         ("area", "the conditioning has area, which know nothing of regions"),
         ("tiles", "the model got 4 picture tokens and its regions have 33"),
-        ("other model", "model is WanModel, and regions are for Flux.1 and Qwen-Image"),
+        ("other model", r"model is Identity, and regions are for Flux.1, Qwen-Image and Wan text-to-video"),
+        ("image to video", r"model is WanModel, and regions are for .* Wan text-to-video \(2.1, 2.2 14B\); load one of those"),
+        ("VACE", r"model is VaceWanModel, and regions are for"),
+        ("clips of Flux", r"frames is more than 1, and model is Flux, which makes pictures; set frames to 1, or load a Wan model"),
         ("embedding width", r"the layer embedding is \(1, 52, 1, 1, 64\); model and boxes need \(1, 5 or more, 1, 1, 128\)"),
     ],
 )
@@ -235,3 +261,116 @@ def test_through_the_queue(server):
 def test_bad_boxes_are_refused_with_one_message(server, changes, message):
     with pytest.raises(PromptFailedError, match=message):
         server.run(graph(**changes))
+
+
+OVER = "0, 17, 30, 40\n16 0 32 32"  # what BOXES' first two foregrounds come from
+
+
+def wan_graph(frames: int | None, decode: str, decoder: str = LAYERS_FILE) -> dict[str, dict]:
+    """The built-in layered model, whatever decodes it as node 7; 8 keeps the latent, 9 to 11 decode its first layer by core's own nodes."""
+    where = dict(width=64, height=48, boxes=OVER, layer_embedding=LAYERS_FILE, base_shift=0.5, max_shift=1.15)
+    length = {} if frames is None else {"frames": frames}
+    run = dict(seed=1, steps=2, cfg=2.0, sampler_name="euler", scheduler="simple", denoise=1.0)
+    return {
+        "1": {"class_type": "UNETLoader", "inputs": {"unet_name": LAYERS_FILE, "weight_dtype": "default"}},
+        "2": {"class_type": "VAELoader", "inputs": {"vae_name": LAYERS_VAE}},
+        "3": {"class_type": "TesseraLayersPrompt", "inputs": {"text": "red disc, blue ring on green"}},
+        "4": {"class_type": "TesseraLayersPrompt", "inputs": {"text": ""}},
+        "5": {"class_type": "ModelSamplingSD3", "inputs": {"model": ["1", 0], "shift": 5.0}},
+        "6": {"class_type": "TesseraRegionLayers", "inputs": {"model": ["5", 0], "vae": ["2", 0], **where, **length}},
+        "0": {
+            "class_type": "KSampler",
+            "inputs": {"model": ["6", 0], "positive": ["3", 0], "negative": ["4", 0], "latent_image": ["6", 1], **run},
+        },
+        "7": {"class_type": decode, "inputs": {"samples": ["0", 0], "vae": ["2", 0], "transparent_decoder": decoder}},
+        "8": {"class_type": "SaveLatent", "inputs": {"samples": ["0", 0], "filename_prefix": "regions"}},
+        "9": {"class_type": "LatentCut", "inputs": {"samples": ["0", 0], "dim": "t", "index": 0, "amount": ((frames or 1) - 1) // 4 + 1}},
+        "10": {"class_type": "VAEDecode", "inputs": {"samples": ["9", 0], "vae": ["2", 0]}},
+        "11": {"class_type": "SaveImage", "inputs": {"images": ["10", 0], "filename_prefix": "first"}},
+        "12": {"class_type": "SaveImage", "inputs": {"images": ["7", 1], "filename_prefix": "merged"}},
+    }
+
+
+def as_core_decodes_it(server: ComfyServer, outputs: dict) -> np.ndarray:
+    """The merged picture or clip, which core decodes to the same; but for rounding, as ours decodes layers in batches."""
+    merged, core = (
+        np.stack([np.asarray(Image.open(io.BytesIO(server.fetch(entry)))).astype(int) for entry in outputs[node]["images"]]) for node in ("12", "11")
+    )
+    assert np.abs(merged - core).max() <= 1
+    return merged
+
+
+@torch.no_grad()
+def foregrounds(server: ComfyServer, outputs: dict, weights: Path, frames: int) -> np.ndarray:
+    """`(layers, frames, 48, 64, 4)` in 0..1: the transparent decoder over again, on the latent that was saved."""
+    latent = load(server.fetch(outputs["8"]["latents"][0]))["latent_tensor"]
+    assert latent.shape == (1, 16, 4 * frames, 6, 8)
+    regions = Regions(8, 6, tuple((2 * x, 2 * y, 2 * w, 2 * h) for x, y, w, h in BOXES[:4]), frames)
+    return ((in_float64(load_file(weights / "transparent_decoders" / LAYERS_FILE), latent[0], regions) + 1) / 2).clamp(0, 1)[2:].numpy()
+
+
+def test_a_layered_picture_of_wan_becomes_a_psd(any_comfy, tiny_models):
+    psd_tools = pytest.importorskip("psd_tools", reason="reads the file back")
+    graph = wan_graph(None, "TesseraDecodeRegionLayers")
+    graph["13"] = {"class_type": "TesseraSaveLayers", "inputs": {"layers": ["7", 0], "filename_prefix": "wan", "format": "psd"}}
+    outputs = any_comfy.run(graph, timeout=600).outputs
+    assert as_core_decodes_it(any_comfy, outputs).shape == (1, 48, 64, 3)
+    wanted = foregrounds(any_comfy, outputs, tiny_models, 1)[:, 0]
+    psd = psd_tools.PSDImage.open(io.BytesIO(any_comfy.fetch(outputs["13"]["tessera_files"][0])))
+    assert psd.size == (64, 48)
+    assert [(layer.name, layer.bbox) for layer in psd] == [
+        ("Background", (0, 0, 64, 48)),
+        ("Layer 1", (0, 16, 32, 48)),
+        ("Layer 2", (16, 0, 48, 32)),
+    ]
+    for layer, canvas in zip(list(psd)[1:], wanted, strict=True):
+        left, top, right, bottom = layer.bbox
+        assert np.abs(layer.numpy() - canvas[top:bottom, left:right]).max() < 0.51 / 255
+        assert canvas[..., 3].std() > 0.05, "an even alpha proves little"
+
+
+@needs_ffmpeg
+def test_layered_clips_of_wan_become_transparent_videos(any_comfy, tiny_models):
+    """The composite, and one layer alone, in ProRes 4444 and VP9, read by FFmpeg's program."""
+    graph = wan_graph(9, "TesseraDecodeRegionVideo")
+    for number, name in (("13", ""), ("14", "Layer 2")):
+        graph[number] = {"class_type": "TesseraComposeLayeredVideo", "inputs": {"layers": ["7", 0], "layer": name, "width": 0, "height": 0}}
+    videos = {"15": ("13", "ProRes 4444"), "16": ("14", "ProRes 4444"), "17": ("14", "VP9 WebM")}
+    for number, (images, format) in videos.items():
+        graph[number] = save_node(format, [images, 0], fps=24, filename_prefix=f"wan/{number}")
+    outputs = any_comfy.run(graph, timeout=600).outputs
+    assert as_core_decodes_it(any_comfy, outputs).shape == (9, 48, 64, 3)
+    wanted = foregrounds(any_comfy, outputs, tiny_models, 3)
+    whole, alone, small = (independent(saved(any_comfy, outputs, number), videos[number][1], 16, 64, 48) for number in videos)
+    assert whole.shape == alone.shape == small.shape == (9, 48, 64, 4)
+    assert (whole[..., 3] == 1).all() and np.abs(alone[..., 3] - wanted[1, ..., 3]).max() < 0.7 / 1023
+    assert psnr((alone - wanted[1])[..., :3] * wanted[1, ..., 3:]) > 35
+    assert psnr(small[..., 3] - wanted[1, ..., 3]) > 35
+    over = wanted[1, ..., 3] > 0.98
+    assert over.any() and psnr((whole - wanted[1])[over][:, :3]) > 35, "the uppermost layer hides what is below"
+
+
+VIDEO = "TesseraDecodeRegionVideo"
+REFUSED_CLIPS = {
+    "as a picture": ("TesseraDecodeRegionLayers", {}, "samples has clips of 3 latent frames; decode them with Decode Region Video"),
+    "for pictures": (VIDEO, {"7": {"transparent_decoder": "tiny_pictures.safetensors"}}, "is for pictures, and the layers have 3 latent frames"),
+    "other latent": (VIDEO, {"7": {"samples": ["9", 0]}}, "without its regions; connect a sampler that had the latent of Region Layers"),
+    "unknown word": (VIDEO, {"3": {"text": "red elephant"}}, "the word 'elephant' is not in the vocabulary of these weights"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_CLIPS)
+def test_what_clips_cannot_be(any_comfy, case):
+    decode, changes, words = REFUSED_CLIPS[case]
+    file = base(any_comfy) / "models" / "transparent_decoders" / "tiny_pictures.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    save_file(transparent_decoder(width=64, blocks=1, hidden=64, channels=16), file)
+    graph = wan_graph(9, decode)
+    for node, inputs in changes.items():
+        graph[node]["inputs"] |= inputs
+    try:
+        with pytest.raises((PromptFailedError, PromptRefusedError)) as error:
+            any_comfy.run(graph, timeout=600)
+    finally:
+        file.unlink()
+    assert words in str(error.value)

@@ -321,9 +321,10 @@ class PlainAttention(torch.autograd.Function):
     """Softmax attention (B, heads, L, d) by plain matrix products: on CPU, twice as fast in training as the fused one."""
 
     @staticmethod
-    def forward(ctx, q, k, v):
+    def forward(ctx, q, k, v, bias=None):
         q = q * q.shape[-1] ** -0.5
-        p = (q @ k.mT).softmax(-1)
+        p = q @ k.mT
+        p = (p if bias is None else p + bias.to(p.dtype)).softmax(-1)
         y = p @ v
         ctx.save_for_backward(q, k, v, p, y)
         return y
@@ -332,7 +333,7 @@ class PlainAttention(torch.autograd.Function):
     def backward(ctx, g):
         q, k, v, p, y = ctx.saved_tensors
         ds = (g @ v.mT).sub_((g * y).sum(-1, keepdim=True)).mul_(p)
-        return (ds @ k) * q.shape[-1] ** -0.5, ds.mT @ q, p.mT @ g
+        return (ds @ k) * q.shape[-1] ** -0.5, ds.mT @ q, p.mT @ g, None
 
 
 class Attention(nn.Module):
@@ -353,12 +354,13 @@ class Attention(nn.Module):
             q, k = rotate(q, table), rotate(k, table)
         return q.transpose(1, 2), k.transpose(1, 2)
 
-    def forward(self, x, context=None, table=None):
+    def forward(self, x, context=None, table=None, bias=None):
+        """bias: `(B, 1, 1, keys)` added to the scores; no gradient goes to it."""
         q, k = self.qk(x, context, table)
         v = self.v(x if context is None else context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         q, k = q.to(v.dtype), k.to(v.dtype)
         plain = v.device.type == "cpu" and torch.is_grad_enabled()
-        y = PlainAttention.apply(q, k, v) if plain else F.scaled_dot_product_attention(q, k, v)
+        y = PlainAttention.apply(q, k, v, bias) if plain else F.scaled_dot_product_attention(q, k, v, bias)
         return self.o(y.transpose(1, 2).flatten(-2))
 
 
@@ -375,10 +377,10 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, ffn), nn.GELU(approximate="tanh"), nn.Linear(ffn, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def forward(self, x, e, context, table):
+    def forward(self, x, e, context, table, bias=None, context_bias=None):
         e = (self.modulation + e).chunk(6, 1)
-        x = x + self.self_attn(self.norm1(x) * (1 + e[1]) + e[0], table=table) * e[2]
-        x = x + self.cross_attn(self.norm3(x), context)
+        x = x + self.self_attn(self.norm1(x) * (1 + e[1]) + e[0], table=table, bias=bias) * e[2]
+        x = x + self.cross_attn(self.norm3(x), context, bias=context_bias)
         return x + self.ffn(self.norm2(x) * (1 + e[4]) + e[3]) * e[5]
 
 

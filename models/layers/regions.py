@@ -2,13 +2,14 @@
 
 Pu et al. 2025, "ART: Anonymous Region Transformer" (arXiv 2502.18364): layer 0 is the merged picture, layer 1 the background, both as large as
 the canvas, then come the foregrounds, each in a box of whole tokens. One caption describes everything; no layer has a text of its own. A token
-keeps its true place on the canvas, and the number of its layer, as its position.
+keeps its true place on the canvas, and the number of its layer, as its position. Clips are ours: every layer has as many latent frames, and its
+box stays where it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -19,45 +20,53 @@ from .document import Box
 TOKEN = 16  # pixels of a token's side: 8 of the autoencoder, 2 of the patch
 WHOLE = 2  # layers that have no box of their own: merged picture and background
 MAX_FOREGROUNDS = 50  # the published layer embedding has 52 rows
+LAYER_SPACING = 4  # from one layer to the next on the axis of time, for models that have one; more where a layer has more frames
 
 
 @dataclass(frozen=True)
 class Regions:
-    """width, height: of the canvas. boxes: one a layer, inside the canvas. All in tokens."""
+    """width, height: of the canvas. boxes: one a layer, inside the canvas. All in tokens. frames: of each layer, in latent frames."""
 
     width: int
     height: int
     boxes: tuple[Box, ...]
+    frames: int = 1
 
     @property
     def tokens(self) -> int:
-        return sum(width * height for _, _, width, height in self.boxes)
+        return self.frames * sum(width * height for _, _, width, height in self.boxes)
 
     @cached_property
     def ids(self) -> Tensor:
-        """int64 `(tokens, 3)`: layer, row and column on the canvas; layer by layer, row by row."""
+        """int64 `(tokens, 4)`: layer, frame, row and column on the canvas; layer by layer, frame by frame, row by row."""
         parts = []
         for layer, (x, y, width, height) in enumerate(self.boxes):
-            parts.append(torch.cartesian_prod(torch.tensor([layer]), torch.arange(y, y + height), torch.arange(x, x + width)))
+            parts.append(
+                torch.cartesian_prod(torch.tensor([layer]), torch.arange(self.frames), torch.arange(y, y + height), torch.arange(x, x + width))
+            )
         return torch.cat(parts)
 
     @cached_property
     def index(self) -> Tensor:
-        """int64 `(tokens,)`: places in the flattened `(layers, height, width)`."""
-        layer, row, column = self.ids.unbind(1)
-        return (layer * self.height + row) * self.width + column
+        """int64 `(tokens,)`, ascending: places in the flattened `(layers, frames, height, width)`."""
+        layer, frame, row, column = self.ids.unbind(1)
+        return ((layer * self.frames + frame) * self.height + row) * self.width + column
 
     def finer(self, factor: int) -> Regions:
         """The same regions on a grid of `factor` times smaller tokens."""
         boxes = tuple((x * factor, y * factor, width * factor, height * factor) for x, y, width, height in self.boxes)
-        return Regions(self.width * factor, self.height * factor, boxes)
+        return replace(self, width=self.width * factor, height=self.height * factor, boxes=boxes)
+
+    def latent(self, patch: int) -> tuple[int, int, int]:
+        """`(layers * frames, patch * height, patch * width)`: the last axes of a latent; layer by layer, frame by frame."""
+        return len(self.boxes) * self.frames, patch * self.height, patch * self.width
 
     def fits(self, latent: Tensor, patch: int) -> bool:
-        """Whether a latent is `(batch, channels, layers, patch * height, patch * width)`."""
-        return latent.ndim == 5 and tuple(latent.shape[2:]) == (len(self.boxes), patch * self.height, patch * self.width)
+        """Whether a latent is `(batch, channels, layers * frames, patch * height, patch * width)`."""
+        return latent.ndim == 5 and tuple(latent.shape[2:]) == self.latent(patch)
 
     def crop(self, latent: Tensor, patch: int) -> Tensor:
-        """`(batch, channels, layers, patch * height, patch * width)` -> `(batch, channels, patch, patch * tokens)`: the tokens side by side.
+        """`(batch, channels, layers * frames, patch * height, patch * width)` -> `(batch, channels, patch, patch * tokens)`, side by side.
 
         A network that patchifies this strip reads exactly the tokens inside the boxes, in the order of `ids`.
         """
@@ -67,17 +76,19 @@ class Regions:
         """The inverse of `crop`: a copy of `canvas` with the strip's tokens inside the boxes."""
         patches = self._patches(canvas, patch).to(strip.dtype, copy=True)
         patches[..., self.index.to(canvas.device), :] = strip.unflatten(-1, (-1, patch)).to(canvas.device)
-        grid = patches.unflatten(-2, (len(self.boxes), self.height, self.width))
+        grid = patches.unflatten(-2, (-1, self.height, self.width))
         return grid.permute(0, 1, 3, 4, 2, 5, 6).flatten(-2).flatten(-3, -2)
 
     def _patches(self, latent: Tensor, patch: int) -> Tensor:
-        """`(batch, channels, patch, layers * height * width, patch)`."""
+        """`(batch, channels, patch, layers * frames * height * width, patch)`."""
         grid = latent.unflatten(-1, (self.width, patch)).unflatten(-3, (self.height, patch))
         return grid.permute(0, 1, 4, 2, 3, 5, 6).flatten(3, 5)
 
 
-def snap(boxes: Sequence[Box], width: int, height: int) -> Regions:
+def snap(boxes: Sequence[Box], width: int, height: int, frames: int = 1) -> Regions:
     """The regions of a canvas of `width` x `height` pixels with foregrounds in `boxes`, in pixels, lowest first. Boxes may overlap.
+
+    frames: latent frames of each layer.
 
     Boxes grow to whole tokens and are cut at the canvas, which itself grows to whole tokens. Raises ValueError that names all boxes without an
     area and all outside of the canvas, and for more than MAX_FOREGROUNDS.
@@ -100,7 +111,16 @@ def snap(boxes: Sequence[Box], width: int, height: int) -> Regions:
         left, top = max(x // TOKEN, 0), max(y // TOKEN, 0)
         right, bottom = min(-(-(x + box_width) // TOKEN), across), min(-(-(y + box_height) // TOKEN), down)
         snapped.append((left, top, right - left, bottom - top))
-    return Regions(across, down, ((0, 0, across, down),) * WHOLE + tuple(snapped))
+    return Regions(across, down, ((0, 0, across, down),) * WHOLE + tuple(snapped), frames)
+
+
+def positions(regions: Regions, spacing: int) -> Tensor:
+    """int64 `(tokens, 3)` for a rotary embedding: layer and frame on one axis, row, column.
+
+    spacing: 1 for image models, whose first axis counts pictures; LAYER_SPACING for video models. Layers of more frames are further apart.
+    """
+    layer, frame, row, column = regions.ids.unbind(1)
+    return torch.stack([layer * max(spacing, regions.frames) + frame, row, column], 1)
 
 
 def schedule_shift(tokens: int, base_shift: float = 0.5, max_shift: float = 1.15) -> float:

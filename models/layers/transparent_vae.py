@@ -2,23 +2,28 @@
 
 A layer is blended with grey before an ordinary autoencoder encodes it, so that the latent knows where it is transparent. The decoder here, a
 ViT over the latents' tokens of all layers at once, each 8 pixels a side, reads colour and alpha from them.
+
+Clips are ours, and so are the tensors `decoder.fc_out_time` and `decoder.layer_spacing`, which the published files have not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels.attention import attention
-from .regions import Regions
+from .regions import Regions, positions
 
 PIXELS = 8  # of a token's side
+FRAMES = 4  # of a latent frame after the first, which is one: as in Wan's autoencoder
 HEAD_DIM = 64
-AXES = (8, 28, 28)  # head dimensions that turn with layer, row and column
+AXES = (8, 28, 28)  # head dimensions that turn with layer and frame, row, column
 PREFIX = "decoder."
+SPACING = f"{PREFIX}layer_spacing"  # int64 `(1,)`; absent: 1
 
 
 def grey_blended(image: Tensor) -> Tensor:
@@ -26,32 +31,86 @@ def grey_blended(image: Tensor) -> Tensor:
     return torch.lerp(torch.full_like(image[..., :3], 0.5), image[..., :3], image[..., 3:])
 
 
+def in_pixel_frames(regions: Regions) -> Regions:
+    """The regions of what is decoded: as many frames as a clip of these latent frames has."""
+    return replace(regions, frames=1 + FRAMES * (regions.frames - 1))
+
+
 class TransparentDecoder(nn.Module):
-    """operations: where layer classes come from (`Linear`, `LayerNorm`), so that a host can manage the weights."""
+    """operations: where layer classes come from (`Linear`, `LayerNorm`), so that a host can manage the weights.
+
+    timed: whether it decodes clips. layer_spacing: as in `positions`.
+    """
 
     def __init__(
-        self, channels: int, width: int, blocks: int, hidden: int, operations: Any = nn, dtype: torch.dtype | None = None, device: Any = None
+        self,
+        channels: int,
+        width: int,
+        blocks: int,
+        hidden: int,
+        operations: Any = nn,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+        *,
+        timed: bool = False,
+        layer_spacing: int = 1,
     ):
         super().__init__()
         where = {"dtype": dtype, "device": device}
+        self.layer_spacing = layer_spacing
         self.fc_in = operations.Linear(channels, width, **where)
         self.blocks = nn.ModuleList(Block(width, hidden, operations, where) for _ in range(blocks))
         self.norm = operations.LayerNorm(width, eps=1e-6, **where)
         self.fc_out = operations.Linear(width, 4 * PIXELS**2, **where)
+        self.fc_out_time = operations.Linear(width, FRAMES * 4 * PIXELS**2, **where) if timed else None
 
     def forward(self, latent: Tensor, regions: Regions) -> Tensor:
-        """`(channels, layers, height, width)`, as the autoencoder decodes it -> `(layers, 8 * height, 8 * width, 4)` in 0..1, straight alpha.
+        """A latent of one canvas, as `patches` takes it -> `(layers, 8 * height, 8 * width, 4)` in 0..1, straight alpha.
 
-        regions: on the latent's grid. Outside of its box a layer is grey and fully transparent.
+        Of a clip: `(layers, 1 + 4 * (frames - 1), 8 * height, 8 * width, 4)`. Outside of its box a layer is grey and fully transparent.
         """
-        cos, sin = rotary(regions.ids.to(latent.device))
+        layers = self.cut(latent, regions)
+        nothing = layers[0].new_tensor([0.5, 0.5, 0.5, 0.0])
+        canvas = nothing.repeat(len(layers), len(layers[0]), PIXELS * regions.height, PIXELS * regions.width, 1)
+        for whole, layer, (x, y, width, height) in zip(canvas, layers, regions.boxes, strict=True):
+            whole[:, PIXELS * y : PIXELS * (y + height), PIXELS * x : PIXELS * (x + width)] = layer
+        return canvas[:, 0] if regions.frames == 1 else canvas
+
+    def cut(self, latent: Tensor, regions: Regions) -> list[Tensor]:
+        """Each layer in its box: `(pixel frames, 8 * box height, 8 * box width, 4)` in 0..1, straight alpha."""
+        frames = in_pixel_frames(regions).frames
+        tokens = self.patches(latent, regions)[0].unflatten(-1, (-1, PIXELS))
+        layers = []
+        for part, (_, _, width, height) in zip(tokens.split([frames * w * h for _, _, w, h in regions.boxes], 2), regions.boxes, strict=True):
+            grid = part.unflatten(2, (frames, height, width)).permute(2, 3, 1, 4, 5, 0)  # (frames, height, 8, width, 8, 4)
+            layers.append(((grid.flatten(3, 4).flatten(1, 2) + 1) / 2).clamp(0, 1))
+        return layers
+
+    def patches(self, latent: Tensor, regions: Regions) -> Tensor:
+        """`(channels, layers * frames, height, width)`, as the autoencoder decodes it -> `(1, 4, 8, 8 * tokens)` float32, not clamped.
+
+        regions: on the latent's grid. Colour and alpha, opaque 1 and transparent -1: what `in_pixel_frames(regions).crop(pictures, 8)` gives of
+        `(1, 4, layers * pixel frames, 8 * height, 8 * width)`. Raises ValueError for a clip where this decoder knows pictures only.
+        """
+        cos, sin = rotary(positions(regions, self.layer_spacing).to(latent.device))
         x = self.fc_in(latent.flatten(1)[:, regions.index.to(latent.device)].T[None])
         for block in self.blocks:
             x = block(x, cos.to(x.dtype), sin.to(x.dtype))
-        patches = self.fc_out(self.norm(x))[0].float().unflatten(-1, (4, PIXELS, PIXELS)).permute(1, 2, 0, 3).flatten(-2)[None]
-        canvas = patches.new_zeros(1, 4, len(regions.boxes), PIXELS * regions.height, PIXELS * regions.width)
-        canvas[:, 3] = -1
-        return ((regions.scatter(patches, canvas, PIXELS)[0].movedim(0, -1) + 1) / 2).clamp(0, 1)
+        x = self.norm(x)[0]
+        if regions.frames == 1:
+            tokens = self.fc_out(x)
+        elif self.fc_out_time is None:
+            raise ValueError(f"the transparent decoder is for pictures, and the layers have {regions.frames} latent frames; use one for clips")
+        else:
+            first = regions.ids[:, 1] == 0
+            layer, frame, row, column = regions.ids[~first].repeat_interleave(FRAMES, 0).unbind(1)
+            frame = FRAMES * (frame - 1) + 1 + torch.arange(FRAMES).repeat(len(frame) // FRAMES)
+            decoded = in_pixel_frames(regions)
+            places = ((layer * decoded.frames + frame) * decoded.height + row) * decoded.width + column
+            order = torch.cat([decoded.index[decoded.ids[:, 1] == 0], places]).argsort().to(x.device)
+            first = first.to(x.device)
+            tokens = torch.cat([self.fc_out(x[first]), self.fc_out_time(x[~first]).unflatten(-1, (FRAMES, -1)).flatten(0, 1)])[order]
+        return tokens.float().unflatten(-1, (4, PIXELS, PIXELS)).permute(1, 2, 0, 3).flatten(-2)[None]
 
 
 class Block(nn.Module):
@@ -90,6 +149,8 @@ def rotary(ids: Tensor) -> tuple[Tensor, Tensor]:
 def build(state: Mapping[str, Tensor], operations: Any = nn, dtype: torch.dtype | None = None, device: Any = None) -> TransparentDecoder:
     """The decoder of a state dict in the published layout (`decoder.fc_in.weight`, `decoder.encoder.layers.encoder_layer_0.ln_1.weight`, ...).
 
+    With `decoder.fc_out_time.weight` and `.bias` it decodes clips, and `decoder.layer_spacing` says how far apart its layers are.
+
     Raises ValueError for another layout.
     """
     found = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
@@ -101,7 +162,11 @@ def build(state: Mapping[str, Tensor], operations: Any = nn, dtype: torch.dtype 
         )
     width, channels = entry.shape
     blocks = sum(name.endswith(".mlp.0.weight") for name in found)
-    network = TransparentDecoder(channels, width, blocks, first.shape[0], operations, dtype, device)
+    network = TransparentDecoder(
+        *(channels, width, blocks, first.shape[0], operations, dtype, device),
+        timed="fc_out_time.weight" in found,
+        layer_spacing=int(state.get(SPACING, 1)),
+    )
     renamed = {name: value for name, value in found.items() if name.startswith("fc_")}
     renamed |= {f"norm.{name.removeprefix('encoder.ln.')}": value for name, value in found.items() if name.startswith("encoder.ln.")}
     for index in range(blocks):
@@ -118,6 +183,26 @@ def build(state: Mapping[str, Tensor], operations: Any = nn, dtype: torch.dtype 
     except RuntimeError as error:
         raise ValueError(f"the tensors of the transparent decoder do not fit together: {error}") from error
     return network.eval()
+
+
+def published(network: TransparentDecoder) -> dict[str, Tensor]:
+    """The inverse of `build`: a state dict in the published layout, for safetensors."""
+    state = {}
+    for name, value in network.state_dict().items():
+        if name.startswith("blocks."):
+            _, index, part = name.split(".", 2)
+            if part.startswith("qk."):
+                kind = part.removeprefix("qk.")
+                joined = [value, network.get_parameter(f"blocks.{index}.v.{kind}")]
+                state[f"{PREFIX}{_block(int(index))}self_attention.in_proj_{kind}"] = torch.cat(joined).detach()
+            elif not part.startswith("v."):
+                part = part.replace("out_proj", "self_attention.out_proj").replace("mlp.2.", "mlp.3.")
+                state[f"{PREFIX}{_block(int(index))}{part}"] = value
+        else:
+            state[PREFIX + name.replace("norm.", "encoder.ln.")] = value
+    if network.layer_spacing > 1:
+        state[SPACING] = torch.tensor([network.layer_spacing])
+    return state
 
 
 def _block(index: int) -> str:

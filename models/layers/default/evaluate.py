@@ -1,0 +1,158 @@
+"""The layered weights on held-out layouts: does the merged picture show the layers, and are the layers what the caption says?
+
+python -m tessera.models.layers.default.evaluate [--folder WHERE] [--layouts 100] [--clips 20] [--out FILE] [--sheet FILE]
+
+merged: PSNR of the merged picture against the composite of ground and layers, and against the composite of another layout, on its canvas. iou:
+of a layer's alpha with the best-fitting object that the caption names, drawn into its box; box: the same of a filled box. named: share of
+layers whose colour and best-fitting shape the caption names together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...default.clips import PALETTE
+from ...default.networks import build_vae
+from .. import art, transparent_vae
+from ..compose import on_checkerboard
+from ..regions import WHOLE, Regions
+from . import dataset, drawn, export, sampling, vocabulary
+from .networks import LayeredTransformer
+from .train_vae import psnr
+
+SEED = 2 * 10**6
+
+
+def load(folder: Path) -> tuple[Any, LayeredTransformer, transparent_vae.TransparentDecoder]:
+    """VAE, transformer and decoder from the files that nodes load."""
+
+    def tensors(file: Path) -> dict[str, Tensor]:
+        return {name: value.float() for name, value in load_file(folder / file).items()}
+
+    vae, model = build_vae(), LayeredTransformer()
+    vae.load_state_dict(tensors(export.VAE))
+    model.load_state_dict(tensors(export.TRANSFORMER) | {art.KEY: tensors(export.EMBEDDING)[art.KEY]})
+    return vae.eval(), model.eval(), transparent_vae.build(tensors(export.DECODER))
+
+
+def iou(a: Tensor, b: Tensor) -> float:
+    """Intersection over union of two alphas, soft edges counted in part."""
+    return float(torch.minimum(a, b).sum() / torch.maximum(a, b).sum().clamp_min(1e-6))
+
+
+def read(layer: Tensor, kinds: list[vocabulary.Kind]) -> tuple[float, float, bool]:
+    """Of a layer `(frames, height, width, 4)` cut to its box: IoU with the best-fitting kind, that of the filled box, and whether its colour and
+    shape are named together. Means over frames."""
+    frames, height, width, _ = layer.shape
+    named = []
+    for kind in kinds:
+        truth = drawn.foreground(kind, width, height, frames)[..., 3]
+        fits = [iou(mine, theirs) for mine, theirs in zip(layer[..., 3], truth, strict=True)]
+        boxes = [iou(torch.ones_like(theirs), theirs) for theirs in truth]
+        named.append((sum(fits) / frames, sum(boxes) / frames, kind))
+    fit, _, best = max(named, key=lambda found: found[0])
+    solid = layer[layer[..., 3] > 0.5][:, :3]
+    colour = int((PALETTE - solid.mean(0)).norm(dim=1).argmin()) if len(solid) else -1
+    return fit, max(box for _, box, _ in named), any(kind.colour == colour and kind.shape == best.shape for kind in kinds)
+
+
+def evaluate(networks: tuple, layouts: int, frames: int, generator: torch.Generator) -> tuple[dict[str, Any], list[tuple[str, sampling.Decoded]]]:
+    """Figures, and what was made."""
+    vae, model, decoder = networks
+    made: list[tuple[str, sampling.Decoded]] = []
+    rows: list[dict[str, Any]] = []
+    for number in range(layouts):
+        found = dataset.sample(frames, generator)
+        boxes, caption = dataset.boxes_of(found), dataset.caption_of(found)
+        regions = Regions(*boxes[0][2:], tuple(boxes), (frames - 1) // 4 + 1)
+        decoded = sampling.decode(vae, decoder, sampling.latents(model, regions, caption, number), regions)
+        read_back = []
+        for box, layer in zip(boxes[WHOLE:], decoded.layers, strict=True):
+            x, y, width, height = drawn.pixels(box)
+            read_back.append(read(layer[:, y : y + height, x : x + width], list(caption.kinds)))
+        own = psnr(2 * decoded.merged - 1, 2 * decoded.composite() - 1)
+        rows.append(dict(layers=len(boxes), merged=own, read=read_back))
+        made.append((vocabulary.text(caption), decoded))
+    others = []
+    for (_, decoded), (_, other) in zip(made, made[1:] + made[:1], strict=True):
+        size = decoded.merged.shape[1:3]
+        picture = F.interpolate(other.composite().movedim(-1, 1), size, mode="bilinear").movedim(1, -1)
+        others.append(psnr(2 * decoded.merged - 1, 2 * picture - 1))
+    layers = [read_back for row in rows for read_back in row["read"]]
+
+    def mean(values: list[float]) -> float:
+        return round(sum(values) / len(values), 3)
+
+    groups = {}
+    for low, high in ((2, 5), (6, 11), (12, 21), (22, 52)):
+        group = [row for row in rows if low <= row["layers"] <= high]
+        if group:
+            groups[f"{low} to {high} layers"] = dict(
+                layouts=len(group), merged_db=mean([row["merged"] for row in group]), iou=mean([fit for row in group for fit, _, _ in row["read"]])
+            )
+    figures = dict(
+        layouts=layouts,
+        layers=f"{min(row['layers'] for row in rows)} to {max(row['layers'] for row in rows)}",
+        merged_db=mean([row["merged"] for row in rows]),
+        merged_lowest_db=round(min(row["merged"] for row in rows), 3),
+        another_layout_db=mean(others),
+        iou=mean([fit for fit, _, _ in layers]),
+        filled_box_iou=mean([box for _, box, _ in layers]),
+        named=mean([float(named) for _, _, named in layers]),
+        by_layers=groups,
+    )
+    return figures, made
+
+
+def sheet(made: list[tuple[str, sampling.Decoded]], file: str, columns: int = 8, side: int = 160) -> None:
+    """One row each: merged, composite, ground, and the first layers on a checkerboard; of clips the middle frame."""
+
+    def cell(picture: Tensor) -> Tensor:
+        if picture.shape[-1] == 4:
+            picture = on_checkerboard(picture)
+        return F.pad(picture[..., :3], (0, 0, 0, side - picture.shape[1], 0, side - picture.shape[0]), value=0.15)
+
+    rows = []
+    for _, decoded in made:
+        frame = len(decoded.merged) // 2
+        cells = [decoded.merged[frame], decoded.composite()[frame], decoded.back[frame], *(layer[frame] for layer in decoded.layers)]
+        cells = [cell(picture) for picture in cells[:columns]]
+        cells += [torch.full((side, side, 3), 0.15)] * (columns - len(cells))
+        rows.append(torch.cat(cells, 1))
+    Image.fromarray((torch.cat(rows) * 255).round().byte().numpy()).save(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", default=str(export.HERE))
+    parser.add_argument("--layouts", type=int, default=100)
+    parser.add_argument("--clips", type=int, default=20)
+    parser.add_argument("--out")
+    parser.add_argument("--sheet")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    networks = load(Path(options.folder))
+    results, pictures = {}, []
+    for name, many, frames in (("pictures", options.layouts, 1), ("clips", options.clips, 9)):
+        if many:
+            results[name], made = evaluate(networks, many, frames, torch.Generator().manual_seed(SEED + frames))
+            pictures += made[:12]
+            print(name, json.dumps(results[name], indent=1), flush=True)
+    if options.sheet:
+        sheet(pictures, options.sheet)
+    if options.out:
+        Path(options.out).write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Write the weight files from a training work folder.
+
+python -m tessera.models.layers.default.export --work DIR [--folder WHERE] [--note TEXT]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from ...default import export, networks
+from .. import art
+from ..transparent_vae import published
+from . import train_decoder
+from .networks import CONFIG
+
+HERE = Path(__file__).parent
+VAE = Path("vae", "tessera_layers_vae.safetensors")
+TRANSFORMER = Path("diffusion_models", "tessera_layers.safetensors")
+EMBEDDING = Path("layer_embeddings", "tessera_layers.safetensors")
+DECODER = Path("transparent_decoders", "tessera_layers.safetensors")
+COMMON = {
+    "license": "Apache-2.0",
+    "dataset": "procedurally drawn layers (drawn.py), no external data",
+    "method_source": "ART (arXiv 2502.18364) on the architecture of Wan 2.1 (Apache-2.0); weights trained by this folder's scripts",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", required=True)
+    parser.add_argument("--folder", default=str(HERE))
+    parser.add_argument("--note", default="")
+    options = parser.parse_args()
+
+    def load(name: str) -> dict:
+        return torch.load(os.path.join(options.work, name), weights_only=True)
+
+    def write(what: dict, file: Path, dtype: torch.dtype, title: str, **more: str) -> None:
+        export.write(what, os.path.join(options.folder, file), dtype, {**COMMON, "title": title, **more})
+
+    trained = load("layers.pt")
+    ema = trained["ema"]
+    embedding = {art.KEY: ema.pop(art.KEY)}
+    decoder = train_decoder.build()
+    decoder.load_state_dict(load("decoder.pt")["model"])
+    config = json.dumps({"transformer": {"text_dim": CONFIG["text_dim"], "num_heads": CONFIG["heads"]}})
+    training = options.note or f"rectified flow, {trained['step']} steps, {trained['seen']} layouts, averaged weights"
+    write(load("vae_folded.pt")["model"], VAE, torch.float16, "Tessera layers VAE", config=json.dumps({"vae": networks.VAE_CONFIG}))
+    write(ema, TRANSFORMER, torch.bfloat16, "Tessera layers", config=config, training=training)
+    write(embedding, EMBEDDING, torch.bfloat16, "Tessera layers, layer embedding")
+    write(published(decoder), DECODER, torch.float16, "Tessera layers, transparent decoder")
+
+
+if __name__ == "__main__":
+    main()

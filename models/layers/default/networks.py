@@ -1,0 +1,58 @@
+"""The layered transformer: Wan's text-to-video transformer on the tokens of regions, with ART's layer embedding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ...default import export, networks
+from ..regions import MAX_FOREGROUNDS, WHOLE
+
+LAYERS = WHOLE + MAX_FOREGROUNDS
+CONFIG = dict(networks.DIT_CONFIG, layers=4)
+FROM_VIDEO = (0, 2, 4, 5)  # the blocks of the default video model that training starts from
+
+
+class LayeredTransformer(networks.WanTransformer):
+    """Velocity of the tokens of regions, side by side in a strip one token high, as a host samples them."""
+
+    def __init__(self, **config):
+        super().__init__(**{**CONFIG, **config})
+        self.layer_pe = nn.Parameter(torch.zeros(1, LAYERS, 1, 1, self.dim))
+
+    def forward(self, x, t, context, positions, layers, pad=None, context_pad=None):  # type: ignore[override]
+        """strip x `(batch, 16, 1, 2, 2 * tokens)`, t `(batch,)` in 0..1000, context `(batch, words, text_dim)`, positions `(batch, tokens, 3)`,
+        layers int64 `(batch, tokens)`, pad and context_pad `(batch, 1, 1, tokens or words)`: -inf where nothing is. Returns like x.
+        """
+        y = self.patch_embedding(x).flatten(2).transpose(1, 2) + self.layer_pe[0, :, 0, 0][layers]
+        e = self.time_embedding(networks.sinusoid(t, self.freq_dim))
+        modulation = self.time_projection(e).unflatten(1, (6, -1))
+        context, table = self.text_embedding(context), rotary(positions, self.head_dim)
+        for block in self.blocks:
+            y = block(y, modulation, context, table, pad, context_pad)
+        y = self.head(y, e).unflatten(-1, (2, 2, -1))  # (batch, tokens, 2, 2, channels)
+        return y.permute(0, 4, 2, 1, 3).flatten(-2).unsqueeze(2)
+
+
+def rotary(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, each `(batch, tokens, 1, head_dim / 2)`."""
+    angles = [positions[..., axis, None].double() * networks.rotary_frequencies(size) for axis, size in enumerate(networks.axis_sizes(head_dim))]
+    angle = torch.cat(angles, -1)[:, :, None]
+    return angle.cos().float(), angle.sin().float()
+
+
+def start() -> LayeredTransformer:
+    """Weights of the default video model, without two of its blocks, and no difference between layers."""
+    model = LayeredTransformer()
+    state = load_file(Path(export.HERE, export.DIT_FILE))
+    kept = {f"blocks.{old}.": f"blocks.{new}." for new, old in enumerate(FROM_VIDEO)}
+    found = {}
+    for name, value in state.items():
+        prefix = next((old for old in kept if name.startswith(old)), None)
+        if prefix or not name.startswith("blocks."):
+            found[kept[prefix] + name.removeprefix(prefix) if prefix else name] = value.float()
+    model.load_state_dict(found | {"layer_pe": torch.randn(model.layer_pe.shape, generator=torch.Generator().manual_seed(0)) * 0.02})
+    return model

@@ -1,0 +1,219 @@
+"""Train the layered transformer on the latents that dataset.py makes, with rectified flow.
+
+python -m tessera.models.layers.default.train --work DIR --minutes 80 [--resume]    writes DIR/layers.pt
+
+A batch holds as many layouts of a similar number of tokens as fit into --tokens. New files of latents are taken up while it runs; clips join
+when their files are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ...default.optim import Muon, launch, set_rate
+from ...default.train_dit import draw_sigma
+from ..regions import LAYER_SPACING, Regions, positions
+from . import dataset, networks, vocabulary
+
+CLIPS = 0.3  # of the batches
+FLAT = 0.4  # of the time before the rate falls
+
+
+class Layouts:
+    """Layouts with their latents, by number of tokens. tokens: int64 `(layouts,)`, ascending."""
+
+    def __init__(self, work: str, frames: int, paths: list[str]):
+        self.frames = frames
+        self.table = torch.load(dataset.table_path(work, frames), weights_only=True)
+        found = [sample for path in paths for sample in torch.load(path, weights_only=True)]
+        areas = torch.tensor([int(sample["boxes"][:, 2:].prod(1).sum()) for sample in found])
+        order = areas.argsort()
+        self.samples, self.tokens = [found[index] for index in order.tolist()], areas[order] * ((frames - 1) // 4 + 1)
+
+    def regions(self, index: int) -> Regions:
+        boxes = dataset.boxes_of(self.samples[index])
+        return Regions(*boxes[0][2:], tuple(boxes), (self.frames - 1) // 4 + 1)
+
+    def strip(self, index: int) -> Tensor:
+        """`(16, 2, 2 * tokens)`: what Regions.crop makes of the layers' latents."""
+        sample = self.samples[index]
+        layers = list(sample["whole"])
+        for kind, (_, _, width, height) in zip(sample["shown"].tolist(), dataset.boxes_of(sample)[2:], strict=True):
+            key = (*kind, width, height)
+            layers.append(self.table[key])
+        return torch.cat([tokens(layer, 2) for layer in layers], 2)
+
+    def batch(self, tokens: int, generator: torch.Generator) -> range:
+        """Neighbours in number of tokens that fit into `tokens`, around a random one."""
+        first = last = int(torch.randint(len(self.samples), (), generator=generator))
+        while last + 1 < len(self.samples) and (last + 2 - first) * int(self.tokens[last + 1]) <= tokens:
+            last += 1
+        while first > 0 and (last + 2 - first) * int(self.tokens[last]) <= tokens:
+            first -= 1
+        return range(first, last + 1)
+
+
+def tokens(layer: Tensor, patch: int) -> Tensor:
+    """`(channels, frames, patch * height, patch * width)` -> `(channels, patch, patch * tokens)`: what Regions.crop makes of one layer."""
+    parts = layer.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (channels, frames, height, patch, width, patch)
+    return parts.permute(0, 3, 1, 2, 4, 5).flatten(2)
+
+
+def take_up(known: dict[int, Layouts], work: str) -> None:
+    """Read what dataset.py has made meanwhile, pictures and clips, by frames; the first file of each is held out."""
+    for frames in (1, 9):
+        found = dataset.shards(work, frames)[1:]
+        ready = found and os.path.exists(dataset.table_path(work, frames))
+        if ready and (frames not in known or len(known[frames].samples) != len(found) * dataset.SHARD):
+            known[frames] = Layouts(work, frames, found)
+
+
+def padding(lengths: Tensor) -> Tensor:
+    """`(batch,)` -> `(batch, 1, 1, longest)`: 0 where something is, -inf beyond."""
+    beyond = torch.arange(int(lengths.max())) >= lengths[:, None]
+    return torch.zeros(beyond.shape).masked_fill(beyond, -math.inf)[:, None, None]
+
+
+def collate(regions: list[Regions], contexts: list[Tensor]) -> dict[str, Tensor]:
+    """What LayeredTransformer.forward needs beside the strip and t."""
+    ids = [part.ids for part in regions]
+    return dict(
+        context=pad_sequence(contexts, True),
+        context_pad=padding(torch.tensor([len(part) for part in contexts])),
+        positions=pad_sequence([positions(part, LAYER_SPACING) for part in regions], True),
+        layers=pad_sequence([part[:, 0] for part in ids], True),
+        pad=padding(torch.tensor([len(part) for part in ids])),
+    )
+
+
+def strips(layouts: Layouts, which: range) -> Tensor:
+    """`(batch, 16, 1, 2, 2 * tokens)`, zeros beyond the end."""
+    parts = [layouts.strip(index).float().movedim(-1, 0) for index in which]
+    return pad_sequence(parts, True).movedim(1, -1)[:, :, None]
+
+
+def said(sample: dict, generator: torch.Generator) -> Tensor:
+    """The caption's tokens, in any order; one time in ten nothing."""
+    if float(torch.rand((), generator=generator)) < 0.1:
+        return vocabulary.embed(vocabulary.Caption(()))
+    caption = dataset.caption_of(sample)
+    order = torch.randperm(len(caption.kinds), generator=generator).tolist()
+    return vocabulary.embed(caption._replace(kinds=tuple(caption.kinds[place] for place in order)))
+
+
+def flow_loss(model: networks.LayeredTransformer, x0: Tensor, noise: Tensor, sigma: Tensor, given: dict[str, Tensor], weight: Tensor) -> Tensor:
+    """Mean squared velocity error of the tokens that are there. weight: `(16,)` of the channels."""
+    s = sigma.view(-1, 1, 1, 1, 1)
+    with torch.autocast(x0.device.type, torch.bfloat16):
+        v = model(s * noise + (1 - s) * x0, 1000 * sigma, **given)
+    there = (given["pad"][:, 0, 0] == 0).repeat_interleave(2, 1)[:, None, None, None]
+    error = (v.float() - (noise - x0)).square() * weight.view(1, -1, 1, 1, 1) * there
+    return error.sum() / (there.sum() * 2 * weight.sum())
+
+
+@torch.no_grad()
+def held_out_loss(model: networks.LayeredTransformer, layouts: Layouts, weight: Tensor) -> float:
+    """Fixed noise and levels."""
+    generator = torch.Generator().manual_seed(9)
+    losses = []
+    for first in range(0, len(layouts.samples), 10):
+        which = range(first, min(first + 10, len(layouts.samples)))
+        x0 = strips(layouts, which)
+        sigma = (torch.arange(len(which)) + 0.5) / len(which)
+        given = collate([layouts.regions(i) for i in which], [vocabulary.embed(dataset.caption_of(layouts.samples[i])) for i in which])
+        noise = torch.randn(x0.shape, generator=generator)
+        losses.append(float(flow_loss(model, x0, noise, 3 * sigma / (1 + 2 * sigma), given, weight)))
+    return sum(losses) / len(losses)
+
+
+def train(team, options) -> None:
+    torch.set_num_threads(options.threads)
+    path = os.path.join(options.work, "layers.pt")
+    model, ema = networks.start(), networks.start()
+    weight = (torch.load(os.path.join(options.work, "vae_folded.pt"), weights_only=True)["std"] / 0.5).clamp(0.2, 1)
+    big = [p for k, p in model.named_parameters() if k.startswith("blocks") and p.ndim == 2]
+    ids = {id(p) for p in big}
+    optimisers = [
+        Muon(big, options.rate, decay=0.01),
+        torch.optim.AdamW([p for p in model.parameters() if id(p) not in ids], options.rate / 10, (0.9, 0.98)),
+    ]
+    step, used, seen = 0, 0.0, 0
+    if options.resume:
+        saved = torch.load(path, weights_only=True)
+        model.load_state_dict(saved["model"])
+        ema.load_state_dict(saved["ema"])
+        for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
+            optimiser.load_state_dict(state)
+        step, used, seen = saved["step"], saved["used"], saved["seen"]
+    generator = torch.Generator().manual_seed(50 + step + 10**7 * team.rank)
+    held = Layouts(options.work, 1, dataset.shards(options.work, 1)[:1])
+    known: dict[int, Layouts] = {}
+    begin, total, mark, log = time.time() - used, options.minutes * 60, time.time(), []
+
+    def save() -> None:
+        state = dict(model=model.state_dict(), ema=ema.state_dict(), optimisers=[x.state_dict() for x in optimisers])
+        torch.save(state | dict(step=step, used=time.time() - begin, seen=seen), path + ".tmp")
+        os.replace(path + ".tmp", path)
+
+    while (done := team.agree((time.time() - begin) / total)) < 1:
+        if step % 200 == 0 or not known:
+            take_up(known, options.work)
+        flat = 0.4
+        set_rate(
+            optimisers, min(1, (step + 1) / 100) * (1 if done < flat else 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (done - flat) / (1 - flat))))
+        )
+        clips = 9 in known and float(torch.rand((), generator=generator)) < CLIPS
+        layouts = known[9 if clips else 1]
+        which = layouts.batch(options.tokens, generator)
+        x0 = strips(layouts, which)
+        given = collate([layouts.regions(i) for i in which], [said(layouts.samples[i], generator) for i in which])
+        noise = torch.randn(x0.shape, generator=generator)
+        loss = flow_loss(model, x0, noise, draw_sigma(len(which), generator, "cpu"), given, weight)
+        model.zero_grad()
+        loss.backward()
+        team.average(list(model.parameters()))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimiser in optimisers:
+            optimiser.step()
+        step, seen = step + 1, seen + len(which) * team.size
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(0.998, (step + 1) / (step + 20)))
+        log.append(loss.item())
+        if team.rank:
+            continue
+        if step % 50 == 0:
+            about = {frames: len(layouts.samples) for frames, layouts in known.items()}
+            print(f"{step} {time.time() - begin:.0f}s seen {seen} of {about} loss {sum(log) / len(log):.4f}", flush=True)
+            log = []
+        if time.time() - mark > 150:
+            save()
+            print(f"  {step} held-out loss {held_out_loss(ema, held, weight):.4f}", flush=True)
+            mark = time.time()
+    if team.rank == 0:
+        save()
+        print(f"done: {step} steps, {seen} layouts, {time.time() - begin:.0f}s, held-out loss {held_out_loss(ema, held, weight):.4f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", required=True)
+    parser.add_argument("--minutes", type=float, default=80, help="total, including the time before --resume")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--rate", type=float, default=0.02, help="Muon step; AdamW uses a tenth of it")
+    parser.add_argument("--tokens", type=int, default=2560, help="of a batch")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1, help="processes that average gradients")
+    parser.add_argument("--rank", type=int, default=-1, help="start only this worker here")
+    parser.add_argument("--port", type=int, default=29542)
+    launch(train, parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

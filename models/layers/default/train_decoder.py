@@ -1,0 +1,148 @@
+"""Train the transparent decoder on drawn layers and their latents, which dataset.py makes.
+
+python -m tessera.models.layers.default.train_decoder --work DIR --minutes 20 [--resume]    writes DIR/decoder.pt
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...default.networks import unwhiten
+from ...default.optim import Muon, launch, set_rate
+from ..regions import LAYER_SPACING, TOKEN, WHOLE, Regions
+from ..transparent_vae import PIXELS, TransparentDecoder
+from . import dataset, drawn
+from .train import Layouts, take_up, tokens
+from .vocabulary import Kind
+
+PATCH = 2  # latent pixels of a token's side
+CLIPS = 0.3  # of the steps
+AUGMENTATION = 0.2  # most noise on a latent, as samplers leave some; in the normalised latent's units
+TOKENS = 700  # of a step, of 16 pixels
+
+
+def build() -> TransparentDecoder:
+    return TransparentDecoder(channels=16, width=128, blocks=3, hidden=256, timed=True, layer_spacing=LAYER_SPACING)
+
+
+def example(layouts: Layouts, index: int, generator: torch.Generator, augmentation: float) -> tuple[Tensor, Tensor, Regions]:
+    """A latent as the VAE decodes it `(16, layers * latent frames, height, width)`; the foregrounds as `(1, 4, 8, 8 * tokens)` in -1..1, as
+    TransparentDecoder.patches orders them; the regions on the latent's grid."""
+    regions, sample = layouts.regions(index), layouts.samples[index]
+    strip = layouts.strip(index).float()[None]
+    level = augmentation * torch.rand((), generator=generator)
+    strip = strip + level * torch.randn(strip.shape, generator=generator)
+    canvas = torch.zeros(1, 16, len(regions.boxes) * regions.frames, PATCH * regions.height, PATCH * regions.width)
+    latent = unwhiten(regions.scatter(strip, canvas, PATCH))[0]
+    parts = []
+    for kind, (_, _, width, height) in zip(sample["shown"].tolist(), regions.boxes[WHOLE:], strict=True):
+        picture = drawn.foreground(Kind(*kind), width * TOKEN, height * TOKEN, layouts.frames) * 2 - 1
+        parts.append(tokens(picture.movedim(-1, 0), PIXELS))
+    return latent, torch.cat(parts, 2)[None], regions.finer(PATCH)
+
+
+def loss_of(made: Tensor, target: Tensor) -> Tensor:
+    """Alpha everywhere, and colour where it shows."""
+    alpha = (target[:, 3:] + 1) / 2
+    colour = ((made[:, :3] - target[:, :3]).square() * (alpha + 0.05)).mean()
+    return colour + 2 * F.mse_loss(made[:, 3], target[:, 3]) + 0.1 * F.l1_loss(made[:, 3], target[:, 3])
+
+
+def foregrounds(made: Tensor, target: Tensor) -> Tensor:
+    """What `patches` made of the layers that `target` has, which are the last."""
+    return made[..., -target.shape[-1] :]
+
+
+@torch.no_grad()
+def held_out(model: TransparentDecoder, layouts: Layouts, many: int) -> tuple[float, float, float]:
+    """PSNR in dB of colours where a layer is opaque, and of alpha; IoU of alpha over a half."""
+    generator = torch.Generator().manual_seed(0)
+    sums = torch.zeros(3)
+    for index in torch.randperm(len(layouts.samples), generator=generator)[:many].tolist():
+        latent, target, regions = example(layouts, index, generator, 0.0)
+        made = foregrounds(model.patches(latent, regions), target).clamp(-1, 1)
+        solid, mine, theirs = target[:, 3] > 0.99, made[:, 3] > 0, target[:, 3] > 0
+        error = (made - target).square()
+        overlap = (mine & theirs).sum() / (mine | theirs).sum()
+        sums += torch.stack([error[:, :3].mean(1)[solid].mean(), error[:, 3].mean(), overlap])
+    colour, alpha, iou = (sums / many).tolist()
+    return -10 * math.log10(colour / 4), -10 * math.log10(alpha / 4), iou
+
+
+def train(team, options) -> None:
+    torch.set_num_threads(options.threads)
+    path = os.path.join(options.work, "decoder.pt")
+    torch.manual_seed(0)
+    model = build()
+    known: dict[int, Layouts] = {}
+    big = [p for k, p in model.named_parameters() if p.ndim == 2 and k.startswith("blocks")]
+    ids = {id(p) for p in big}
+    optimisers = [Muon(big, options.rate), torch.optim.AdamW([p for p in model.parameters() if id(p) not in ids], options.rate / 10, (0.9, 0.98))]
+    step, used = 0, 0.0
+    if options.resume:
+        saved = torch.load(path, weights_only=True)
+        model.load_state_dict(saved["model"])
+        for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
+            optimiser.load_state_dict(state)
+        step, used = saved["step"], saved["used"]
+    generator = torch.Generator().manual_seed(70 + step + 10**7 * team.rank)
+    begin, total, mark, log = time.time() - used, options.minutes * 60, time.time(), []
+
+    def report() -> None:
+        state = dict(model=model.state_dict(), optimisers=[x.state_dict() for x in optimisers], step=step, used=time.time() - begin)
+        torch.save(state, path + ".tmp")
+        os.replace(path + ".tmp", path)
+        found = {frames: held_out(model, Layouts(options.work, frames, dataset.shards(options.work, frames)[:1]), 24) for frames in known}
+        print(f"  {step} held out (colour dB, alpha dB, IoU): {found}", flush=True)
+
+    while (done := team.agree((time.time() - begin) / total)) < 1:
+        if step % 200 == 0 or not known:
+            take_up(known, options.work)
+        set_rate(optimisers, min(1, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * max(0.0, (done - 0.3) / 0.7)))))
+        layouts = known[9 if 9 in known and float(torch.rand((), generator=generator)) < CLIPS else 1]
+        which = layouts.batch(TOKENS, generator)
+        model.zero_grad()
+        total_loss = 0.0
+        for index in which:
+            latent, target, regions = example(layouts, index, generator, AUGMENTATION)
+            loss = loss_of(foregrounds(model.patches(latent, regions), target), target) / len(which)
+            loss.backward()
+            total_loss += loss.item()
+        team.average(list(model.parameters()))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimiser in optimisers:
+            optimiser.step()
+        step += 1
+        log.append(total_loss)
+        if team.rank == 0 and step % 100 == 0:
+            print(f"{step} {time.time() - begin:.0f}s loss {sum(log) / len(log):.4f}", flush=True)
+            log = []
+        if team.rank == 0 and time.time() - mark > 150:
+            report()
+            mark = time.time()
+    if team.rank == 0:
+        report()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", required=True)
+    parser.add_argument("--minutes", type=float, default=20, help="total, including the time before --resume")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--rate", type=float, default=0.02, help="Muon step; AdamW uses a tenth of it")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1, help="processes that average gradients")
+    parser.add_argument("--rank", type=int, default=-1, help="start only this worker here")
+    parser.add_argument("--port", type=int, default=29543)
+    launch(train, parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
