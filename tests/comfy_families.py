@@ -87,11 +87,19 @@ def hunyuan_video():
     return load(random_weights(network), sizes)
 
 
-def qwen_image():
+def qwen_image(**layered):
     from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 
     sizes = dict(num_attention_heads=1, joint_attention_dim=64, num_layers=2)
-    return load(random_weights(QwenImageTransformer2DModel(image_model="qwen_image", in_channels=64, **sizes, **OPERATIONS)), sizes)
+    return load(random_weights(QwenImageTransformer2DModel(image_model="qwen_image", in_channels=64, **sizes, **layered, **OPERATIONS)), sizes)
+
+
+def qwen_image_layered():
+    """ComfyUI tells it by its second time embedding, and numbers reference latents -1, -2 ..."""
+    model = qwen_image(use_additional_t_cond=True)
+    network = model.model.diffusion_model
+    assert network.time_text_embed.use_additional_t_cond and network.default_ref_method == "negative_index"
+    return model
 
 
 def ltx_video():
@@ -109,6 +117,7 @@ def conditioning(tokens, pooled=None, **extra):
 
 VIDEO = (1, 16, 5, 16, 12)
 IMAGE = (1, 16, 24, 20)
+LAYERS = (1, 16, 7, 16, 12)  # the merged picture and six layers
 REFERENCE = [torch.zeros(1, 16, 8, 12)]
 CASES = {
     "wan t2v": (wan, conditioning(20), VIDEO),
@@ -123,6 +132,13 @@ CASES = {
     "flux with reference": (flux, conditioning(16, 64, guidance=3.5, reference_latents=REFERENCE), IMAGE),
     "qwen image": (qwen_image, conditioning(12), IMAGE),
     "qwen image with reference": (qwen_image, conditioning(12, reference_latents=[torch.zeros(1, 16, 1, 8, 12)]), IMAGE),
+    "qwen image layered": (qwen_image_layered, conditioning(12), LAYERS),
+    "qwen image layered with reference": (qwen_image_layered, conditioning(12, reference_latents=[torch.zeros(1, 16, 1, 16, 12)]), LAYERS),
+    "qwen image layered with references, odd size": (
+        qwen_image_layered,
+        conditioning(12, reference_latents=[torch.zeros(1, 16, 1, 17, 13), torch.zeros(1, 16, 1, 5, 7)]),
+        (1, 16, 7, 17, 13),
+    ),
     "ltx video": (ltx_video, conditioning(16, frame_rate=25, attention_mask=torch.ones(1, 16, dtype=torch.long)), (1, 128, 4, 8, 9)),
 }
 

@@ -18,6 +18,9 @@ CASES = (
     "flux with reference",
     "qwen image",
     "qwen image with reference",
+    "qwen image layered",
+    "qwen image layered with reference",
+    "qwen image layered with references, odd size",
     "ltx video",
 )
 FAMILY = {"wan": "Wan", "hunyuan": "HunyuanVideo", "flux": "Flux", "qwen": "Qwen-Image", "ltx": "LTX-Video"}

@@ -33,9 +33,11 @@ OWN_NODES = {
     "TesseraComposeLayers",
     "TesseraConceptRegion",
     "TesseraDecodeRegionLayers",
+    "TesseraDecodeRegionVideo",
     "TesseraEditLayer",
     "TesseraLayerOffload",
     "TesseraLayersFromImages",
+    "TesseraLayersPrompt",
     "TesseraLayout",
     "TesseraLoRAComposer",
     "TesseraLoadLayers",
@@ -57,6 +59,8 @@ NEWER_WIDGETS = {"CreateVideo": {"bit_depth"}, "SaveVideo": {"format.codec"}}
 SEEDS = {"seed", "noise_seed"}
 
 UPSCALE_FILE = "tessera_upscale_video_file"  # no diffusion model, and a video that is the user's own
+LAYERED = ("tessera_text_to_layers", "tessera_text_to_layered_video")  # hundreds of tokens: attention is left as it is
+OWN_PICTURE = "tessera_qwen_image_layered"  # starts from a picture that is the user's own
 
 each_workflow = pytest.mark.parametrize("name", NAMES)
 
@@ -175,7 +179,7 @@ def test_files_that_have_to_be_there_can_be_downloaded_from_the_menu(name):
             assert model["url"].endswith(f"/{file}")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != UPSCALE_FILE])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in (UPSCALE_FILE, *LAYERED)])
 def test_every_sampler_runs_patched_and_reported(name):
     """Each sampler's model comes straight from one of our patches, and a report of that model follows the sampler."""
     api = read_api(name)
@@ -204,7 +208,7 @@ def test_nothing_but_model_files_is_missing(any_comfy: ComfyServer, name):
         assert set(inputs.get("required", {})) <= set(entry["inputs"])
         given = {name.split(".")[0] for name in entry["inputs"]}  # what follows a point belongs to the choice before it
         assert given <= set(inputs.get("required", {})) | set(inputs.get("optional", {}))
-    if name.startswith("tessera_text_to_video"):
+    if name.startswith("tessera_text_to_"):
         return  # its files come with the pack: the tests below run it
     with pytest.raises(PromptRefusedError) as error:
         any_comfy.queue(api)
@@ -214,6 +218,10 @@ def test_nothing_but_model_files_is_missing(any_comfy: ComfyServer, name):
             "file is 'your_video.mp4', which is not in ComfyUI's input folder; copy it there"
         }
         return
+    if name == OWN_PICTURE:
+        (own,) = [complaint for complaint in complaints if complaint["type"] == "custom_validation_failed"]
+        assert own["details"] == "image - Invalid image file: your_picture.png"
+        complaints.remove(own)
     assert {complaint["type"] for complaint in complaints} == {"value_not_in_list"}
     assert {complaint["extra_info"]["input_name"] for complaint in complaints} <= {"unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name"}
 
@@ -249,16 +257,11 @@ def test_text_to_video_runs(any_comfy: ComfyServer):
 @pytest.mark.slow
 def test_text_to_video_upscaled_runs(any_comfy: ComfyServer):
     """The clip twice as large through the small CATANet that comes with the pack, loaded by the stock loader."""
-    import av
-
     graph = read_api("tessera_text_to_video_upscaled")
     graph["8"]["inputs"]["steps"] = 2
     graph["7"]["inputs"]["length"] = 5
     outputs = any_comfy.run(graph, timeout=600).outputs
-    (video,) = outputs["12"]["images"]
-    with av.open(io.BytesIO(any_comfy.fetch(video))) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    assert [frame.shape for frame in frames] == [(256, 256, 3)] * 5
+    assert [frame.shape for frame in decoded(any_comfy, outputs["12"])] == [(256, 256, 3)] * 5
     assert "128 x 128 to 256 x 256: 1 x 2x network" in outputs["15"]["text"][0]
     report = outputs["16"]["tessera"][0]
     assert (report["width"], report["height"], report["frames"]) == (256, 256, 5)
@@ -268,18 +271,44 @@ def test_text_to_video_upscaled_runs(any_comfy: ComfyServer):
 @pytest.mark.slow
 def test_text_to_video_super_resolution_runs(any_comfy: ComfyServer):
     """A small clip in windows with a patch adapter, the one that belongs to the random weights."""
-    import av
-
     graph = read_api("tessera_text_to_video_super_resolution")
     graph["8"]["inputs"]["steps"] = 2
     graph["7"]["inputs"]["length"] = 5
     graph["15"]["inputs"]["adapter_name"] = PATCH_ADAPTER
     outputs = any_comfy.run(graph, timeout=600).outputs
-    with av.open(io.BytesIO(any_comfy.fetch(outputs["12"]["images"][0]))) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    assert [frame.shape for frame in frames] == [(256, 256, 3)] * 5
+    assert [frame.shape for frame in decoded(any_comfy, outputs["12"])] == [(256, 256, 3)] * 5
     report = outputs["17"]["tessera"][0]
     assert (report["width"], report["height"], report["frames"]) == (256, 256, 5)
+
+
+@pytest.mark.comfy
+@pytest.mark.slow
+def test_text_to_layers_runs(any_comfy: ComfyServer):
+    """A background and a layer for each box of the layout, over one another and in a PSD; and the merged picture."""
+    graph = read_api("tessera_text_to_layers")
+    graph["8"]["inputs"]["steps"] = 2
+    outputs = any_comfy.run(graph, timeout=600).outputs
+    assert outputs["10"]["text"] == ["4 layers, 128 x 128"]
+    psd = any_comfy.fetch(outputs["11"]["tessera_files"][0])
+    assert psd[:4] == b"8BPS" and [int.from_bytes(psd[at : at + 4], "big") for at in (14, 18)] == [128, 128]
+    assert Image.open(io.BytesIO(any_comfy.fetch(outputs["12"]["images"][0]))).size == (128, 128)
+
+
+@pytest.mark.comfy
+@pytest.mark.slow
+def test_text_to_layered_video_runs(any_comfy: ComfyServer):
+    """All layers in a WebM, one alone in ProRes 4444, and the merged clip."""
+    import av
+
+    graph = read_api("tessera_text_to_layered_video")
+    graph["8"]["inputs"]["steps"] = 2
+    outputs = any_comfy.run(graph, timeout=600).outputs
+    for node, codec in (("12", "vp9"), ("13", "prores")):
+        with av.open(io.BytesIO(any_comfy.fetch(outputs[node]["tessera_files"][0]))) as container:
+            stream = container.streams.video[0]
+            assert (stream.codec_context.name, stream.width, stream.height) == (codec, 128, 128)
+            assert len(list(container.decode(video=0))) == 9
+    assert len(outputs["14"]["images"]) == 9
 
 
 @pytest.mark.comfy
@@ -301,11 +330,19 @@ def test_upscale_video_file_runs(any_comfy: ComfyServer):
     del graph["2"]["inputs"]["size.name"]
     with uploaded(any_comfy, "your_video.mp4", clip.getvalue()):
         outputs = any_comfy.run(graph, timeout=600).outputs
-    with av.open(io.BytesIO(any_comfy.fetch(outputs["2"]["images"][0]))) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    frames = decoded(any_comfy, outputs["2"])
     assert [frame.shape for frame in frames] == [(60, 80, 3)] * 3
     assert [abs(float(frame.mean()) - 60 * number) < 4 for number, frame in enumerate(frames)] == [True] * 3
     assert "32 x 24 to 80 x 60: 3 frames, 2 x 2x network" in outputs["2"]["text"][0]
+
+
+def decoded(server: ComfyServer, output: dict[str, Any]) -> list[Any]:
+    """The frames of the one video that a node saved or shows, `(height, width, 3)` uint8."""
+    import av
+
+    (video,) = output["images"]
+    with av.open(io.BytesIO(server.fetch(video))) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
 @contextmanager
