@@ -27,7 +27,7 @@ from tiny_models import LAYERS_VAE
 
 HERE = Path(__file__).parent
 LAYERS, HEIGHT, WIDTH = 5, 3, 4  # of the canvas, in tokens
-BOXES = [[3, 4], [3, 4], [2, 2], [2, 2], [1, 1]]  # height and width of the layers
+SIZES = [[3, 4], [3, 4], [2, 2], [2, 2], [1, 1]]  # height and width of the layers
 BOXES = [(0, 0, 4, 3), (0, 0, 4, 3), (0, 1, 2, 2), (1, 0, 2, 2), (3, 2, 1, 1)]  # what tests/comfy_art.py's boxes snap to
 STEPS, GUIDANCE, CFG, TEXT = 3, 4.0, 3.5, 7
 
@@ -144,7 +144,7 @@ def test_wan_with_other_patches(results):
     assert line["tokens"] == [99], "the strip's, three frames of them"
     assert line["same"] == line["limited"] == 0 and line["dense"] < 1e-5
     assert line["family"] == "Wan" and line["calls"]["sparse"] == 2 * STEPS and line["finite"] and line["changed"] > 1e-3
-    assert line["boxes"] == [[3, *box] for box in BOXES], "sparse blocks end where layers do"
+    assert line["boxes"] == [[3, *size] for size in SIZES], "sparse blocks end where layers do"
 
 
 def test_the_hooks_leave_nothing_behind(results):
@@ -159,7 +159,7 @@ def test_batches_masks_and_sparse_attention(results):
     line = results["variants"]
     assert line["batch"] < 1e-5
     assert line["changed"] == [False, False, False, True, False]
-    assert line["calls"] == {"sparse": 4 * STEPS} and line["finite"] and line["boxes"] == [[1, *box] for box in BOXES]
+    assert line["calls"] == {"sparse": 4 * STEPS} and line["finite"] and line["boxes"] == [[1, *size] for size in SIZES]
 
 
 def test_reference_pictures_keep_their_own_positions(results):
