@@ -33,6 +33,7 @@ from .transparent_video import AlphaFrames, VideoLayers
 FOLDER = "layer_embeddings"
 DECODERS = "transparent_decoders"
 KEY = "tessera_regions"  # of the latent, too: samplers pass on what they do not know
+NAMES = "tessera_region_names"  # beside it: of the background and the foregrounds
 PATCH = 2  # latent pixels of a token's side
 CHANNELS = 16  # of the latents of the Wan models that regions are for
 DECODED_AT_ONCE = 16  # layers; larger batches gave ART's authors "odd purple output"
@@ -233,8 +234,8 @@ class RegionLayers(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, vae, width, height, boxes, layer_embedding, base_shift, max_shift, layers=None, frames=1) -> io.NodeOutput:
-        placed = [] if layers is None else [layer.bounds for _, layer in from_core(layers).walk()]
-        regions = snap([*placed, *parse_boxes(boxes)], width, height, (frames - 1) // transparent_vae.FRAMES + 1)
+        placed = [] if layers is None else [layer for _, layer in from_core(layers).walk()]
+        regions = snap([*(layer.bounds for layer in placed), *parse_boxes(boxes)], width, height, (frames - 1) // transparent_vae.FRAMES + 1)
         embedding = None if layer_embedding == NONE else _embedding(layer_embedding, regions, _network(model))
         patched = patch_regions(model, regions, embedding, schedule_shift(regions.tokens, base_shift, max_shift))
         grey = vae.encode(torch.full((frames, TOKEN * regions.height, TOKEN * regions.width, 3), 0.5))
@@ -245,7 +246,9 @@ class RegionLayers(io.ComfyNode):
             )
         whole = len(regions.boxes) * regions.frames * regions.width * regions.height
         logging.info("Tessera: %d of %d tokens lie in boxes", regions.tokens, whole)
-        return io.NodeOutput(patched, {"samples": samples.repeat(1, 1, len(regions.boxes), 1, 1), KEY: regions})
+        numbered = (f"Layer {number}" for number in range(len(placed) + 1, len(regions.boxes) - 1))
+        names = ("Background", *(layer.name for layer in placed), *numbered)
+        return io.NodeOutput(patched, {"samples": samples.repeat(1, 1, len(regions.boxes), 1, 1), KEY: regions, NAMES: names})
 
 
 def _embedding(name: str, regions: Regions, network: Any) -> Tensor:
@@ -285,8 +288,8 @@ class DecodeRegionLayers(io.ComfyNode):
             raise ValueError(f"samples has clips of {regions.frames} latent frames; decode them with Decode Region Video")
         merged, *pictures = _layers(vae, transparent_decoder, latent, regions)
         made = [
-            Layer(_name(number), rgba(picture[0]), TOKEN * x, TOKEN * y)
-            for number, (picture, (x, y, _, _)) in enumerate(zip(pictures, regions.boxes[1:], strict=True))
+            Layer(name, rgba(picture[0]), TOKEN * x, TOKEN * y)
+            for name, picture, (x, y, _, _) in zip(samples[NAMES], pictures, regions.boxes[1:], strict=True)
         ]
         return io.NodeOutput(to_core(Document(TOKEN * regions.width, TOKEN * regions.height, tuple(made))), merged[..., :3])
 
@@ -325,8 +328,8 @@ class DecodeRegionVideo(io.ComfyNode):
             raise ValueError("vae decodes pictures; use the video VAE that Region Layers had")
         merged, *clips = _layers(vae, transparent_decoder, latent, regions)
         layers = tuple(
-            ClipLayer(_name(number), AlphaFrames(clip, None), TOKEN * x, TOKEN * y)
-            for number, (clip, (x, y, _, _)) in enumerate(zip(clips, regions.boxes[1:], strict=True))
+            ClipLayer(name, AlphaFrames(clip, None), TOKEN * x, TOKEN * y)
+            for name, clip, (x, y, _, _) in zip(samples[NAMES], clips, regions.boxes[1:], strict=True)
         )
         return io.NodeOutput(layers, merged[..., :3])
 
@@ -339,10 +342,6 @@ def _sampled(samples: dict[str, Any]) -> tuple[Regions, Tensor]:
     if regions is None or not regions.fits(latent, PATCH):
         raise ValueError(f"samples is {tuple(latent.shape)} without its regions; connect a sampler that had the latent of Region Layers")
     return regions, latent[0]
-
-
-def _name(number: int) -> str:
-    return f"Layer {number}" if number else "Background"
 
 
 def _layers(vae: Any, decoder: str, latent: Tensor, regions: Regions) -> list[Tensor]:

@@ -313,6 +313,9 @@ def test_a_layered_picture_of_wan_becomes_a_psd(any_comfy, tiny_models):
     psd_tools = pytest.importorskip("psd_tools", reason="reads the file back")
     graph = wan_graph(None, "TesseraDecodeRegionLayers")
     graph["13"] = {"class_type": "TesseraSaveLayers", "inputs": {"layers": ["7", 0], "filename_prefix": "wan", "format": "psd"}}
+    drawn = json.dumps([{"name": "left", "x": 0, "y": 17, "width": 30, "height": 40}])  # the first of OVER
+    graph["14"] = {"class_type": "TesseraLayout", "inputs": {"width": 64, "height": 48, "boxes": drawn, "fit": "contain"}}
+    graph["6"]["inputs"] |= {"layers": ["14", 0], "boxes": OVER.splitlines()[1]}
     outputs = any_comfy.run(graph, timeout=600).outputs
     assert as_core_decodes_it(any_comfy, outputs).shape == (1, 48, 64, 3)
     wanted = foregrounds(any_comfy, outputs, tiny_models, 1)[:, 0]
@@ -320,7 +323,7 @@ def test_a_layered_picture_of_wan_becomes_a_psd(any_comfy, tiny_models):
     assert psd.size == (64, 48)
     assert [(layer.name, layer.bbox) for layer in psd] == [
         ("Background", (0, 0, 64, 48)),
-        ("Layer 1", (0, 16, 32, 48)),
+        ("left", (0, 16, 32, 48)),
         ("Layer 2", (16, 0, 48, 32)),
     ]
     for layer, canvas in zip(list(psd)[1:], wanted, strict=True):
