@@ -47,7 +47,7 @@ class LayersPrompt(io.ComfyNode):
             node_id="TesseraLayersPrompt",
             display_name="Layers Prompt",
             category="Tessera/default model",
-            description="Encodes a prompt for Tessera's small built-in layered model (tessera_layers). It knows a closed vocabulary: "
+            description="Encodes a prompt for Tessera's small layered model (tessera_layers). It knows a closed vocabulary: "
             + layers_vocabulary.describe(),
             inputs=[
                 io.String.Input(

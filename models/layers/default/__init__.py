@@ -1,1 +1,1 @@
-"""The small layered model that comes with Tessera: its pictures, caption, networks, training and evaluation."""
+"""A small layered model for Tessera: its pictures, caption, networks, training and evaluation."""

@@ -22,7 +22,8 @@ from ...default.train_dit import draw_sigma
 from ..regions import LAYER_SPACING, Regions, positions
 from . import dataset, networks, vocabulary
 
-CLIPS = 0.3  # of the batches
+CLIPS = 0.2  # of the batches
+MERGED = 2.5  # how much more a token of the merged picture counts: it has to repeat what all the others show
 FLAT = 0.4  # of the time before the rate falls
 
 
@@ -113,9 +114,10 @@ def flow_loss(model: networks.LayeredTransformer, x0: Tensor, noise: Tensor, sig
     s = sigma.view(-1, 1, 1, 1, 1)
     with torch.autocast(x0.device.type, torch.bfloat16):
         v = model(s * noise + (1 - s) * x0, 1000 * sigma, **given)
-    there = (given["pad"][:, 0, 0] == 0).repeat_interleave(2, 1)[:, None, None, None]
-    error = (v.float() - (noise - x0)).square() * weight.view(1, -1, 1, 1, 1) * there
-    return error.sum() / (there.sum() * 2 * weight.sum())
+    counts = torch.where(given["layers"] == 0, MERGED, 1.0) * (given["pad"][:, 0, 0] == 0)
+    counts = counts.repeat_interleave(2, 1)[:, None, None, None]
+    error = (v.float() - (noise - x0)).square() * weight.view(1, -1, 1, 1, 1) * counts
+    return error.sum() / (counts.sum() * 2 * weight.sum())
 
 
 @torch.no_grad()

@@ -1,0 +1,181 @@
+"""The layered model: its caption, its drawings, and its networks against the stock ones."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tessera.models.default import networks as video
+from tessera.models.default.vocabulary import COLOURS, MOTIONS
+from tessera.models.layers.default import dataset, drawn, evaluate, networks, train, train_decoder, vocabulary
+from tessera.models.layers.default.vocabulary import SHAPES, Caption, Kind
+from tessera.models.layers.regions import LAYER_SPACING, WHOLE, Regions, positions
+from tessera.models.layers.transparent_vae import PIXELS, in_pixel_frames
+
+KINDS = st.builds(Kind, st.integers(0, len(COLOURS) - 1), st.integers(0, len(SHAPES) - 1), st.integers(-1, len(MOTIONS) - 1))
+CAPTIONS = st.builds(Caption, st.lists(KINDS, max_size=vocabulary.MAX_OBJECTS).map(tuple), st.integers(-1, len(COLOURS) - 1))
+
+
+@given(CAPTIONS)
+def test_a_caption_survives_being_written(caption):
+    assert vocabulary.parse(vocabulary.text(caption)) == caption
+
+
+@given(CAPTIONS)
+def test_words_can_be_read_from_a_token(caption):
+    """Rows of a Hadamard matrix are orthogonal: the sum of a token's words says which they are."""
+    table = vocabulary.word_vectors()
+    assert torch.equal(table @ table.T, 64 * torch.eye(len(vocabulary.WORDS)))
+    *objects, ground = (vocabulary.embed(caption) @ table.T / 64).unbind(0)
+    for kind, found in zip(caption.kinds, objects, strict=True):
+        words = {COLOURS[kind.colour], SHAPES[kind.shape]} | ({MOTIONS[kind.motion]} if kind.motion >= 0 else set())
+        assert {vocabulary.WORDS[index] for index in found.nonzero().flatten().tolist()} == words
+    assert {vocabulary.WORDS[index] for index in ground.nonzero().flatten().tolist()} == (
+        {COLOURS[caption.ground], "on"} if caption.ground >= 0 else set()
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("red dog", "'dog' is not in the vocabulary"),
+        ("red", "has no shape"),
+        ("disc on blue", "has no colour"),
+        ("red disc blue", "two of a kind: red and blue"),
+        ("red disc on blue on green", "2 times"),
+        ("red disc on blue ring", "name one colour"),
+        (", ".join(["red disc"] * 9), "9 objects"),
+    ],
+)
+def test_a_caption_that_cannot_be_understood_is_refused(text, words):
+    with pytest.raises(ValueError, match=words):
+        vocabulary.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("shape", "area"),
+    [("disc", math.pi), ("square", 4), ("triangle", 2), ("diamond", 2), ("ring", 0.7 * math.pi), ("cross", 4 - 4 * 0.64**2)],
+)
+@pytest.mark.parametrize(("width", "height"), [(16, 16), (48, 32), (96, 80)])
+def test_shapes_have_their_area_and_place(shape, area, width, height):
+    """Area from geometry, on the half width and height inside the margin."""
+    alpha = drawn.coverage(Kind(0, SHAPES.index(shape)), width, height)
+    half = (width / 2 - drawn.MARGIN) * (height / 2 - drawn.MARGIN)
+    assert float(alpha.sum()) == pytest.approx(area * half, rel=0.05)  # samples on the edge count as inside
+    assert torch.allclose(alpha, alpha.flip(1))
+    assert alpha.shape == (height, width) and alpha[0].max() == 0  # nothing touches the border of the box
+
+
+@pytest.mark.parametrize(("motion", "axis", "sign"), [("left", 1, -1), ("right", 1, 1), ("up", 0, -1), ("down", 0, 1)])
+def test_moving_shapes_cross_their_box(motion, axis, sign):
+    clip = drawn.foreground(Kind(0, 0, MOTIONS.index(motion)), 64, 48, 9)[..., 3]
+    grid = torch.stack(torch.meshgrid(torch.arange(48.0), torch.arange(64.0), indexing="ij"))
+    centres = (clip[:, None] * grid).sum((2, 3)) / clip.sum((1, 2))[:, None]
+    steps = centres.diff(dim=0)
+    assert (steps[:, axis] * sign > 0.5).all() and steps[:, 1 - axis].abs().max() < 1e-3
+    assert clip[:, 0].max() == clip[:, -1].max() == clip[:, :, 0].max() == clip[:, :, -1].max() == 0
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 50), st.integers(0, 10**6))
+def test_layouts_are_inside_the_canvas_and_show_every_kind(foregrounds, seed):
+    generator = torch.Generator().manual_seed(seed)
+    regions, caption = drawn.layout(foregrounds, generator), drawn.caption(foregrounds, generator)
+    assert len(regions.boxes) == foregrounds + 2
+    for x, y, width, height in regions.boxes:
+        assert min(x, y) >= 0 and min(width, height) >= 1 and x + width <= regions.width and y + height <= regions.height
+        assert (width in dataset.SIZES and height in dataset.SIZES) or (width, height) == (regions.width, regions.height)
+    assert set(drawn.assign(caption, foregrounds, generator)) == set(caption.kinds)
+
+
+def test_one_region_is_the_stock_transformer():
+    """A single layer over the whole canvas without an embedding is what Wan's own forward computes."""
+    torch.manual_seed(0)
+    model = networks.LayeredTransformer().eval()
+    stock = video.init_transformer(video.build_transformer(layers=4)).eval()
+    for value in stock.head.parameters():
+        torch.nn.init.normal_(value, std=0.1)
+    model.load_state_dict({**stock.state_dict(), "layer_pe": torch.zeros(model.layer_pe.shape)})
+    regions = Regions(6, 4, ((0, 0, 6, 4),), 3)
+    x, context = torch.randn(2, 16, 3, 8, 12), torch.randn(2, 5, 64)
+    t = torch.tensor([900.0, 200.0])
+    where = dict(positions=positions(regions, LAYER_SPACING).expand(2, -1, -1), layers=regions.ids[:, 0].expand(2, -1))
+    with torch.no_grad():
+        made = model(regions.crop(x, 2)[:, :, None], t, context, **where)
+        wanted = regions.crop(stock(x, t, context), 2)[:, :, None]
+    assert wanted.std() > 0.1 and torch.allclose(made, wanted, atol=1e-5)
+
+
+def _work(folder, frames: int):
+    """A training folder with a random VAE: its table has only the boxes of the layouts in it."""
+    torch.manual_seed(0)
+    vae = video.init_vae(video.build_vae()).eval()
+    generator = torch.Generator().manual_seed(3)
+    samples, table = [], {}
+    with torch.no_grad():
+        while len(samples) < 5:
+            found = dataset.sample(frames, generator)
+            if len(found["boxes"]) > 7:
+                continue
+            merged, back, _ = dataset.pictures_of(found, frames, generator)
+            samples.append(found | dict(whole=dataset.whole_latents(vae, merged, back).half()))
+            for kind, (_, _, width, height) in zip(found["shown"].tolist(), dataset.boxes_of(found)[2:], strict=True):
+                table[(*kind, width, height)] = dataset.foreground_latents(vae, [Kind(*kind)], width, height, frames)[0].half()
+    (folder / f"layouts{frames}").mkdir()
+    torch.save(samples, folder / f"layouts{frames}" / "000.pt")
+    torch.save(table, dataset.table_path(str(folder), frames))
+    return train.Layouts(str(folder), frames, dataset.shards(str(folder), frames))
+
+
+@pytest.mark.parametrize("frames", [1, 9])
+def test_training_sees_what_a_host_samples(tmp_path, frames):
+    """Strips are Regions.crop of the layers on their canvases, and so are the decoder's targets; padding does not change a layout's result."""
+    layouts = _work(tmp_path, frames)
+    assert layouts.tokens.tolist() == sorted(layouts.tokens.tolist())
+    torch.manual_seed(0)
+    model = networks.start().eval()
+    single = []
+    for index, sample in enumerate(layouts.samples):
+        regions = layouts.regions(index)
+        canvas = torch.zeros(1, 16, len(regions.boxes) * regions.frames, 2 * regions.height, 2 * regions.width)
+        pictures = torch.zeros(1, 4, len(regions.boxes) * frames, 16 * regions.height, 16 * regions.width)
+        for layer, (x, y, width, height) in enumerate(regions.boxes):
+            if layer < WHOLE:
+                latent = sample["whole"][layer]
+            else:
+                kind = Kind(*sample["shown"][layer - WHOLE].tolist())
+                latent = layouts.table[(*kind, width, height)]
+                picture = drawn.foreground(kind, 16 * width, 16 * height, frames).movedim(-1, 0) * 2 - 1
+                pictures[0, :, layer * frames : (layer + 1) * frames, 16 * y : 16 * (y + height), 16 * x : 16 * (x + width)] = picture
+            times = slice(layer * regions.frames, (layer + 1) * regions.frames)
+            canvas[0, :, times, 2 * y : 2 * (y + height), 2 * x : 2 * (x + width)] = latent
+        assert torch.equal(layouts.strip(index).float(), regions.crop(canvas, 2)[0])
+        latent, target, fine = train_decoder.example(layouts, index, torch.Generator(), 0.0)
+        assert torch.allclose(regions.crop(latent[None], 2), video.unwhiten(regions.crop(canvas, 2)[:, :, None])[:, :, 0])
+        assert torch.equal(train_decoder.foregrounds(in_pixel_frames(fine).crop(pictures, PIXELS), target), target)
+        single.append(_velocity(model, layouts, range(index, index + 1)))
+    together = _velocity(model, layouts, range(len(layouts.samples)))
+    for made, alone in zip(together, single, strict=True):
+        assert torch.allclose(made[..., : alone.shape[-1]], alone[0], atol=1e-4)
+
+
+@torch.no_grad()
+def _velocity(model, layouts, which):
+    contexts = [vocabulary.embed(dataset.caption_of(layouts.samples[index])) for index in which]
+    return model(
+        train.strips(layouts, which), torch.full((len(which),), 500.0), **train.collate([layouts.regions(index) for index in which], contexts)
+    )
+
+
+def test_reading_layers_knows_right_from_wrong():
+    kinds = [Kind(0, SHAPES.index("disc")), Kind(2, SHAPES.index("cross"))]
+    right = drawn.foreground(kinds[1], 48, 32)
+    fit, box, named = evaluate.read(right, kinds)
+    assert fit == pytest.approx(1, abs=1e-6) and named and box < 0.75
+    assert not evaluate.read(drawn.foreground(Kind(1, SHAPES.index("cross")), 48, 32), kinds)[2]  # a green one is not named
+    assert evaluate.read(drawn.foreground(Kind(0, SHAPES.index("ring")), 48, 32), [kinds[1]])[0] < 0.6
+    assert evaluate.read(torch.zeros(1, 32, 48, 4), kinds)[0] == 0
