@@ -1,4 +1,4 @@
-"""Shapes Prompt and Layers Prompt: text for the small models that come with Tessera."""
+"""Shapes Prompt and Layers Prompt: text for Tessera's own small models."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 """Muon (Keller Jordan, 2024): momentum, then the nearest orthogonal matrix by Newton-Schulz, for hidden weight matrices."""
 
+import os
+from typing import Any
+
 import torch
 
 
@@ -47,6 +50,21 @@ def set_rate(optimisers, factor):
     for o in optimisers:
         for g in o.param_groups:
             g["lr"] = g.setdefault("base", g["lr"]) * factor
+
+
+def store(what: Any, path: str) -> None:
+    """torch.save that never leaves half a file under its name."""
+    torch.save(what, path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+def resume(path: str, model: torch.nn.Module, optimisers: list) -> dict[str, Any]:
+    """Read what `store` wrote of a run into model and optimisers; returns all of it."""
+    saved = torch.load(path, weights_only=True)
+    model.load_state_dict(saved["model"])
+    for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
+        optimiser.load_state_dict(state)
+    return saved
 
 
 class Team:

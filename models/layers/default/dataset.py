@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...default.networks import WanVAE, whiten
+from ...default.optim import store
 from ...default.vocabulary import MOTIONS
 from ..document import Box
 from ..regions import TOKEN
@@ -79,11 +80,6 @@ def table_path(work: str, frames: int) -> str:
     return os.path.join(work, f"foregrounds{frames}.pt")
 
 
-def _store(what: Any, path: str) -> None:
-    torch.save(what, path + ".tmp")
-    os.replace(path + ".tmp", path)
-
-
 def table(vae: WanVAE, options: argparse.Namespace) -> None:
     every = kinds((-1, *range(len(MOTIONS))))
     found = {}
@@ -92,7 +88,7 @@ def table(vae: WanVAE, options: argparse.Namespace) -> None:
             latents = foreground_latents(vae, every, width, height, options.frames).half()
             found.update({(*kind, width, height): latent.clone() for kind, latent in zip(every, latents, strict=True)})
         print(f"boxes {width} tokens wide done", flush=True)
-    _store(found, table_path(options.work, options.frames))
+    store(found, table_path(options.work, options.frames))
 
 
 def cache(vae: WanVAE, options: argparse.Namespace) -> None:
@@ -104,7 +100,7 @@ def cache(vae: WanVAE, options: argparse.Namespace) -> None:
         if os.path.exists(path):
             continue
         generator = torch.Generator().manual_seed(1000 * options.frames + number)
-        _store(list(_samples(vae, options.frames, generator)), path)
+        store(list(_samples(vae, options.frames, generator)), path)
         print(f"shard {number} {time.time() - begin:.0f}s", flush=True)
 
 

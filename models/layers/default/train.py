@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ...default.optim import Muon, launch, set_rate
+from ...default.optim import Muon, launch, resume, set_rate, store
 from ...default.train_dit import draw_sigma
 from ..regions import LAYER_SPACING, Regions, positions
 from . import dataset, networks, vocabulary
@@ -148,11 +148,8 @@ def train(team, options) -> None:
     ]
     step, used, seen = 0, 0.0, 0
     if options.resume:
-        saved = torch.load(path, weights_only=True)
-        model.load_state_dict(saved["model"])
+        saved = resume(path, model, optimisers)
         ema.load_state_dict(saved["ema"])
-        for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
-            optimiser.load_state_dict(state)
         step, used, seen = saved["step"], saved["used"], saved["seen"]
     generator = torch.Generator().manual_seed(50 + step + 10**7 * team.rank)
     held = Layouts(options.work, 1, dataset.shards(options.work, 1)[:1])
@@ -161,8 +158,7 @@ def train(team, options) -> None:
 
     def save() -> None:
         state = dict(model=model.state_dict(), ema=ema.state_dict(), optimisers=[x.state_dict() for x in optimisers])
-        torch.save(state | dict(step=step, used=time.time() - begin, seen=seen), path + ".tmp")
-        os.replace(path + ".tmp", path)
+        store(state | dict(step=step, used=time.time() - begin, seen=seen), path)
 
     while (done := team.agree((time.time() - begin) / total)) < 1:
         if step % 200 == 0 or not known:

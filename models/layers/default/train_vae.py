@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...default import export, networks
-from ...default.optim import Muon, launch, set_rate
+from ...default.optim import Muon, launch, resume, set_rate, store
 from ..regions import TOKEN
 from ..transparent_vae import grey_blended
 from . import drawn
@@ -105,18 +105,14 @@ def train(team, options) -> None:
     optimisers = [Muon(big, options.rate), torch.optim.AdamW([p for p in model.parameters() if id(p) not in ids], options.rate / 4, (0.9, 0.98))]
     step, used = 0, 0.0
     if options.resume:
-        saved = torch.load(path, weights_only=True)
-        model.load_state_dict(saved["model"])
-        for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
-            optimiser.load_state_dict(state)
+        saved = resume(path, model, optimisers)
         step, used = saved["step"], saved["used"]
     generator = torch.Generator().manual_seed(1 + step + 10**7 * team.rank)
     begin, total, mark, log = time.time() - used, options.minutes * 60, time.time(), []
 
     def save() -> None:
         state = dict(model=model.state_dict(), optimisers=[x.state_dict() for x in optimisers], step=step, used=time.time() - begin)
-        torch.save(state, path + ".tmp")
-        os.replace(path + ".tmp", path)
+        store(state, path)
 
     while (done := team.agree((time.time() - begin) / total)) < 1:
         sizes = next(sizes for until, sizes in STAGES if done < until)
