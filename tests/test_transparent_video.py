@@ -506,10 +506,13 @@ PLAY = """async ([kind, data, time]) => {
     });
     thing.src = data;
     await loaded;
-    if (kind === 'video') {
-        const sought = new Promise(resolve => thing.addEventListener('seeked', resolve));
+    if (kind === 'video') {  // 'seeked' alone comes before the frame can be drawn, on a busy machine
+        const shown = new Promise(resolve => {
+            const look = (now, frame) => frame.mediaTime > time - 1 / 24 ? resolve() : thing.requestVideoFrameCallback(look);
+            thing.requestVideoFrameCallback(look);
+        });
         thing.currentTime = time;
-        await sought;
+        await shown;
     }
     const canvas = document.createElement('canvas');
     canvas.width = thing.videoWidth || thing.naturalWidth;
