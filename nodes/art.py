@@ -371,4 +371,4 @@ def _transparent(name: str, latent: Tensor, regions: Regions) -> list[Tensor]:
         )
     patcher = comfy.model_patcher.ModelPatcher(network, load_device=device, offload_device=mm.unet_offload_device())
     mm.load_models_gpu([patcher])
-    return [layer.cpu() for layer in network.cut(latent.to(device, torch.float32), regions.finer(PATCH))[WHOLE:]]
+    return [layer.cpu() for layer in network(latent.to(device, torch.float32), regions.finer(PATCH), WHOLE)]

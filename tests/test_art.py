@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from tessera.models.layers.art import layer_embedding
 from tessera.models.layers.regions import Regions, positions, snap
-from tessera.models.layers.transparent_vae import TransparentDecoder, build, grey_blended, in_pixel_frames, published
+from tessera.models.layers.transparent_vae import TransparentDecoder, build, grey_blended, published
 
 
 def random_boxes(count: int, width: int, height: int) -> list[tuple[int, int, int, int]]:
@@ -109,12 +110,15 @@ def test_grey_blending_is_the_formula_of_the_paper():
     torch.testing.assert_close(grey_blended(image) * 2 - 1, (0.5 * alpha + 0.5) * colour)
 
 
-def transparent_decoder(width: int, blocks: int, hidden: int, channels: int, timed: bool = False) -> dict[str, torch.Tensor]:
-    """Random weights under the published names; timed: and ours, for clips."""
+def transparent_decoder(width: int, blocks: int, hidden: int, channels: int, tail: bool = False) -> dict[str, torch.Tensor]:
+    """Random weights under the published names; tail: with ours, for clips."""
     generator = torch.Generator().manual_seed(7)
-    shapes = {"fc_in": (width, channels), "fc_out": (256, width), "encoder.ln": (width,)}
-    if timed:
-        shapes["fc_out_time"] = (1024, width)
+    shapes = {"fc_in": (width, channels), "encoder.ln": (width,)}
+    if tail:
+        shapes |= {"tail.time": (4 * width, width), "tail.up.0": (256, width, 1, 1), "tail.up.1": (128, 64, 1, 1), "tail.up.2": (64, 32, 1, 1)}
+        shapes |= {f"tail.mix.{number}": (size, size, 3, 3) for number, size in enumerate((64, 32, 16))} | {"tail.out": (4, 16, 1, 1)}
+    else:
+        shapes["fc_out"] = (256, width)
     for index in range(blocks):
         layer = f"encoder.layers.encoder_layer_{index}."
         shapes |= {f"{layer}ln_1": (width,), f"{layer}ln_2": (width,), f"{layer}self_attention.in_proj": (3 * width, width)}
@@ -122,16 +126,16 @@ def transparent_decoder(width: int, blocks: int, hidden: int, channels: int, tim
     state = {}
     for name, shape in shapes.items():
         join = "_" if name.endswith("in_proj") else "."
-        weight = torch.randn(shape, generator=generator) * (shape[1] ** -0.5 if len(shape) > 1 else 0.1) + (len(shape) == 1)
+        weight = torch.randn(shape, generator=generator) * (math.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.1) + (len(shape) == 1)
         state[f"decoder.{name}{join}weight"] = weight
         state[f"decoder.{name}{join}bias"] = torch.randn(shape[0], generator=generator) * 0.1
-    if timed:
+    if tail:
         state["decoder.layer_spacing"] = torch.tensor([4])
     return state
 
 
 def in_float64(state, latent, regions: Regions) -> torch.Tensor:
-    """The decoder over again: torch's MultiheadAttention, diffusers' rotary embedding, loops over layers. `(layers, frames, h, w, 4)` in -1..1."""
+    """The decoder over again: torch's MultiheadAttention, diffusers' rotary embedding, loops over layers: `(frames, h, w, 4)` each, in -1..1."""
     embeddings = pytest.importorskip("diffusers.models.embeddings", reason="the reference")
     rotary = pytest.importorskip("diffusers.models.transformers.transformer_flux").FluxPosEmbed(theta=10000, axes_dim=(8, 28, 28))
     state = {name.removeprefix("decoder."): value.double() for name, value in state.items()}
@@ -164,16 +168,56 @@ def in_float64(state, latent, regions: Regions) -> torch.Tensor:
         x = x + attention(turned, turned, y, need_weights=False)[0]
         x = x + linear(nn.functional.gelu(linear(norm(x, f"{layer}ln_2"), f"{layer}mlp.0")), f"{layer}mlp.3")
     x = norm(x, "encoder.ln")[0]
-    canvas = torch.zeros(len(regions.boxes), 1 + 4 * (frames - 1), 8 * regions.height, 8 * regions.width, 4, dtype=torch.float64)
-    canvas[..., 3] = -1
-    for (layer, frame, r, c), token in zip(places, x, strict=True):
-        if frame:
-            values, start = linear(token, "fc_out_time").view(4, 4, 8, 8), 4 * frame - 3
-        else:
-            values, start = linear(token, "fc_out").view(1, 4, 8, 8), 0
-        for number, value in enumerate(values):
-            canvas[layer, start + number, 8 * r : 8 * r + 8, 8 * c : 8 * c + 8] = value.permute(1, 2, 0)
-    return canvas
+    found = []
+    for layer, (left, top, w, h) in enumerate(regions.boxes):
+        grid = torch.zeros(frames, h, w, width, dtype=torch.float64)
+        for (owner, frame, r, c), token in zip(places, x, strict=True):
+            if owner == layer:
+                grid[frame, r - top, c - left] = token
+        found.append(convolved(grid, state) if "tail.out.weight" in state else patched(linear(grid[0], "fc_out")))
+    return found
+
+
+def patched(tokens):
+    """The published end: each token is 4 channels of 8 x 8 pixels. `(1, h, w, 4)`."""
+    height, width, _ = tokens.shape
+    picture = torch.zeros(1, 8 * height, 8 * width, 4, dtype=torch.float64)
+    for r in range(height):
+        for c in range(width):
+            picture[0, 8 * r : 8 * r + 8, 8 * c : 8 * c + 8] = tokens[r, c].view(4, 8, 8).permute(1, 2, 0)
+    return picture
+
+
+def convolved(grid, state):
+    """Our end, a frame at a time."""
+    pictures = []
+    for number, frame in enumerate(grid):
+        times = [frame]
+        if number:
+            times = nn.functional.linear(frame, state["tail.time.weight"], state["tail.time.bias"]).split(frame.shape[-1], -1)
+        for y in times:
+            y = y.permute(2, 0, 1)[None]
+            for stage in range(3):
+                z = nn.functional.conv2d(y, state[f"tail.up.{stage}.weight"], state[f"tail.up.{stage}.bias"])
+                y = z.new_zeros(1, z.shape[1] // 4, 2 * z.shape[2], 2 * z.shape[3])
+                for place in range(4):
+                    y[:, :, place // 2 :: 2, place % 2 :: 2] = z[:, place::4]
+                y = y + nn.functional.conv2d(y * y.sigmoid(), state[f"tail.mix.{stage}.weight"], state[f"tail.mix.{stage}.bias"], padding=1)
+            pictures.append(nn.functional.conv2d(y * y.sigmoid(), state["tail.out.weight"], state["tail.out.bias"])[0].permute(1, 2, 0))
+    return torch.stack(pictures)
+
+
+def check_decoded(network, latent, regions, wanted):
+    """In 0..1 and clamped as `(frames, h, w, 4)`, and before that as training sees it; with and without the first two layers."""
+    pictures, layers = network.pictures(latent, regions), network(latent, regions)
+    assert len(pictures) == len(layers) == len(wanted) == len(regions.boxes)
+    for picture, layer, right in zip(pictures, layers, wanted, strict=True):
+        torch.testing.assert_close(picture.movedim(1, -1).double(), right, rtol=0, atol=1e-5)
+        torch.testing.assert_close(layer.double(), ((right + 1) / 2).clamp(0, 1), rtol=0, atol=5e-6)
+    for later, layer in zip(network(latent, regions, 2), layers[2:], strict=True):
+        assert torch.equal(later, layer)
+    values = torch.cat([right.flatten() for right in wanted])
+    assert (values.abs() > 1).any() and (values.abs() < 1).double().mean() > 0.3, "clamped values prove nothing"
 
 
 @torch.no_grad()
@@ -181,42 +225,31 @@ def test_the_transparent_decoder_is_the_published_network():
     state = transparent_decoder(width=128, blocks=2, hidden=96, channels=16)
     regions = Regions(6, 4, ((0, 0, 6, 4), (0, 0, 6, 4), (1, 1, 3, 2), (2, 0, 4, 3)))
     latent = torch.randn(16, 4, 4, 6)
-    wanted = ((in_float64(state, latent, regions)[:, 0] + 1) / 2).clamp(0, 1)
-    got = build(state)(latent, regions)
-    assert got.shape == (4, 32, 48, 4)
-    assert ((wanted > 0) & (wanted < 1)).double().mean() > 0.3, "clamped values prove nothing"
-    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=2e-6)
+    check_decoded(build(state), latent, regions, in_float64(state, latent, regions))
 
 
 @torch.no_grad()
-def test_the_transparent_decoder_of_clips():
-    """Three latent frames are nine: one, four and four. Pictures go through the published part of it."""
-    state = transparent_decoder(width=128, blocks=2, hidden=96, channels=16, timed=True)
-    network = build(state)
-    boxes = ((0, 0, 6, 4), (0, 0, 6, 4), (1, 1, 3, 2), (2, 0, 4, 3))
-    clip = Regions(6, 4, boxes, 3)
-    latent = torch.randn(16, 12, 4, 6)
-    wanted = in_float64(state, latent, clip)
-    got = network(latent, clip)
-    assert got.shape == (4, 9, 32, 48, 4)
-    torch.testing.assert_close(got.double(), ((wanted + 1) / 2).clamp(0, 1), rtol=0, atol=2e-6)
-    patches = in_pixel_frames(clip).crop(wanted.flatten(0, 1).movedim(-1, 0)[None], 8)
-    assert patches.abs().max() > 1, "what training sees is not clamped"
-    torch.testing.assert_close(network.patches(latent, clip).double(), patches, rtol=0, atol=4e-6)
-    picture = Regions(6, 4, boxes)
-    wanted = in_float64(state, latent[:, ::3], picture)[:, 0]
-    torch.testing.assert_close(network(latent[:, ::3], picture).double(), ((wanted + 1) / 2).clamp(0, 1), rtol=0, atol=2e-6)
+@pytest.mark.parametrize("frames", [1, 3])
+def test_the_transparent_decoder_with_a_convolutional_end(frames):
+    """Three latent frames are nine: one, four and four."""
+    state = transparent_decoder(width=128, blocks=2, hidden=96, channels=16, tail=True)
+    regions = Regions(6, 4, ((0, 0, 6, 4), (0, 0, 6, 4), (1, 1, 3, 2), (2, 0, 4, 3)), frames)
+    latent = torch.randn(16, 4 * frames, 4, 6)
+    wanted = in_float64(state, latent, regions)
+    assert wanted[2].shape == (1 + 4 * (frames - 1), 16, 24, 4)
+    check_decoded(build(state), latent, regions, wanted)
 
 
 def test_every_part_of_the_decoder_of_clips_gets_a_gradient():
-    network = TransparentDecoder(16, 64, 1, 64, timed=True, layer_spacing=4)
-    network.patches(torch.randn(16, 9, 2, 3), Regions(3, 2, ((0, 0, 3, 2),) * 3, 3)).square().mean().backward()
+    network = TransparentDecoder(16, 64, 1, 64, tail=True, layer_spacing=4)
+    pictures = network.pictures(torch.randn(16, 9, 2, 3), Regions(3, 2, ((0, 0, 3, 2),) * 3, 3))
+    torch.stack(pictures).square().mean().backward()
     assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in network.parameters())
 
 
-@pytest.mark.parametrize("timed", [False, True])
-def test_weights_are_written_as_they_are_read(timed):
-    state = transparent_decoder(width=128, blocks=2, hidden=96, channels=16, timed=timed)
+@pytest.mark.parametrize("tail", [False, True])
+def test_weights_are_written_as_they_are_read(tail):
+    state = transparent_decoder(width=128, blocks=2, hidden=96, channels=16, tail=tail)
     written = published(build(state))
     assert written.keys() == state.keys()
     assert all(torch.equal(written[name], value) and written[name].dtype == value.dtype for name, value in state.items())

@@ -14,7 +14,6 @@ from tessera.models.default.vocabulary import COLOURS, MOTIONS
 from tessera.models.layers.default import dataset, drawn, evaluate, networks, train, train_decoder, vocabulary
 from tessera.models.layers.default.vocabulary import SHAPES, Caption, Kind
 from tessera.models.layers.regions import LAYER_SPACING, WHOLE, Regions, positions
-from tessera.models.layers.transparent_vae import PIXELS, in_pixel_frames
 
 KINDS = st.builds(Kind, st.integers(0, len(COLOURS) - 1), st.integers(0, len(SHAPES) - 1), st.integers(-1, len(MOTIONS) - 1))
 CAPTIONS = st.builds(Caption, st.lists(KINDS, max_size=vocabulary.MAX_OBJECTS).map(tuple), st.integers(-1, len(COLOURS) - 1))
@@ -142,21 +141,22 @@ def test_training_sees_what_a_host_samples(tmp_path, frames):
     for index, sample in enumerate(layouts.samples):
         regions = layouts.regions(index)
         canvas = torch.zeros(1, 16, len(regions.boxes) * regions.frames, 2 * regions.height, 2 * regions.width)
-        pictures = torch.zeros(1, 4, len(regions.boxes) * frames, 16 * regions.height, 16 * regions.width)
+        pictures = []
         for layer, (x, y, width, height) in enumerate(regions.boxes):
             if layer < WHOLE:
                 latent = sample["whole"][layer]
             else:
                 kind = Kind(*sample["shown"][layer - WHOLE].tolist())
                 latent = layouts.table[(*kind, width, height)]
-                picture = drawn.foreground(kind, 16 * width, 16 * height, frames).movedim(-1, 0) * 2 - 1
-                pictures[0, :, layer * frames : (layer + 1) * frames, 16 * y : 16 * (y + height), 16 * x : 16 * (x + width)] = picture
+                pictures.append(drawn.foreground(kind, 16 * width, 16 * height, frames).movedim(-1, 1) * 2 - 1)
             times = slice(layer * regions.frames, (layer + 1) * regions.frames)
             canvas[0, :, times, 2 * y : 2 * (y + height), 2 * x : 2 * (x + width)] = latent
         assert torch.equal(layouts.strip(index).float(), regions.crop(canvas, 2)[0])
-        latent, target, fine = train_decoder.example(layouts, index, torch.Generator(), 0.0)
+        latent, targets, fine = train_decoder.example(layouts, index, torch.Generator(), 0.0)
         assert torch.allclose(regions.crop(latent[None], 2), video.unwhiten(regions.crop(canvas, 2)[:, :, None])[:, :, 0])
-        assert torch.equal(train_decoder.foregrounds(in_pixel_frames(fine).crop(pictures, PIXELS), target), target)
+        made = train_decoder.build().pictures(latent, fine, WHOLE)
+        for target, picture, right in zip(targets, made, pictures, strict=True):
+            assert torch.equal(target, right) and picture.shape == right.shape
         single.append(_velocity(model, layouts, range(index, index + 1)))
     together = _velocity(model, layouts, range(len(layouts.samples)))
     for made, alone in zip(together, single, strict=True):

@@ -34,7 +34,7 @@ def write_models(folder: Path, *, layers: int = 2, heads: int = 3) -> Path:
     for name in (VAE, LAYERS_VAE):
         _write(folder / "vae" / name, vae, {})
     table = torch.randn(1, 52, 1, 1, 64 * heads, generator=torch.Generator().manual_seed(4))
-    decoder = published(_randomise(TransparentDecoder(16, 64, 1, 64, timed=True, layer_spacing=4), seed=5))
+    decoder = published(_randomise(TransparentDecoder(16, 64, 1, 64, tail=True, layer_spacing=4), seed=5))
     for kind, state in (("layer_embeddings", {"layer_pe": table}), ("transparent_decoders", decoder)):
         (folder / kind).mkdir(parents=True, exist_ok=True)
         save_file(state, folder / kind / LAYERS)

@@ -3,17 +3,18 @@
 A layer is blended with grey before an ordinary autoencoder encodes it, so that the latent knows where it is transparent. The decoder here, a
 ViT over the latents' tokens of all layers at once, each 8 pixels a side, reads colour and alpha from them.
 
-Clips are ours, and so are the tensors `decoder.fc_out_time` and `decoder.layer_spacing`, which the published files have not.
+The convolutional end (`decoder.tail.*`), which knows clips too, and `decoder.layer_spacing` are ours: the published files have neither.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...kernels.attention import attention
 from .regions import Regions, positions
@@ -31,15 +32,10 @@ def grey_blended(image: Tensor) -> Tensor:
     return torch.lerp(torch.full_like(image[..., :3], 0.5), image[..., :3], image[..., 3:])
 
 
-def in_pixel_frames(regions: Regions) -> Regions:
-    """The regions of what is decoded: as many frames as a clip of these latent frames has."""
-    return replace(regions, frames=1 + FRAMES * (regions.frames - 1))
-
-
 class TransparentDecoder(nn.Module):
-    """operations: where layer classes come from (`Linear`, `LayerNorm`), so that a host can manage the weights.
+    """operations: where layer classes come from (`Linear`, `LayerNorm`, `Conv2d`), so that a host can manage the weights.
 
-    timed: whether it decodes clips. layer_spacing: as in `positions`.
+    tail: whether it ends in `Tail` instead of the published linear layer, and so decodes clips. layer_spacing: as in `positions`.
     """
 
     def __init__(
@@ -52,7 +48,7 @@ class TransparentDecoder(nn.Module):
         dtype: torch.dtype | None = None,
         device: Any = None,
         *,
-        timed: bool = False,
+        tail: bool = False,
         layer_spacing: int = 1,
     ):
         super().__init__()
@@ -61,56 +57,65 @@ class TransparentDecoder(nn.Module):
         self.fc_in = operations.Linear(channels, width, **where)
         self.blocks = nn.ModuleList(Block(width, hidden, operations, where) for _ in range(blocks))
         self.norm = operations.LayerNorm(width, eps=1e-6, **where)
-        self.fc_out = operations.Linear(width, 4 * PIXELS**2, **where)
-        self.fc_out_time = operations.Linear(width, FRAMES * 4 * PIXELS**2, **where) if timed else None
+        self.tail = Tail(width, operations, where) if tail else None
+        if not tail:
+            self.fc_out = operations.Linear(width, 4 * PIXELS**2, **where)
 
-    def forward(self, latent: Tensor, regions: Regions) -> Tensor:
-        """A latent of one canvas, as `patches` takes it -> `(layers, 8 * height, 8 * width, 4)` in 0..1, straight alpha.
+    def forward(self, latent: Tensor, regions: Regions, skip: int = 0) -> list[Tensor]:
+        """Each layer in its box: `(pixel frames, 8 * box height, 8 * box width, 4)` in 0..1, straight alpha.
 
-        Of a clip: `(layers, 1 + 4 * (frames - 1), 8 * height, 8 * width, 4)`. Outside of its box a layer is grey and fully transparent.
+        As `pictures`, which says what latent, regions and skip are, and what is raised.
         """
-        layers = self.cut(latent, regions)
-        nothing = layers[0].new_tensor([0.5, 0.5, 0.5, 0.0])
-        canvas = nothing.repeat(len(layers), len(layers[0]), PIXELS * regions.height, PIXELS * regions.width, 1)
-        for whole, layer, (x, y, width, height) in zip(canvas, layers, regions.boxes, strict=True):
-            whole[:, PIXELS * y : PIXELS * (y + height), PIXELS * x : PIXELS * (x + width)] = layer
-        return canvas[:, 0] if regions.frames == 1 else canvas
+        return [((picture.movedim(1, -1) + 1) / 2).clamp(0, 1) for picture in self.pictures(latent, regions, skip)]
 
-    def cut(self, latent: Tensor, regions: Regions) -> list[Tensor]:
-        """Each layer in its box: `(pixel frames, 8 * box height, 8 * box width, 4)` in 0..1, straight alpha."""
-        frames = in_pixel_frames(regions).frames
-        tokens = self.patches(latent, regions)[0].unflatten(-1, (-1, PIXELS))
-        layers = []
-        for part, (_, _, width, height) in zip(tokens.split([frames * w * h for _, _, w, h in regions.boxes], 2), regions.boxes, strict=True):
-            grid = part.unflatten(2, (frames, height, width)).permute(2, 3, 1, 4, 5, 0)  # (frames, height, 8, width, 8, 4)
-            layers.append(((grid.flatten(3, 4).flatten(1, 2) + 1) / 2).clamp(0, 1))
-        return layers
+    def pictures(self, latent: Tensor, regions: Regions, skip: int = 0) -> list[Tensor]:
+        """`(channels, layers * frames, height, width)`, as the autoencoder decodes it -> `(pixel frames, 4, 8 * box height, 8 * box width)` float32
+        of each layer, not clamped: colour in -1..1 and alpha, transparent -1 and opaque 1.
 
-    def patches(self, latent: Tensor, regions: Regions) -> Tensor:
-        """`(channels, layers * frames, height, width)`, as the autoencoder decodes it -> `(1, 4, 8, 8 * tokens)` float32, not clamped.
-
-        regions: on the latent's grid. Colour and alpha, opaque 1 and transparent -1: what `in_pixel_frames(regions).crop(pictures, 8)` gives of
-        `(1, 4, layers * pixel frames, 8 * height, 8 * width)`. Raises ValueError for a clip where this decoder knows pictures only.
+        regions: on the latent's grid. skip: so many of the first layers are read with the others, but not decoded. Of a clip, pixel frames are
+        1 + 4 * (frames - 1). Raises ValueError for a clip where this decoder knows pictures only.
         """
+        if regions.frames > 1 and self.tail is None:
+            raise ValueError(f"the transparent decoder is for pictures, and the layers have {regions.frames} latent frames; use one for clips")
         cos, sin = rotary(positions(regions, self.layer_spacing).to(latent.device))
         x = self.fc_in(latent.flatten(1)[:, regions.index.to(latent.device)].T[None])
         for block in self.blocks:
             x = block(x, cos.to(x.dtype), sin.to(x.dtype))
-        x = self.norm(x)[0]
-        if regions.frames == 1:
-            tokens = self.fc_out(x)
-        elif self.fc_out_time is None:
-            raise ValueError(f"the transparent decoder is for pictures, and the layers have {regions.frames} latent frames; use one for clips")
-        else:
-            first = regions.ids[:, 1] == 0
-            layer, frame, row, column = regions.ids[~first].repeat_interleave(FRAMES, 0).unbind(1)
-            frame = FRAMES * (frame - 1) + 1 + torch.arange(FRAMES).repeat(len(frame) // FRAMES)
-            decoded = in_pixel_frames(regions)
-            places = ((layer * decoded.frames + frame) * decoded.height + row) * decoded.width + column
-            order = torch.cat([decoded.index[decoded.ids[:, 1] == 0], places]).argsort().to(x.device)
-            first = first.to(x.device)
-            tokens = torch.cat([self.fc_out(x[first]), self.fc_out_time(x[~first]).unflatten(-1, (FRAMES, -1)).flatten(0, 1)])[order]
-        return tokens.float().unflatten(-1, (4, PIXELS, PIXELS)).permute(1, 2, 0, 3).flatten(-2)[None]
+        layers = self.norm(x)[0].split([regions.frames * width * height for _, _, width, height in regions.boxes])
+        found = []
+        for layer, (_, _, width, height) in list(zip(layers, regions.boxes, strict=True))[skip:]:
+            grid = layer.unflatten(0, (regions.frames, height, width))
+            if self.tail is None:
+                patches = self.fc_out(grid).unflatten(-1, (4, PIXELS, PIXELS))  # (frames, height, width, 4, 8, 8)
+                picture = patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+            else:
+                picture = self.tail(grid)
+            found.append(picture.float())
+        return found
+
+
+class Tail(nn.Module):
+    """From tokens to pixels in three doublings with convolutions, each layer for itself: a narrow decoder's linear layer would leave seams between
+    tokens. Four frames are made of each latent frame after the first."""
+
+    CHANNELS = (64, 32, 16)  # at 4, 2 and 1 pixels
+
+    def __init__(self, width: int, operations: Any, where: dict[str, Any]):
+        super().__init__()
+        self.time = operations.Linear(width, FRAMES * width, **where)
+        sizes = list(itertools.pairwise((width, *self.CHANNELS)))
+        self.up = nn.ModuleList(operations.Conv2d(before, 4 * after, 1, **where) for before, after in sizes)
+        self.mix = nn.ModuleList(operations.Conv2d(after, after, 3, padding=1, **where) for _, after in sizes)
+        self.out = operations.Conv2d(self.CHANNELS[-1], 4, 1, **where)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(frames, height, width, channels)` -> `(1 + 4 * (frames - 1), 4, 8 * height, 8 * width)`."""
+        later = self.time(x[1:]).unflatten(-1, (FRAMES, -1)).movedim(-2, 1).flatten(0, 1)
+        y = torch.cat([x[:1], later]).movedim(-1, 1)
+        for up, mix in zip(self.up, self.mix, strict=True):
+            y = F.pixel_shuffle(up(y), 2)
+            y = y + mix(F.silu(y))
+        return self.out(F.silu(y))
 
 
 class Block(nn.Module):
@@ -149,7 +154,7 @@ def rotary(ids: Tensor) -> tuple[Tensor, Tensor]:
 def build(state: Mapping[str, Tensor], operations: Any = nn, dtype: torch.dtype | None = None, device: Any = None) -> TransparentDecoder:
     """The decoder of a state dict in the published layout (`decoder.fc_in.weight`, `decoder.encoder.layers.encoder_layer_0.ln_1.weight`, ...).
 
-    With `decoder.fc_out_time.weight` and `.bias` it decodes clips, and `decoder.layer_spacing` says how far apart its layers are.
+    With `decoder.tail.*` instead of `decoder.fc_out.*` it decodes clips, and `decoder.layer_spacing` says how far apart its layers are.
 
     Raises ValueError for another layout.
     """
@@ -164,10 +169,10 @@ def build(state: Mapping[str, Tensor], operations: Any = nn, dtype: torch.dtype 
     blocks = sum(name.endswith(".mlp.0.weight") for name in found)
     network = TransparentDecoder(
         *(channels, width, blocks, first.shape[0], operations, dtype, device),
-        timed="fc_out_time.weight" in found,
+        tail="tail.out.weight" in found,
         layer_spacing=int(state.get(SPACING, 1)),
     )
-    renamed = {name: value for name, value in found.items() if name.startswith("fc_")}
+    renamed = {name: value for name, value in found.items() if name.startswith(("fc_", "tail."))}
     renamed |= {f"norm.{name.removeprefix('encoder.ln.')}": value for name, value in found.items() if name.startswith("encoder.ln.")}
     for index in range(blocks):
         old, new = _block(index), f"blocks.{index}."

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from ...default.networks import unwhiten
 from ...default.optim import Muon, launch, resume, set_rate, store
 from ..regions import LAYER_SPACING, TOKEN, WHOLE, Regions
-from ..transparent_vae import PIXELS, TransparentDecoder
+from ..transparent_vae import TransparentDecoder
 from . import dataset, drawn
-from .train import Layouts, take_up, tokens
+from .train import Layouts, take_up
 from .vocabulary import Kind
 
 PATCH = 2  # latent pixels of a token's side
@@ -29,12 +29,12 @@ TOKENS = 700  # of a step, of 16 pixels
 
 
 def build() -> TransparentDecoder:
-    return TransparentDecoder(channels=16, width=128, blocks=3, hidden=256, timed=True, layer_spacing=LAYER_SPACING)
+    return TransparentDecoder(channels=16, width=128, blocks=3, hidden=256, tail=True, layer_spacing=LAYER_SPACING)
 
 
-def example(layouts: Layouts, index: int, generator: torch.Generator, augmentation: float) -> tuple[Tensor, Tensor, Regions]:
-    """A latent as the VAE decodes it `(16, layers * latent frames, height, width)`; the foregrounds as `(1, 4, 8, 8 * tokens)` in -1..1, as
-    TransparentDecoder.patches orders them; the regions on the latent's grid."""
+def example(layouts: Layouts, index: int, generator: torch.Generator, augmentation: float) -> tuple[Tensor, list[Tensor], Regions]:
+    """A latent as the VAE decodes it `(16, layers * latent frames, height, width)`; the foregrounds, as TransparentDecoder.pictures gives them; the
+    regions on the latent's grid."""
     regions, sample = layouts.regions(index), layouts.samples[index]
     strip = layouts.strip(index).float()[None]
     level = augmentation * torch.rand((), generator=generator)
@@ -44,20 +44,20 @@ def example(layouts: Layouts, index: int, generator: torch.Generator, augmentati
     parts = []
     for kind, (_, _, width, height) in zip(sample["shown"].tolist(), regions.boxes[WHOLE:], strict=True):
         picture = drawn.foreground(Kind(*kind), width * TOKEN, height * TOKEN, layouts.frames) * 2 - 1
-        parts.append(tokens(picture.movedim(-1, 0), PIXELS))
-    return latent, torch.cat(parts, 2)[None], regions.finer(PATCH)
+        parts.append(picture.movedim(-1, 1))
+    return latent, parts, regions.finer(PATCH)
+
+
+def joined(pictures: list[Tensor]) -> Tensor:
+    """`(4, pixels)` of pictures `(frames, 4, height, width)`."""
+    return torch.cat([picture.movedim(1, 0).flatten(1) for picture in pictures], 1)
 
 
 def loss_of(made: Tensor, target: Tensor) -> Tensor:
-    """Alpha everywhere, and colour where it shows."""
-    alpha = (target[:, 3:] + 1) / 2
-    colour = ((made[:, :3] - target[:, :3]).square() * (alpha + 0.05)).mean()
-    return colour + 2 * F.mse_loss(made[:, 3], target[:, 3]) + 0.1 * F.l1_loss(made[:, 3], target[:, 3])
-
-
-def foregrounds(made: Tensor, target: Tensor) -> Tensor:
-    """What `patches` made of the layers that `target` has, which are the last."""
-    return made[..., -target.shape[-1] :]
+    """Alpha everywhere, and colour where it shows. `(4, pixels)`."""
+    alpha = (target[3:] + 1) / 2
+    colour = ((made[:3] - target[:3]).square() * (alpha + 0.05)).mean()
+    return colour + 2 * F.mse_loss(made[3], target[3]) + 0.1 * F.l1_loss(made[3], target[3])
 
 
 @torch.no_grad()
@@ -66,12 +66,12 @@ def held_out(model: TransparentDecoder, layouts: Layouts, many: int) -> tuple[fl
     generator = torch.Generator().manual_seed(0)
     sums = torch.zeros(3)
     for index in torch.randperm(len(layouts.samples), generator=generator)[:many].tolist():
-        latent, target, regions = example(layouts, index, generator, 0.0)
-        made = foregrounds(model.patches(latent, regions), target).clamp(-1, 1)
-        solid, mine, theirs = target[:, 3] > 0.99, made[:, 3] > 0, target[:, 3] > 0
+        latent, layers, regions = example(layouts, index, generator, 0.0)
+        made, target = joined(model.pictures(latent, regions, WHOLE)).clamp(-1, 1), joined(layers)
+        solid, mine, theirs = target[3] > 0.99, made[3] > 0, target[3] > 0
         error = (made - target).square()
         overlap = (mine & theirs).sum() / (mine | theirs).sum()
-        sums += torch.stack([error[:, :3].mean(1)[solid].mean(), error[:, 3].mean(), overlap])
+        sums += torch.stack([error[:3].mean(0)[solid].mean(), error[3].mean(), overlap])
     colour, alpha, iou = (sums / many).tolist()
     return -10 * math.log10(colour / 4), -10 * math.log10(alpha / 4), iou
 
@@ -107,8 +107,8 @@ def train(team, options) -> None:
         model.zero_grad()
         total_loss = 0.0
         for index in which:
-            latent, target, regions = example(layouts, index, generator, AUGMENTATION)
-            loss = loss_of(foregrounds(model.patches(latent, regions), target), target) / len(which)
+            latent, layers, regions = example(layouts, index, generator, AUGMENTATION)
+            loss = loss_of(joined(model.pictures(latent, regions, WHOLE)), joined(layers)) / len(which)
             loss.backward()
             total_loss += loss.item()
         team.average(list(model.parameters()))
