@@ -23,13 +23,14 @@ from ...default.networks import WanVAE, whiten
 from ...default.optim import store
 from ...default.vocabulary import MOTIONS
 from ..document import Box
-from ..regions import TOKEN
+from ..regions import MAX_FOREGROUNDS, TOKEN
 from . import drawn
 from .train_vae import load_vae, over_grey
 from .vocabulary import Caption, Kind, kinds
 
 SIZES = range(1, 7)  # tokens of a box's side, as drawn.layout makes them
 SHARD = 120
+IN_CLIPS = 6  # foregrounds at most; of pictures as many as the method has
 
 
 def foreground_latents(vae: WanVAE, what: list[Kind], width: int, height: int, frames: int) -> Tensor:
@@ -41,7 +42,7 @@ def foreground_latents(vae: WanVAE, what: list[Kind], width: int, height: int, f
 
 def sample(frames: int, generator: torch.Generator) -> dict[str, Any]:
     """One layout: boxes in tokens `(layers, 4)`, which kind each foreground shows, the caption."""
-    foregrounds = drawn.count(generator)
+    foregrounds = drawn.count(generator, IN_CLIPS if frames > 1 else MAX_FOREGROUNDS)
     regions = drawn.layout(foregrounds, generator, 8 if frames > 1 else 10)
     said = drawn.caption(foregrounds, generator, 0.7 if frames > 1 else 0.15)
     shown = drawn.assign(said, foregrounds, generator)

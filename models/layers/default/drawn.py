@@ -79,7 +79,7 @@ def merged(back: Tensor, layers: list[tuple[Box, Tensor]]) -> Tensor:
     return out
 
 
-def count(generator: torch.Generator, most: int = 50) -> int:
+def count(generator: torch.Generator, most: int) -> int:
     """How many foregrounds: few more often than many, 1 to `most`."""
     return int(torch.exp(torch.rand((), generator=generator) * torch.tensor(most + 0.99).log()))
 

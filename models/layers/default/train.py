@@ -22,8 +22,8 @@ from ...default.train_dit import draw_sigma
 from ..regions import LAYER_SPACING, Regions, positions
 from . import dataset, networks, vocabulary
 
-CLIPS = 0.2  # of the batches
-MERGED = 2.5  # how much more a token of the merged picture counts: it has to repeat what all the others show
+CLIPS = 0.35  # of the batches
+MERGED = 4.0  # how much more a token of the merged picture counts: it has to repeat what all the others show
 FLAT = 0.4  # of the time before the rate falls
 
 
@@ -82,16 +82,17 @@ def padding(lengths: Tensor) -> Tensor:
     return torch.zeros(beyond.shape).masked_fill(beyond, -math.inf)[:, None, None]
 
 
-def collate(regions: list[Regions], contexts: list[Tensor]) -> dict[str, Tensor]:
+def collate(regions: list[Regions], contexts: list[Tensor], device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """What LayeredTransformer.forward needs beside the strip and t."""
     ids = [part.ids for part in regions]
-    return dict(
+    given = dict(
         context=pad_sequence(contexts, True),
         context_pad=padding(torch.tensor([len(part) for part in contexts])),
         positions=pad_sequence([positions(part, LAYER_SPACING) for part in regions], True),
         layers=pad_sequence([part[:, 0] for part in ids], True),
         pad=padding(torch.tensor([len(part) for part in ids])),
     )
+    return {name: value.to(device) for name, value in given.items()}
 
 
 def strips(layouts: Layouts, which: range) -> Tensor:
@@ -123,23 +124,24 @@ def flow_loss(model: networks.LayeredTransformer, x0: Tensor, noise: Tensor, sig
 @torch.no_grad()
 def held_out_loss(model: networks.LayeredTransformer, layouts: Layouts, weight: Tensor) -> float:
     """Fixed noise and levels."""
-    generator = torch.Generator().manual_seed(9)
+    generator, device = torch.Generator().manual_seed(9), weight.device
     losses = []
     for first in range(0, len(layouts.samples), 10):
         which = range(first, min(first + 10, len(layouts.samples)))
         x0 = strips(layouts, which)
         sigma = (torch.arange(len(which)) + 0.5) / len(which)
-        given = collate([layouts.regions(i) for i in which], [vocabulary.embed(dataset.caption_of(layouts.samples[i])) for i in which])
+        given = collate([layouts.regions(i) for i in which], [vocabulary.embed(dataset.caption_of(layouts.samples[i])) for i in which], device)
         noise = torch.randn(x0.shape, generator=generator)
-        losses.append(float(flow_loss(model, x0, noise, 3 * sigma / (1 + 2 * sigma), given, weight)))
+        losses.append(float(flow_loss(model, x0.to(device), noise.to(device), (3 * sigma / (1 + 2 * sigma)).to(device), given, weight)))
     return sum(losses) / len(losses)
 
 
 def train(team, options) -> None:
     torch.set_num_threads(options.threads)
     path = os.path.join(options.work, "layers.pt")
-    model, ema = networks.start(), networks.start()
-    weight = (torch.load(os.path.join(options.work, "vae_folded.pt"), weights_only=True)["std"] / 0.5).clamp(0.2, 1)
+    device = options.device
+    model, ema = networks.start().to(device), networks.start().to(device)
+    weight = (torch.load(os.path.join(options.work, "vae_folded.pt"), weights_only=True)["std"] / 0.5).clamp(0.2, 1).to(device)
     big = [p for k, p in model.named_parameters() if k.startswith("blocks") and p.ndim == 2]
     ids = {id(p) for p in big}
     optimisers = [
@@ -172,9 +174,9 @@ def train(team, options) -> None:
         layouts = known[9 if clips else 1]
         which = layouts.batch(options.tokens, generator)
         x0 = strips(layouts, which)
-        given = collate([layouts.regions(i) for i in which], [said(layouts.samples[i], generator) for i in which])
+        given = collate([layouts.regions(i) for i in which], [said(layouts.samples[i], generator) for i in which], device)
         noise = torch.randn(x0.shape, generator=generator)
-        loss = flow_loss(model, x0, noise, draw_sigma(len(which), generator, "cpu"), given, weight)
+        loss = flow_loss(model, x0.to(device), noise.to(device), draw_sigma(len(which), generator, "cpu").to(device), given, weight)
         model.zero_grad()
         loss.backward()
         team.average(list(model.parameters()))
@@ -207,6 +209,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--rate", type=float, default=0.02, help="Muon step; AdamW uses a tenth of it")
     parser.add_argument("--tokens", type=int, default=2560, help="of a batch")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--compile", action="store_true", help="a third faster on a CPU; needs a C++ compiler")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1, help="processes that average gradients")

@@ -67,7 +67,7 @@ def held_out(model: TransparentDecoder, layouts: Layouts, many: int) -> tuple[fl
     sums = torch.zeros(3)
     for index in torch.randperm(len(layouts.samples), generator=generator)[:many].tolist():
         latent, layers, regions = example(layouts, index, generator, 0.0)
-        made, target = joined(model.pictures(latent, regions, WHOLE)).clamp(-1, 1), joined(layers)
+        made, target = joined(model.pictures(latent.to(model.fc_in.weight.device), regions, WHOLE)).clamp(-1, 1).cpu(), joined(layers)
         solid, mine, theirs = target[3] > 0.99, made[3] > 0, target[3] > 0
         error = (made - target).square()
         overlap = (mine & theirs).sum() / (mine | theirs).sum()
@@ -80,7 +80,7 @@ def train(team, options) -> None:
     torch.set_num_threads(options.threads)
     path = os.path.join(options.work, "decoder.pt")
     torch.manual_seed(0)
-    model = build()
+    model = build().to(options.device)
     known: dict[int, Layouts] = {}
     big = [p for k, p in model.named_parameters() if p.ndim == 2 and k.startswith("blocks")]
     ids = {id(p) for p in big}
@@ -108,7 +108,7 @@ def train(team, options) -> None:
         total_loss = 0.0
         for index in which:
             latent, layers, regions = example(layouts, index, generator, AUGMENTATION)
-            loss = loss_of(joined(model.pictures(latent, regions, WHOLE)), joined(layers)) / len(which)
+            loss = loss_of(joined(model.pictures(latent.to(options.device), regions, WHOLE)), joined(layers).to(options.device)) / len(which)
             loss.backward()
             total_loss += loss.item()
         team.average(list(model.parameters()))
@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20, help="total, including the time before --resume")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--rate", type=float, default=0.02, help="Muon step; AdamW uses a tenth of it")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1, help="processes that average gradients")
     parser.add_argument("--rank", type=int, default=-1, help="start only this worker here")

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ...default import export, networks
 from ...default.optim import Muon, launch, resume, set_rate, store
-from ..regions import TOKEN
+from ..regions import MAX_FOREGROUNDS, TOKEN
 from ..transparent_vae import grey_blended
 from . import drawn
 
@@ -58,7 +58,7 @@ def picture(frames: int, side: int, generator: torch.Generator) -> Tensor:
     what = float(torch.rand((), generator=generator))
     if what < 0.4:
         return over_grey(layer_on_canvas(side or 96, frames, generator))
-    said = drawn.caption(foregrounds := drawn.count(generator), generator, 0.7 if frames > 1 else 0.1)
+    said = drawn.caption(foregrounds := drawn.count(generator, MAX_FOREGROUNDS), generator, 0.7 if frames > 1 else 0.1)
     regions = drawn.layout(foregrounds, generator, 8 if frames > 1 else 10)
     boxes = [drawn.pixels(box) for box in regions.boxes]
     _, _, width, height = boxes[0]
