@@ -19,21 +19,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from ..models.patchers.lora_composer import (
-    ALL,
-    CROSS,
-    Box,
-    Call,
-    Composer,
-    Concept,
-    Delta,
-    Maps,
-    Schedule,
-    enhancement_loss,
-    kind_of,
-    map_size,
-    reinitialise,
-)
+from ..models.patchers.lora_composer.composer import ALL, CROSS, Call, Composer, kind_of
+from ..models.patchers.lora_composer.concepts import Box, Concept, Delta
+from ..models.patchers.lora_composer.maps import Maps, Schedule, enhancement_loss, map_size, reinitialise
 from .host import OVERRIDE, pause_malloc_graph
 
 KEY = "tessera_lora_composer"

@@ -36,7 +36,9 @@ from comfy.taesd.taesd import TAESD  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 import nodes  # noqa: E402
-from tessera.models.patchers.lora_composer import ALL, CROSS, Box, enhancement_loss  # noqa: E402
+from tessera.models.patchers.lora_composer.composer import ALL, CROSS  # noqa: E402
+from tessera.models.patchers.lora_composer.concepts import Box  # noqa: E402
+from tessera.models.patchers.lora_composer.maps import enhancement_loss  # noqa: E402
 from tessera.nodes import lora_composer as host  # noqa: E402
 
 host.LoRAComposer.hidden = SimpleNamespace(unique_id=None)  # as the server does

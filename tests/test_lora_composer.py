@@ -7,20 +7,10 @@ import math
 import pytest
 import torch
 
-from tessera.models.patchers.lora_composer import (
-    ALL,
-    BLOCK_TOKENS,
-    Box,
-    Composer,
-    Concept,
-    Isolation,
-    Maps,
-    Schedule,
-    enhancement_loss,
-    reinitialise,
-    skip,
-    validate,
-)
+from tessera.models.patchers.lora_composer.composer import ALL, BLOCK_TOKENS, Composer
+from tessera.models.patchers.lora_composer.concepts import Box, Concept, validate
+from tessera.models.patchers.lora_composer.isolation import Isolation, skip
+from tessera.models.patchers.lora_composer.maps import Maps, Schedule, enhancement_loss, reinitialise
 
 CANVAS = (96, 128)
 
