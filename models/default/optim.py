@@ -1,9 +1,11 @@
 """Muon (Keller Jordan, 2024): momentum, then the nearest orthogonal matrix by Newton-Schulz, for hidden weight matrices."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 
 def orthogonalise(g):
@@ -19,10 +21,14 @@ def orthogonalise(g):
 
 
 class Muon(torch.optim.Optimizer):
-    """For weights of two or more dimensions, flattened to (out, rest). Equal shapes are updated in one batch."""
+    """For weights of two or more dimensions, flattened to (out, rest). Equal shapes are updated in one batch.
 
-    def __init__(self, params, lr=0.02, momentum=0.95, decay=0.0):
+    team: whose processes have the same gradients; each computes its share of the updates.
+    """
+
+    def __init__(self, params, lr=0.02, momentum=0.95, decay=0.0, team=None):
         super().__init__(params, dict(lr=lr, momentum=momentum, decay=decay))
+        self.team = team or Team()
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -37,7 +43,7 @@ class Muon(torch.optim.Optimizer):
                     if "m" not in self.state[p]:
                         self.state[p]["m"] = torch.zeros(rows, cols, device=p.device)
                 m = torch.stack([self.state[p]["m"] for p in ps]).lerp_(g, 1 - group["momentum"])
-                u = orthogonalise(g.lerp(m, group["momentum"])) * max(1, rows / cols) ** 0.5
+                u = self.team.divide(orthogonalise, g.lerp(m, group["momentum"])) * max(1, rows / cols) ** 0.5
                 for i, p in enumerate(ps):
                     self.state[p]["m"].copy_(m[i])
                     if group["decay"]:
@@ -86,6 +92,17 @@ class Team:
             torch.distributed.all_reduce(flat)
             for g, part in zip(grads, (flat / self.size).split([g.numel() for g in grads]), strict=True):
                 g.copy_(part.view(g.shape))
+
+    def divide(self, f: Callable[[torch.Tensor], torch.Tensor], stack: torch.Tensor) -> torch.Tensor:
+        """f of a stack of matrices (n, rows, cols), one by one: each process does its share, and all get the whole."""
+        if self.size == 1:
+            return f(stack)
+        share = -(-len(stack) // self.size)
+        mine = F.pad(stack, (0, 0, 0, 0, 0, share * self.size - len(stack)))[self.rank * share : (self.rank + 1) * share]
+        mine = f(mine).contiguous()
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        torch.distributed.all_gather(parts, mine)
+        return torch.cat(parts)[: len(stack)]
 
     def agree(self, value):
         """The first process's value (a float), in every process."""

@@ -145,7 +145,7 @@ def train(team, options) -> None:
     big = [p for k, p in model.named_parameters() if k.startswith("blocks") and p.ndim == 2]
     ids = {id(p) for p in big}
     optimisers = [
-        Muon(big, options.rate, decay=0.01),
+        Muon(big, options.rate, decay=0.01, team=team),
         torch.optim.AdamW([p for p in model.parameters() if id(p) not in ids], options.rate / 10, (0.9, 0.98)),
     ]
     step, used, seen = 0, 0.0, 0
@@ -154,6 +154,7 @@ def train(team, options) -> None:
         ema.load_state_dict(saved["ema"])
         step, used, seen = saved["step"], saved["used"], saved["seen"]
     generator = torch.Generator().manual_seed(50 + step + 10**7 * team.rank)
+    kinds = torch.Generator().manual_seed(50 + step)  # all of a team take pictures, or all clips: their steps last equally long
     held = Layouts(options.work, 1, dataset.shards(options.work, 1)[:1])
     known: dict[int, Layouts] = {}
     if options.compile:
@@ -170,7 +171,7 @@ def train(team, options) -> None:
             take_up(known, options.work)
         falling = max(0.0, (done - FLAT) / (1 - FLAT))
         set_rate(optimisers, min(1, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * falling))))
-        clips = 9 in known and float(torch.rand((), generator=generator)) < CLIPS
+        clips = 9 in known and float(torch.rand((), generator=kinds)) < CLIPS
         layouts = known[9 if clips else 1]
         which = layouts.batch(options.tokens, generator)
         x0 = strips(layouts, which)
