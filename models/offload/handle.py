@@ -12,18 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .blocks import Block, find_blocks
+from .blocks import find_blocks
 from .devices import CpuArena, CudaDevice
 from .disk import open_weights
-from .memory import Packing, Segment, plain_parts, set_data, shared_between, tensors_of
+from .memory import Packing, Segment, plain_parts, set_data, tensors_of
 from .planner import GB, Prediction, choose, device_bytes, predict, smallest_budget
 from .schedule import BACKWARD, FORWARD, Plan, Scheduler, superpipeline
+from .units import Unit, divide, source_of, tensors_in
 
 POLICIES = ("auto", "resident", "superpipeline")
 # A plan is made anew when the measured compute of a pass has changed by this factor: attention was made sparse, the resolution changed.
 REPLAN = 1.2
-# Smaller buffers (counters, statistics, rotary tables) stay on the device: blocks write to them, and they weigh nothing.
-SMALL_BUFFER = 1 << 16
 
 
 def offload(
@@ -67,18 +66,6 @@ def offload(
 
 
 @dataclass(eq=False)
-class _Unit:
-    """A block with the places of its tensors."""
-
-    block: Block
-    packing: Packing
-    host: Callable[[], list[Segment]]
-    index: int = -1
-    copied: tuple[int, ...] = ()  # versions of the parameters when they were last copied to the device
-    swapped: list[tuple[dict[str, Any], str, Tensor, Tensor, int]] | None = None
-
-
-@dataclass(eq=False)
 class _Placed:
     """Tensors that live on the device while the context lasts."""
 
@@ -92,7 +79,7 @@ class _Placed:
 class _Ref:
     """What autograd keeps instead of a weight that will have left the device: where to find it again."""
 
-    unit: _Unit
+    unit: Unit
     offset: int  # in elements of dtype
     dtype: torch.dtype
     size: torch.Size
@@ -117,10 +104,10 @@ class Offload:
         self.pin_bytes = None if pin_gb is None else int(pin_gb * GB)
         blocks = find_blocks(module)
         files = None if weights is None else open_weights(weights)
-        self._file_of = _files(module, files, weights)
-        self._units, fixed = _divide(module, blocks, self._file_of)
+        self._file_of = tensors_in(module, files, weights)
+        self._units, fixed = divide(module, blocks, self._file_of)
         self._fixed = Packing(fixed)
-        self._fixed_source = _source(self._fixed, self._file_of)
+        self._fixed_source = source_of(self._fixed, self._file_of)
         self.nbytes = [unit.packing.nbytes for unit in self._units]
         self.device = _device(device)
         self.budget = self._checked(budget_gb)
@@ -133,7 +120,7 @@ class Offload:
         self.plans = 0
         self._planned_seconds = 0.0
         self._saving: Any = None  # the saved-tensor hooks of the block that runs
-        self._active: _Unit | None = None
+        self._active: Unit | None = None
         self._final: dict[str, Any] = {}
 
     # ---- numbers ------------------------------------------------------------------------------------------------------------------
@@ -178,11 +165,11 @@ class Offload:
         if self.scheduler is not None:
             raise RuntimeError("this handle is in use; leave it before you enter it again, or make another")
         self._hooks: list[Any] = []
-        self._moved: list[tuple[_Unit, Tensor, torch.device]] = []
-        self._resident: dict[_Unit, _Placed] = {}
+        self._moved: list[tuple[Unit, Tensor, torch.device]] = []
+        self._resident: dict[Unit, _Placed] = {}
         self._rest: _Placed | None = None
-        self._order: list[_Unit] | None = []
-        self._in_backward: _Unit | None = None
+        self._order: list[Unit] | None = []
+        self._in_backward: Unit | None = None
         self._backward_buffer: Any = None
         self._last = -1
         try:
@@ -220,7 +207,7 @@ class Offload:
         for unit, packed, origin in self._moved:
             home = torch.empty_like(packed, device=origin, pin_memory=False)
             unit.packing.attach(home.copy_(packed))
-            unit.host = _source(unit.packing, self._file_of)
+            unit.host = source_of(unit.packing, self._file_of)
         self._moved.clear()
         self.device.close()
 
@@ -236,7 +223,7 @@ class Offload:
         for unit in self._units:
             if unit in keep and unit not in self._resident:
                 self._resident[unit] = self._place(unit.packing, unit.host)
-            self.device.sources[unit.index] = partial(_copied, unit)
+            self.device.sources[unit.index] = unit.to_copy
         self.device.reset(max((self.nbytes[index] for index in plan.streamed), default=0))
         self.scheduler = Scheduler(self.device, plan, self.nbytes)
         self.scheduler.start()
@@ -301,7 +288,7 @@ class Offload:
 
     # ---- around a block -----------------------------------------------------------------------------------------------------------
 
-    def _hooks_of(self, unit: _Unit) -> tuple[Callable[..., None], Callable[..., None]]:
+    def _hooks_of(self, unit: Unit) -> tuple[Callable[..., None], Callable[..., None]]:
         def before(module: nn.Module, args: Any) -> None:
             self._before(unit, args)
 
@@ -310,7 +297,7 @@ class Offload:
 
         return torch.compiler.disable(before), torch.compiler.disable(after)
 
-    def _before(self, unit: _Unit, args: tuple[Any, ...]) -> None:
+    def _before(self, unit: Unit, args: tuple[Any, ...]) -> None:
         if self._active is not None:  # an interrupt (no Exception) got past torch's promise to call hooks always
             self._restore(self._active)
         in_backward = torch._C._current_graph_task_id() != -1
@@ -339,7 +326,7 @@ class Offload:
             self._saving = torch.autograd.graph.saved_tensors_hooks(partial(self._pack, unit, buffer.data_ptr(), outer), self._unpack)
             self._saving.__enter__()
 
-    def _after(self, unit: _Unit) -> None:
+    def _after(self, unit: Unit) -> None:
         if unit.swapped is None:  # the block never started
             return
         self._restore(unit)
@@ -347,7 +334,7 @@ class Offload:
         if self._in_backward is not unit:
             self.scheduler.release(unit.index)
 
-    def _restore(self, unit: _Unit) -> None:
+    def _restore(self, unit: Unit) -> None:
         """The module's own tensors again. Buffers that the block wrote are kept."""
         if self._saving is not None:
             self._saving.__exit__(None, None, None)
@@ -366,7 +353,7 @@ class Offload:
                 # The graph still holds this leaf, for its gradient. It must not hold the slot.
                 new.data = torch.full((), math.nan, dtype=new.dtype, device=new.device).expand(new.shape)
 
-    def _new_pass(self, unit: _Unit, args: tuple[Any, ...]) -> None:
+    def _new_pass(self, unit: Unit, args: tuple[Any, ...]) -> None:
         """Learn the order of the blocks from the first pass; plan again when a pass begins and its compute has changed."""
         assert self.scheduler is not None
         if self._order is not None:
@@ -389,7 +376,7 @@ class Offload:
             if training != self.scheduler.backward:
                 self.scheduler.set_backward(training)
             # An optimizer has stepped since these were fetched. All at once, so that the copies run ahead of the blocks.
-            for index in [index for index in self.scheduler.loaded if self._units[index].copied != _versions(self._units[index])]:
+            for index in [index for index in self.scheduler.loaded if self._units[index].copied != self._units[index].versions()]:
                 self.scheduler.reload(index)
         self._last = unit.index
 
@@ -431,12 +418,12 @@ class Offload:
 
     # ---- backward -----------------------------------------------------------------------------------------------------------------
 
-    def _pack(self, unit: _Unit, address: int, outer: Any, tensor: Tensor) -> Any:
+    def _pack(self, unit: Unit, address: int, outer: Any, tensor: Tensor) -> Any:
         # By address: autograd keeps this function with every saved tensor, and with it anything that it refers to.
         if tensor.layout != torch.strided or tensor.untyped_storage().data_ptr() != address:
             # Only the innermost hooks are asked: hand on to those that were there before (checkpointing, save_on_cpu).
             return tensor if outer is None else _Outer(outer[1], outer[0](tensor))
-        return _Ref(unit, int(tensor.storage_offset()), tensor.dtype, tensor.shape, tensor.stride(), _versions(unit))
+        return _Ref(unit, int(tensor.storage_offset()), tensor.dtype, tensor.shape, tensor.stride(), unit.versions())
 
     def _unpack(self, saved: Any) -> Tensor:
         if isinstance(saved, _Outer):
@@ -445,7 +432,7 @@ class Offload:
             return saved
         if self.scheduler is None:
             raise RuntimeError("backward was called outside the offload context of its forward; call it inside")
-        if saved.versions != _versions(saved.unit):
+        if saved.versions != saved.unit.versions():
             raise RuntimeError(f"weights of {saved.unit.block.name} were changed between forward and backward; step the optimizer after backward")
         buffer = self._for_backward(saved.unit)
         return (
@@ -454,7 +441,7 @@ class Offload:
             .as_strided(saved.size, saved.stride, saved.offset)
         )
 
-    def _for_backward(self, unit: _Unit) -> Any:
+    def _for_backward(self, unit: Unit) -> Any:
         if self._in_backward is not unit:
             assert self.scheduler is not None
             if self._in_backward is None:
@@ -516,61 +503,6 @@ class Offload:
         }
 
 
-def _divide(module: nn.Module, blocks: list[Block], file_of: dict[int, Tensor]) -> tuple[list[_Unit], list[tuple[nn.Module, str, Tensor]]]:
-    """(blocks with the weights that only they use, everything else)."""
-    inside = {id(owner): index for index, block in enumerate(blocks) for owner in block.module.modules()}
-    groups: list[list[tuple[nn.Module, str, Tensor]]] = [[] for _ in range(len(blocks) + 1)]
-    for owner, name, tensor in tensors_of(module):
-        small = name in owner._buffers and tensor.nbytes < SMALL_BUFFER
-        groups[len(blocks) if small else inside.get(id(owner), len(blocks))].append((owner, name, tensor))
-    shared = shared_between([{id(part): part for _, _, tensor in group for part in plain_parts(tensor)}.values() for group in groups])
-    tied = [entry for group in groups[:-1] for entry in group if any(id(part) in shared for part in plain_parts(entry[2]))]
-    own = [[entry for entry in group if entry not in tied] for group in groups[:-1]]
-    units = []
-    for block, entries in zip(blocks, own, strict=True):
-        packing = Packing(entries)
-        units.append(_Unit(block, packing, _source(packing, file_of)))
-    return units, groups[-1] + tied
-
-
-def _source(packing: Packing, file_of: dict[int, Tensor]) -> Callable[[], list[Segment]]:
-    """Where the bytes of a packing are read from: the module's tensors, or the file for those on the meta device."""
-    if not any(id(part) in file_of for part in packing.parts):
-        return packing.segments
-
-    def segments() -> list[Segment]:
-        flat = ((packing.pieces[id(part)].offset, file_of.get(id(part), part)) for part in packing.parts)
-        return [Segment(source.contiguous().flatten().view(torch.uint8), offset) for offset, source in flat if source.numel()]
-
-    return segments
-
-
-def _files(module: nn.Module, files: Any, path: Any) -> dict[int, Tensor]:
-    """id of each meta tensor -> its tensor in the file."""
-    found: dict[int, Tensor] = {}
-    missing = []
-    for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
-        if not tensor.is_meta:
-            continue
-        if files is None:
-            raise ValueError(f"{name} is on the meta device and has no values; give weights='file.safetensors', or load the module first")
-        stored = files.get(name)
-        if stored is None:
-            missing.append(name)
-        elif stored.shape != tensor.shape or stored.dtype != tensor.dtype:
-            raise ValueError(
-                f"weights: {name} is {stored.dtype} {tuple(stored.shape)} in {path} and {tensor.dtype} {tuple(tensor.shape)} in the module; "
-                "give the file that belongs to this module"
-            )
-        else:
-            found[id(tensor)] = stored
-    if missing:
-        raise ValueError(
-            f"weights: {path} has no {missing[0]} ({len(missing)} of the module's tensors are missing); give the file that belongs to this module"
-        )
-    return found
-
-
 def _gradient_to(home: Tensor) -> Callable[[Tensor], None]:
     """Move a finished gradient to the host parameter, as autograd would have accumulated it there."""
 
@@ -585,16 +517,6 @@ def _gradient_to(home: Tensor) -> Callable[[Tensor], None]:
                 home.grad += gradient
 
     return move
-
-
-def _copied(unit: _Unit) -> list[Segment]:
-    unit.copied = _versions(unit)
-    return unit.host()
-
-
-def _versions(unit: _Unit) -> tuple[int, ...]:
-    """Grows whenever a parameter is written to."""
-    return tuple(old._version for _, _, old in unit.packing.entries if isinstance(old, nn.Parameter))
 
 
 def _table(owner: nn.Module, name: str) -> dict[str, Any]:
