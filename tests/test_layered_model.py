@@ -171,6 +171,38 @@ def _velocity(model, layouts, which):
     )
 
 
+def test_a_channel_counts_as_it_shows(tmp_path):
+    """Of a decoder that shows the first channel doubled, the second as it is, and no other. It is given Wan's latents, not normalised ones."""
+
+    class Decoder:
+        def decode(self, latent):
+            return 2 * latent[:, :1] + latent[:, 1:2]
+
+    whole, foregrounds = train.channel_weights(Decoder(), _work(tmp_path, 1), many=5)
+    errors = [(2 * video.WAN21_STD[0]) ** 2, video.WAN21_STD[1] ** 2]
+    assert whole[:2].tolist() == pytest.approx([0.25 + 0.75 * error / (sum(errors) / 16) for error in errors], rel=0.1)
+    assert (whole[2:] == 0.25).all() and whole.mean() == pytest.approx(1) and (foregrounds == 1).all()
+
+
+def test_the_loss_token_by_token():
+    """Against loops in float64: padding counts nothing, the merged picture more, and each kind of layer has its channels' weights."""
+    layers, there = torch.tensor([[0, 0, 1, 2, 3], [0, 1, 2, 0, 0]]), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
+    x0, noise, v = torch.randn(3, 2, 16, 1, 2, 10)
+    weights = torch.rand(2, 16)
+    given = dict(layers=layers, pad=torch.zeros(2, 1, 1, 5).masked_fill(~there[:, None, None], -math.inf))
+    found = train.flow_loss(lambda x, t, **_: v, x0, noise, torch.tensor([0.3, 0.8]), given, weights)
+    total = counted = 0.0
+    for sample in range(2):
+        for token in range(5):
+            if there[sample, token]:
+                count = train.MERGED if layers[sample, token] == 0 else 1.0
+                scale = count * weights[int(layers[sample, token] > 1)].double()
+                error = (v - noise + x0)[sample, :, 0, :, 2 * token : 2 * token + 2].double().square()
+                total += float((error * scale[:, None, None]).sum())
+                counted += float(4 * scale.sum())
+    assert float(found) == pytest.approx(total / counted, rel=1e-5)
+
+
 def test_reading_layers_knows_right_from_wrong():
     kinds = [Kind(0, SHAPES.index("disc")), Kind(2, SHAPES.index("cross"))]
     right = drawn.foreground(kinds[1], 48, 32)
