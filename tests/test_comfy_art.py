@@ -306,7 +306,11 @@ def foregrounds(server: ComfyServer, outputs: dict, weights: Path, frames: int) 
     latent = load(server.fetch(outputs["8"]["latents"][0]))["latent_tensor"]
     assert latent.shape == (1, 16, 4 * frames, 6, 8)
     regions = Regions(8, 6, tuple((2 * x, 2 * y, 2 * w, 2 * h) for x, y, w, h in BOXES[:4]), frames)
-    return ((in_float64(load_file(weights / "transparent_decoders" / LAYERS_FILE), latent[0], regions) + 1) / 2).clamp(0, 1)[2:].numpy()
+    cuts = in_float64(load_file(weights / "transparent_decoders" / LAYERS_FILE), latent[0], regions)[2:]
+    canvas = np.zeros((len(cuts), len(cuts[0]), 48, 64, 4))
+    for layer, cut, (x, y, w, h) in zip(canvas, cuts, BOXES[2:4], strict=True):
+        layer[:, 16 * y : 16 * (y + h), 16 * x : 16 * (x + w)] = ((cut + 1) / 2).clamp(0, 1)
+    return canvas
 
 
 def test_a_layered_picture_of_wan_becomes_a_psd(any_comfy, tiny_models):
