@@ -56,9 +56,7 @@ def decode(vae: WanVAE, decoder: TransparentDecoder, latent: Tensor, regions: Re
     """What `latents` made, as Decode Region Layers and Decode Region Video decode it."""
     whole = latent[None, :, : WHOLE * regions.frames].split(regions.frames, 2)
     merged, back = ((vae.decode(part)[0].movedim(0, -1).clamp(-1, 1) + 1) / 2 for part in whole)
-    layers = torch.cat(
-        [torch.full((len(regions.boxes) - WHOLE, *merged.shape[:3], 3), 0.5), torch.zeros(len(regions.boxes) - WHOLE, *merged.shape[:3], 1)], -1
-    )
+    layers = torch.tensor([0.5, 0.5, 0.5, 0.0]).repeat(len(regions.boxes) - WHOLE, *merged.shape[:3], 1)
     for whole, layer, (x, y, width, height) in zip(layers, decoder(latent, regions.finer(PATCH), WHOLE), regions.boxes[WHOLE:], strict=True):
         whole[:, TOKEN * y : TOKEN * (y + height), TOKEN * x : TOKEN * (x + width)] = layer
     return Decoded(merged, back, layers)
