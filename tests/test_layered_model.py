@@ -1,4 +1,4 @@
-"""The layered model: its caption, its drawings, and its networks against the stock ones."""
+"""The layered model: its caption, its drawings, its networks against the stock ones, and what the weights in this repository make."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tessera.models.default import networks as video
 from tessera.models.default.vocabulary import COLOURS, MOTIONS
-from tessera.models.layers.default import dataset, drawn, evaluate, networks, train, train_decoder, vocabulary
+from tessera.models.layers.default import dataset, drawn, evaluate, export, networks, sampling, train, train_decoder, vocabulary
 from tessera.models.layers.default.vocabulary import SHAPES, Caption, Kind
 from tessera.models.layers.regions import LAYER_SPACING, WHOLE, Regions, positions
 
@@ -211,3 +211,33 @@ def test_reading_layers_knows_right_from_wrong():
     assert not evaluate.read(drawn.foreground(Kind(1, SHAPES.index("cross")), 48, 32), kinds)[2]  # a green one is not named
     assert evaluate.read(drawn.foreground(Kind(0, SHAPES.index("ring")), 48, 32), [kinds[1]])[0] < 0.6
     assert evaluate.read(torch.zeros(1, 32, 48, 4), kinds)[0] == 0
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return evaluate.load(export.HERE)
+
+
+def test_the_weights_are_small():
+    files = [export.HERE / file for file in (export.VAE, export.TRANSFORMER, export.EMBEDDING, export.DECODER)]
+    assert sum(file.stat().st_size for file in files) <= 8_000_000
+
+
+def test_pictures_of_held_out_layouts(weights):
+    """A sample of what bench/results/layered_model.json has for a hundred layouts."""
+    figures, _ = evaluate.evaluate(weights, 12, 1, torch.Generator().manual_seed(77))
+    assert figures["merged_db"] >= 23 and figures["merged_db"] >= figures["another_layout_db"] + 6
+    assert figures["iou"] >= 0.8 and figures["iou"] >= figures["filled_box_iou"] + 0.1
+    assert figures["named"] >= 0.8
+
+
+def test_clips_of_held_out_layouts_move(weights):
+    vae, model, decoder = weights
+    caption = vocabulary.parse("red disc moving right on blue")
+    regions = Regions(8, 6, ((0, 0, 8, 6),) * 2 + ((1, 1, 5, 3),), 3)
+    made = sampling.decode(vae, decoder, sampling.latents(model, regions, caption, 5), regions)
+    assert made.merged.shape == (9, 96, 128, 3) and made.layers.shape == (1, 9, 96, 128, 4)
+    alpha = made.layers[0, ..., 3]
+    centres = (alpha.sum(1) * torch.arange(128)).sum(1) / alpha.sum((1, 2))
+    assert centres[-1] - centres[0] > 15 and alpha[:, :, :16].max() == 0
+    assert evaluate.read(made.layers[0, :, 16:64, 16:96], list(caption.kinds))[0] > 0.7

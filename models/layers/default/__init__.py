@@ -1,1 +1,1 @@
-"""A small layered model for Tessera: its pictures, caption, networks, training and evaluation."""
+"""Tessera's small layered model: its weights, pictures, caption, networks, training and evaluation."""

@@ -24,7 +24,7 @@ from ..regions import LAYER_SPACING, WHOLE, Regions, positions
 from . import dataset, networks, vocabulary
 from .train_vae import load_vae
 
-CLIPS = 0.25  # of the batches
+CLIPS = 0.4  # of the batches
 MERGED = 4.0  # how much more a token of the merged picture counts: it has to repeat what all the others show
 FLAT = 0.4  # of the time before the rate falls
 

@@ -23,7 +23,7 @@ from .train import Layouts, take_up
 from .vocabulary import Kind
 
 PATCH = 2  # latent pixels of a token's side
-CLIPS = 0.3  # of the steps
+CLIPS = 0.6  # of the steps
 AUGMENTATION = 0.2  # most noise on a latent, as samplers leave some; in the normalised latent's units
 TOKENS = 700  # of a step, of 16 pixels
 
