@@ -59,6 +59,7 @@ NEWER_WIDGETS = {"CreateVideo": {"bit_depth"}, "SaveVideo": {"format.codec"}}
 SEEDS = {"seed", "noise_seed"}
 
 UPSCALE_FILE = "tessera_upscale_video_file"  # no diffusion model, and a video that is the user's own
+LAYERED = ("tessera_text_to_layers", "tessera_text_to_layered_video")  # hundreds of tokens: attention is left as it is
 OWN_PICTURE = "tessera_qwen_image_layered"  # starts from a picture that is the user's own
 
 each_workflow = pytest.mark.parametrize("name", NAMES)
@@ -178,7 +179,7 @@ def test_files_that_have_to_be_there_can_be_downloaded_from_the_menu(name):
             assert model["url"].endswith(f"/{file}")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != UPSCALE_FILE])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in (UPSCALE_FILE, *LAYERED)])
 def test_every_sampler_runs_patched_and_reported(name):
     """Each sampler's model comes straight from one of our patches, and a report of that model follows the sampler."""
     api = read_api(name)
@@ -278,6 +279,36 @@ def test_text_to_video_super_resolution_runs(any_comfy: ComfyServer):
     assert [frame.shape for frame in decoded(any_comfy, outputs["12"])] == [(256, 256, 3)] * 5
     report = outputs["17"]["tessera"][0]
     assert (report["width"], report["height"], report["frames"]) == (256, 256, 5)
+
+
+@pytest.mark.comfy
+@pytest.mark.slow
+def test_text_to_layers_runs(any_comfy: ComfyServer):
+    """A background and a layer for each box of the layout, over one another and in a PSD; and the merged picture."""
+    graph = read_api("tessera_text_to_layers")
+    graph["8"]["inputs"]["steps"] = 2
+    outputs = any_comfy.run(graph, timeout=600).outputs
+    assert outputs["10"]["text"] == ["4 layers, 128 x 128"]
+    psd = any_comfy.fetch(outputs["11"]["tessera_files"][0])
+    assert psd[:4] == b"8BPS" and [int.from_bytes(psd[at : at + 4], "big") for at in (14, 18)] == [128, 128]
+    assert Image.open(io.BytesIO(any_comfy.fetch(outputs["12"]["images"][0]))).size == (128, 128)
+
+
+@pytest.mark.comfy
+@pytest.mark.slow
+def test_text_to_layered_video_runs(any_comfy: ComfyServer):
+    """All layers in a WebM, one alone in ProRes 4444, and the merged clip."""
+    import av
+
+    graph = read_api("tessera_text_to_layered_video")
+    graph["8"]["inputs"]["steps"] = 2
+    outputs = any_comfy.run(graph, timeout=600).outputs
+    for node, codec in (("12", "vp9"), ("13", "prores")):
+        with av.open(io.BytesIO(any_comfy.fetch(outputs[node]["tessera_files"][0]))) as container:
+            stream = container.streams.video[0]
+            assert (stream.codec_context.name, stream.width, stream.height) == (codec, 128, 128)
+            assert len(list(container.decode(video=0))) == 9
+    assert len(outputs["14"]["images"]) == 9
 
 
 @pytest.mark.comfy
