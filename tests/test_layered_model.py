@@ -231,7 +231,7 @@ def test_pictures_of_held_out_layouts(weights):
     assert figures["named"] >= 0.8
 
 
-def test_clips_of_held_out_layouts_move(weights):
+def test_what_moves_in_a_clip_stays_in_its_box(weights):
     vae, model, decoder = weights
     caption = vocabulary.parse("red disc moving right on blue")
     regions = Regions(8, 6, ((0, 0, 8, 6),) * 2 + ((1, 1, 5, 3),), 3)

@@ -285,12 +285,16 @@ def test_text_to_video_super_resolution_runs(any_comfy: ComfyServer):
 @pytest.mark.slow
 def test_text_to_layers_runs(any_comfy: ComfyServer):
     """A background and a layer for each box of the layout, over one another and in a PSD; and the merged picture."""
+    from psd_tools import PSDImage
+
     graph = read_api("tessera_text_to_layers")
     graph["8"]["inputs"]["steps"] = 2
     outputs = any_comfy.run(graph, timeout=600).outputs
     assert outputs["10"]["text"] == ["4 layers, 128 x 128"]
-    psd = any_comfy.fetch(outputs["11"]["tessera_files"][0])
-    assert psd[:4] == b"8BPS" and [int.from_bytes(psd[at : at + 4], "big") for at in (14, 18)] == [128, 128]
+    psd = PSDImage.open(io.BytesIO(any_comfy.fetch(outputs["11"]["tessera_files"][0])))
+    assert psd.size == (128, 128)
+    places = {"Background": (0, 0, 128, 128), "left": (16, 16, 64, 64), "right": (64, 32, 112, 80), "below": (32, 64, 80, 112)}
+    assert [(layer.name, layer.bbox) for layer in psd] == list(places.items())
     assert Image.open(io.BytesIO(any_comfy.fetch(outputs["12"]["images"][0]))).size == (128, 128)
 
 
@@ -307,6 +311,7 @@ def test_text_to_layered_video_runs(any_comfy: ComfyServer):
         with av.open(io.BytesIO(any_comfy.fetch(outputs[node]["tessera_files"][0]))) as container:
             stream = container.streams.video[0]
             assert (stream.codec_context.name, stream.width, stream.height) == (codec, 128, 128)
+            assert stream.metadata.get("alpha_mode") == "1" or stream.pix_fmt.startswith("yuva")
             assert len(list(container.decode(video=0))) == 9
     assert len(outputs["14"]["images"]) == 9
 
