@@ -66,8 +66,11 @@ def test_a_module_that_is_on_the_gpu():
 
 def test_quantized_subclasses():
     module = Network(8).requires_grad_(False)
+    reference = copy.deepcopy(module)
     quantize(module)
-    reference = copy.deepcopy(module).cuda()
+    for plain, quantized in zip(reference.parameters(), module.parameters(), strict=True):
+        plain.copy_(quantized * 1)  # a plain tensor of the same values
+    reference.cuda()
     x = torch.randn(1, 20, 8, device="cuda")
     with tessera.offload(module, gigabytes(module, 3), device="cuda"), torch.no_grad():
         for _ in range(3):
