@@ -59,7 +59,7 @@ def compile_attention(entry: Entry, capability: tuple[int, int]):
     if entry.lse:
         types["lse"] = "*fp32"
     unit = 16 if entry.head_dim % 16 == 0 else 8
-    config = entry.config
+    config = entry.config(capability)
     constants = compile_table.attention_constants(entry.head_dim, entry.blocks, entry.int8, config, unit)
     return compile_kernel(attention.attention_kernel, types, constants, capability, config.num_warps, config.num_stages)
 
@@ -71,7 +71,7 @@ def tensor_core_instructions(entry: Entry, capability: tuple[int, int]) -> list[
     does not lower INT8 dots to tcgen05, so data-center Blackwell uses mma.sync for q.k.
     """
     value = {"fp16": "f16", "bf16": "bf16"}[entry.value_type]
-    wide = entry.config.block_m >= 64
+    wide = entry.config(capability).block_m >= 64
     if wide and capability == (9, 0):
         half, int8 = rf"wgmma\.mma_async\.\S*k16\.f32\.{value}\.{value}", r"wgmma\.mma_async\.\S*k32\.s32\.s8\.s8"
     else:

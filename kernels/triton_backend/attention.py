@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import gpu
 from ..block_mask import BlockMask
 from ..quantize import LOG2E
 from .common import locate, stride_units
@@ -201,7 +202,8 @@ def attention(
     batch, num_heads, q_len, head_dim = q.shape
     kv_heads, k_len = k.shape[1:3]
     blocks = None if block_mask is None else (block_mask.block_m, block_mask.block_n)
-    config = config or config_for(head_dim, blocks)
+    extras = return_lse or key_bias is not None
+    config = config or config_for(head_dim, blocks, int8=int8, extras=extras, capability=gpu.of(q.device).capability)
     out = _empty_like_rows(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
 
