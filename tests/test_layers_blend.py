@@ -138,6 +138,24 @@ def test_layers_beyond_the_canvas_are_cropped(mode):
         torch.testing.assert_close(composite(small), large[20:33, 20:37])
 
 
+def test_each_layer_that_is_drawn_is_announced():
+    """Not those that nobody sees: hidden, without opacity, beyond the canvas, alone or in such groups; what the caller raises ends the work."""
+    one = flat((1, 0, 0, 1))
+    unseen = (Layer("h", one, visible=False), Layer("o", one, opacity=0.0), Layer("far", one, 9, 9), Group("g", (Layer("i", one),), visible=False))
+    inside = Group("deep", (Layer("b", one, 2, 2), Group("d", (Layer("c", one), Layer("far", one, 40, 3)), 0.5)), blend_mode="screen")
+    document = Document(8, 8, (Layer("a", one), *unseen, inside, Group("far", (Layer("f", one, 90),))))
+    called: list[tuple[int, int]] = []
+    composite(document, on_layer=lambda done, total: called.append((done, total)))
+    assert called == [(0, 3), (1, 3), (2, 3)]
+
+    def stop(done: int, total: int) -> None:
+        if done == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        composite(document, on_layer=stop)
+
+
 def test_dissolve_is_there_or_not_with_a_chance_of_alpha():
     document = Document(100, 100, (Layer("b", flat((0, 0, 0, 1), 100, 100)), Layer("t", flat((1, 1, 1, 0.5), 100, 100), 0, 0, 0.6, "dissolve")))
     picture = composite(document)

@@ -7,9 +7,11 @@ import pytest
 import torch
 from test_layers_blend import flat, levels
 
+from tessera.models.layers import document
 from tessera.models.layers.clean import MERGED, Cleaning, bled, cleaned, colour, levelled, stacked, without_matte, without_specks
 from tessera.models.layers.compose import composite, on_checkerboard, thumbnails
-from tessera.models.layers.document import Document, Layer
+from tessera.models.layers.document import Document, Group, Layer
+from tessera.models.upscale.pictures import resize
 
 MATTES = {"black": (0.0, 0.0, 0.0), "white": (1.0, 1.0, 1.0), "grey": (128 / 255,) * 3, "any": (0.2, 0.9, 0.4)}
 
@@ -267,3 +269,12 @@ def test_thumbnails_show_the_whole_and_each_layer_where_it_is():
     assert torch.equal(small[2, 10:, 20:], red.expand(5, 10, 3)) and torch.equal(small[2, :10], empty[:10])
     whole = Document(9, 7, (Layer("a", levels(5, 5, 4), 1, 1),))
     assert torch.equal(thumbnails(whole, ())[0], on_checkerboard(composite(whole))), "what is small enough is shown as it is"
+
+
+def test_thumbnails_shrink_each_layer_once_and_announce_it(monkeypatch):
+    layers = [Layer("ground", flat((0, 0, 1, 1), 30, 60)), Layer("hidden", flat((1, 0, 0, 1), 10, 20), 40, 20, visible=False)]
+    shrunk: list[tuple[int, int]] = []
+    monkeypatch.setattr(document, "resize", lambda picture, size: shrunk.append(size) or resize(picture, size))
+    called: list[tuple[int, int]] = []
+    thumbnails(Document(60, 30, (layers[0], Group("g", (layers[1],)))), layers, side=30, on_layer=lambda *at: called.append(at))
+    assert called == [(0, 2), (1, 2)] and shrunk == [(30, 15), (10, 5)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -11,42 +12,55 @@ from torch import Tensor
 from .blend import MODES, PASS_THROUGH, to_linear, to_srgb
 from .document import Box, Document, Layer, Node
 
+OnLayer = Callable[[int, int], None]
+"""(done, total) in layers, before each one that is drawn, those in groups too; what it raises ends the work."""
 
-def composite(document: Document, *, linear: bool = False, device: torch.device | None = None) -> Tensor:
+
+def composite(document: Document, *, linear: bool = False, device: torch.device | None = None, on_layer: OnLayer | None = None) -> Tensor:
     """The visible layers over one another: float32 `(height, width, 4)`, sRGB, straight alpha, on the CPU.
 
     linear: blend in linear light instead of on sRGB values (which is what Photoshop and Krita do). Memory: the canvas, a copy of it for
-    each open isolated group, and the box of one layer.
+    each open isolated group, and the box of one layer. on_layer: see `OnLayer`; hidden layers and those beyond the canvas do not count.
     """
     canvas = torch.zeros(document.height, document.width, 4, device=device)
-    _draw(canvas, (0, 0), document.layers, linear)
+    seen = [layer for groups, layer in document.walk() if all(map(_shows, groups)) and _shows(layer) and _clipped(layer.bounds, canvas, (0, 0))]
+    done = count()
+
+    def before() -> None:
+        if on_layer is not None:
+            on_layer(next(done), len(seen))
+
+    _draw(canvas, (0, 0), document.layers, linear, before)
     out = straight(canvas)
     if linear:
         out[..., :3] = to_srgb(out[..., :3])
     return out.clamp_(0, 1).cpu()
 
 
-def _draw(canvas: Tensor, origin: tuple[int, int], nodes: tuple[Node, ...], linear: bool) -> None:
-    """Nodes onto a premultiplied canvas whose upper left pixel is at `origin` of the document."""
-    for node in nodes:
-        if not node.visible or node.opacity == 0:
-            continue
+def _shows(node: Node) -> bool:
+    return node.visible and node.opacity > 0
+
+
+def _draw(canvas: Tensor, origin: tuple[int, int], nodes: tuple[Node, ...], linear: bool, before: Callable[[], None]) -> None:
+    """Nodes onto a premultiplied canvas whose upper left pixel is at `origin` of the document. before: called for each layer."""
+    for node in filter(_shows, nodes):
         box = _clipped(_bounds(node), canvas, origin)
         if box is None:
             continue
         x, y, width, height = box
         part = canvas[y - origin[1] : y - origin[1] + height, x - origin[0] : x - origin[0] + width]
         if isinstance(node, Layer):
+            before()
             colour, alpha = _source(node, box, linear, canvas.device)
         elif node.blend_mode == PASS_THROUGH:
-            before = part.clone() if node.opacity < 1 else None
-            _draw(part, (x, y), node.layers, linear)
-            if before is not None:
-                part.copy_(before.lerp(part, node.opacity))
+            old = part.clone() if node.opacity < 1 else None
+            _draw(part, (x, y), node.layers, linear, before)
+            if old is not None:
+                part.copy_(old.lerp(part, node.opacity))
             continue
         else:
             group = torch.zeros_like(part)
-            _draw(group, (x, y), node.layers, linear)
+            _draw(group, (x, y), node.layers, linear, before)
             colour, alpha = straight(group).split([3, 1], -1)
         alpha = alpha * node.opacity
         if node.blend_mode == "dissolve":
@@ -112,17 +126,20 @@ def on_checkerboard(picture: Tensor, cell: int = 8) -> Tensor:
     return picture[..., :3] * picture[..., 3:] + squares * (1 - picture[..., 3:])
 
 
-def thumbnails(document: Document, layers: Sequence[Layer], side: int = 256) -> Tensor:
-    """The composite, then each of the layers alone where it lies, hidden ones too, on a checkerboard: `(1 + layers, height, width, 3)`.
+def thumbnails(document: Document, layers: Sequence[Layer], side: int = 256, *, on_layer: OnLayer | None = None) -> Tensor:
+    """The composite, then each of these layers of it alone where it lies, hidden ones too, on a checkerboard: `(1 + layers, height, width, 3)`.
 
-    The longer side of the canvas is shown at `side` pixels at most.
+    The longer side of the canvas is shown at `side` pixels at most. on_layer: see `OnLayer`; every layer of the document counts.
     """
     scale = min(side / max(document.width, document.height), 1.0)
-
-    def small(layer: Layer) -> Layer:
+    every = [layer for _, layer in document.walk()]
+    small: dict[int, Layer] = {}
+    for done, layer in enumerate(every):
+        if on_layer is not None:
+            on_layer(done, len(every))
         width, height = (max(round(pixels * scale), 1) for pixels in layer.size)
-        return replace(layer, x=round(layer.x * scale), y=round(layer.y * scale), transform=replace(layer.transform, width=width, height=height))
-
+        x, y = round(layer.x * scale), round(layer.y * scale)
+        small[id(layer)] = replace(layer, x=x, y=y, transform=replace(layer.transform, width=width, height=height)).baked()
     canvas = replace(document, width=max(round(document.width * scale), 1), height=max(round(document.height * scale), 1))
-    alone = [replace(canvas, layers=(replace(small(layer), visible=True),)) for layer in layers]
-    return torch.stack([on_checkerboard(composite(one)) for one in (canvas.map(small), *alone)])
+    alone = [replace(canvas, layers=(replace(small[id(layer)], visible=True),)) for layer in layers]
+    return torch.stack([on_checkerboard(composite(one)) for one in (canvas.map(lambda layer: small[id(layer)]), *alone)])
