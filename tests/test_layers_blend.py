@@ -164,6 +164,21 @@ def test_dissolve_is_there_or_not_with_a_chance_of_alpha():
     assert torch.equal(picture, composite(document))
 
 
+def test_a_turned_layer_is_drawn_only_where_the_canvas_is():
+    """A strip of 20,000 pixels, whose bounds have 200 million, over a corner of it; the part is that of the whole."""
+    picture = torch.nn.functional.interpolate(torch.rand(1, 4, 3, 9), (60, 200), mode="bilinear")[0].movedim(0, -1).contiguous()
+    turned = Layer("t", picture, -70, -20, mask=torch.rand(60, 200), transform=Transform(240, 60, 0.5, True))
+    part = turned.baked((3, 4, 20, 10))
+    assert part.bounds == (3, 4, 20, 10)
+    left, top, _, _ = turned.bounds
+    whole = turned.baked()
+    for ours, all_of_it in ((part.image, whole.image), (part.mask, whole.mask)):
+        torch.testing.assert_close(ours, all_of_it[4 - top : 14 - top, 3 - left : 23 - left], atol=1e-5, rtol=0)
+    strip = Layer("s", flat((1, 0, 0, 1), 1, 1), -9_900, 4, transform=Transform(20_000, 9, 0.785))
+    drawn = strip.baked((100, 0, 8, 8))
+    assert drawn.image.shape == (8, 8, 4) and composite(Document(400, 400, (strip,)))[..., 3].sum() > 100
+
+
 def test_checkerboard_shows_only_through():
     squares = on_checkerboard(torch.cat([flat((1, 0, 0, 1), 16, 8), flat((0, 0, 0, 0), 16, 8)], 1))
     assert torch.equal(squares[:, :8], flat((1, 0, 0, 1), 16, 8)[..., :3])

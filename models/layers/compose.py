@@ -85,7 +85,7 @@ def _clipped(box: Box, canvas: Tensor, origin: tuple[int, int]) -> Box | None:
 
 def _source(layer: Layer, box: Box, linear: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Colour and alpha (mask included, opacity not) of a layer in a box of the document."""
-    layer = layer.baked()
+    layer = layer.baked(box)
     rows = slice(box[1] - layer.y, box[1] - layer.y + box[3])
     columns = slice(box[0] - layer.x, box[0] - layer.x + box[2])
     picture = layer.image[rows, columns].to(device)

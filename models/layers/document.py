@@ -5,7 +5,7 @@ Pictures are float32 `(height, width, 4)` in 0..1, sRGB with straight alpha. A d
 
 from __future__ import annotations
 
-import unicodedata
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import ceil, cos, floor, isfinite, pi, sin
@@ -20,8 +20,11 @@ from ..upscale.pictures import resize
 from .blend import MODES, PASS_THROUGH
 
 MAX_SIDE = 30_000  # of a canvas, in pixels: PSD's limit
-MAX_AREA = 2**28  # of a layer as shown, in pixels: 4 GiB as float32 RGBA
+MAX_AREA = 2**28  # of a layer's bounds, in pixels: 4 GiB as float32 RGBA
+MAX_FAR = 2**20  # pixels: how far from the canvas' corner a layer may lie, and how long a side of it may be
+MAX_DEPTH = 100  # groups in groups
 MAX_NAME = 255  # characters: PSD's limit
+_NO_TEXT = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\ud800-\\udfff\\ufffe\\uffff]")  # control characters, and what XML cannot hold
 _OURS = "tessera"  # key of a LAYERS item that other nodes ignore
 
 Box = tuple[int, int, int, int]
@@ -55,6 +58,7 @@ class Layer:
     visible: bool = True
     mask: Tensor | None = None
     transform: Transform = field(default_factory=Transform)
+    checked: tuple[Tensor | None, ...] = field(default=(), repr=False)  # what was found finite, so that a changed copy is not searched again
 
     def __post_init__(self) -> None:
         _check(self, "layer", MODES)
@@ -63,12 +67,17 @@ class Layer:
             raise ValueError(f"layer {self.name!r} has an image {shape} of {self.image.dtype}; give float32 (height, width, 4) with a pixel at least")
         if self.mask is not None and (tuple(self.mask.shape) != shape[:2] or self.mask.dtype != torch.float32):
             raise ValueError(f"layer {self.name!r} has a mask {tuple(self.mask.shape)} of {self.mask.dtype}; give float32 {shape[:2]}")
-        if not all(bool(x.isfinite().all()) for x in (self.image, self.mask) if x is not None):
+        if not all(_finite(x) for x in (self.image, self.mask) if x is not None and not any(x is known for known in self.checked)):
             raise ValueError(f"layer {self.name!r} has pixels that are not finite numbers; look for the node that made them")
-        if min(self.transform.width, self.transform.height) < 0 or not isfinite(self.transform.rotation):
-            raise ValueError(f"layer {self.name!r} has {self.transform}; use sizes from 0 up and a finite rotation")
-        if self.size[0] * self.size[1] > MAX_AREA:
-            raise ValueError(f"layer {self.name!r} is shown at {self.size[0]} x {self.size[1]} pixels; use at most {MAX_AREA >> 20} x 2**20 in all")
+        object.__setattr__(self, "checked", (self.image, self.mask))
+        if not all(isinstance(at, int) and abs(at) <= MAX_FAR for at in (self.x, self.y)):
+            raise ValueError(f"layer {self.name!r} lies at {f'{self.x}, {self.y}':.40}; use whole pixels, {MAX_FAR} at most either way")
+        shown = self.transform
+        if not all(isinstance(side, int) and 0 <= side <= MAX_FAR for side in (shown.width, shown.height)) or not isfinite(shown.rotation):
+            raise ValueError(f"layer {self.name!r} has {shown!r:.150}; use sizes of 0 to {MAX_FAR} whole pixels and a finite rotation")
+        _, _, width, height = self.bounds
+        if width * height > MAX_AREA:
+            raise ValueError(f"layer {self.name!r} is shown at {width} x {height} pixels; use at most {MAX_AREA >> 20} x 2**20 in all")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -90,31 +99,34 @@ class Layer:
         left, top = floor(centre_x - half_x), floor(centre_y - half_y)
         return left, top, ceil(centre_x + half_x) - left, ceil(centre_y + half_y) - top
 
-    def baked(self) -> Layer:
-        """The same layer without a transform. Flips and quarter turns move pixels, everything else interpolates premultiplied colours."""
+    def baked(self, window: Box | None = None) -> Layer:
+        """The same layer without a transform. Flips and quarter turns move pixels, everything else interpolates premultiplied colours.
+
+        window: the part of its bounds that is needed; the layer that comes back has at least that.
+        """
         if self.transform == Transform():
             return self
-        x, y, _, _ = self.bounds
+        window = window if window is not None and _turned_freely(self.transform.rotation) else self.bounds
         image = self.image.movedim(-1, 0)
         if (image.shape[2], image.shape[1]) == self.size and not _turned_freely(self.transform.rotation):
-            shown = self._moved(image)
+            shown = self._moved(image, window)
         else:
-            premultiplied = self._moved(torch.cat([image[:3] * image[3:], image[3:]]))
+            premultiplied = self._moved(torch.cat([image[:3] * image[3:], image[3:]]), window)
             alpha = premultiplied[3:].clamp(0, 1)
             colour = torch.where(alpha > 1e-6, premultiplied[:3] / alpha.clamp_min(1e-6), 0).clamp(0, 1)
             shown = torch.cat([colour, alpha])
-        mask = None if self.mask is None else self._moved(self.mask[None])[0].clamp(0, 1)
-        return replace(self, image=shown.movedim(0, -1), mask=mask, x=x, y=y, transform=Transform())
+        mask = None if self.mask is None else self._moved(self.mask[None], window)[0].clamp(0, 1)
+        return replace(self, image=shown.movedim(0, -1), mask=mask, x=window[0], y=window[1], transform=Transform())
 
-    def _moved(self, x: Tensor) -> Tensor:
-        """Channels first, through the transform."""
+    def _moved(self, x: Tensor, window: Box) -> Tensor:
+        """Channels first, through the transform; if turned freely, only the window."""
         axes = [axis for axis, flip in ((-1, self.transform.flip_h), (-2, self.transform.flip_v)) if flip]
         x = x.flip(axes)
         if (x.shape[2], x.shape[1]) != self.size:
             x = resize(x, self.size)
         if not _turned_freely(self.transform.rotation):
             return x.rot90(-round(self.transform.rotation / (pi / 2)), (-2, -1))
-        left, top, width, height = self.bounds
+        left, top, width, height = window
         centre = self.x + self.size[0] / 2 - left, self.y + self.size[1] / 2 - top
         down, right = torch.meshgrid(
             torch.arange(height, device=x.device) + 0.5 - centre[1], torch.arange(width, device=x.device) + 0.5 - centre[0], indexing="ij"
@@ -122,6 +134,10 @@ class Layer:
         c, s = cos(self.transform.rotation), sin(self.transform.rotation)
         source = torch.stack([(right * c + down * s) * 2 / self.size[0], (down * c - right * s) * 2 / self.size[1]], -1)
         return F.grid_sample(x[None], source[None].to(x), align_corners=False)[0]
+
+
+def _finite(x: Tensor) -> bool:
+    return all(isfinite(end) for end in x.aminmax())
 
 
 def _turned_freely(rotation: float) -> bool:
@@ -141,6 +157,13 @@ class Group:
 
     def __post_init__(self) -> None:
         _check(self, "group", (PASS_THROUGH, *MODES))
+        if self.depth > MAX_DEPTH:
+            raise ValueError(f"group {self.name!r} holds groups in groups, {self.depth} deep; use at most {MAX_DEPTH}")
+
+    @property
+    def depth(self) -> int:
+        """1, or more where groups are in it."""
+        return 1 + max((node.depth for node in self.layers if isinstance(node, Group)), default=0)
 
 
 Node = Layer | Group
@@ -155,8 +178,8 @@ class Document:
     layers: tuple[Node, ...] = ()
 
     def __post_init__(self) -> None:
-        if not (1 <= self.width <= MAX_SIDE and 1 <= self.height <= MAX_SIDE):
-            raise ValueError(f"the canvas is {self.width} x {self.height}; use 1 to {MAX_SIDE} pixels a side")
+        if not all(isinstance(side, int) and 1 <= side <= MAX_SIDE for side in (self.width, self.height)):
+            raise ValueError(f"the canvas is {f'{self.width} x {self.height}':.40}; use 1 to {MAX_SIDE} whole pixels a side")
 
     def walk(self) -> Iterator[tuple[tuple[Group, ...], Layer]]:
         """Every layer with the groups around it, outermost first, bottom to top."""
@@ -180,27 +203,35 @@ def _mapped(nodes: tuple[Node, ...], change: Callable[[Layer], Layer]) -> tuple[
 
 
 def _check(node: Node, kind: str, modes: Any) -> None:
-    if len(node.name) > MAX_NAME or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in node.name):
+    if len(node.name) > MAX_NAME or _NO_TEXT.search(node.name):
         raise ValueError(f"{kind} name {node.name[:40]!r} is too long or has control characters; use at most {MAX_NAME} printable ones")
     if not 0 <= node.opacity <= 1:
         raise ValueError(f"{kind} {node.name!r} has opacity {node.opacity}; use 0 to 1")
+    if not isinstance(node.visible, bool):
+        raise ValueError(f"{kind} {node.name!r} has visible {node.visible!r:.40}; use true or false")
     if node.blend_mode not in modes:
-        raise ValueError(f"{kind} {node.name!r} has blend mode {node.blend_mode!r}; use one of {', '.join(modes)}")
+        raise ValueError(f"{kind} {node.name!r} has blend mode {node.blend_mode!r:.40}; use one of {', '.join(modes)}")
 
 
 def clean_name(text: str) -> str:
     """A text as a layer may be named: control characters become spaces, and it is cut to length."""
-    return "".join(" " if unicodedata.category(letter) in ("Cc", "Cs") else letter for letter in text).strip()[:MAX_NAME]
+    return _NO_TEXT.sub(" ", text).strip()[:MAX_NAME]
 
 
 def rgba(image: Tensor) -> Tensor:
-    """`(height, width, 1, 3 or 4)` -> float32 `(height, width, 4)` in 0..1, opaque where there was no alpha. Raises ValueError."""
+    """`(height, width, 1, 3 or 4)` -> float32 `(height, width, 4)` in 0..1, opaque where there was no alpha: itself, if it is that already.
+
+    Raises ValueError.
+    """
     if image.ndim != 3 or image.shape[2] not in (1, 3, 4):
         raise ValueError(f"the image is {tuple(image.shape)} (height, width, channels); use 1, 3 or 4 channels")
-    image = image.float().clamp(0, 1)
-    if image.shape[2] == 4:
+    image = image.float()
+    if image.shape[2] != 4:
+        return torch.cat([image.expand(-1, -1, 3), torch.ones_like(image[..., :1])], -1).clamp_(0, 1)
+    if not image.numel():
         return image
-    return torch.cat([image.expand(-1, -1, 3), torch.ones_like(image[..., :1])], -1)
+    low, high = image.aminmax()
+    return image if low >= 0 and high <= 1 else image.clamp(0, 1)
 
 
 # The blend modes of ComfyUI 0.33's LAYERS (comfy_api/latest/_io.py), and what stands in for the others there.
@@ -217,34 +248,45 @@ def from_core(layers: Mapping[str, Any]) -> Document:
             raise ValueError(f"layers has an item of type {item['type']!r}; only raster layers can be used")
         ours = item.get(_OURS) or {}
         images, masks = item.get("image", ()), item.get("mask")  # core skips an item without a picture
+        *theirs, kept = ours.get("kept", (None, None, None))
+        untouched = theirs[0] is images and theirs[1] is masks
         for index, picture in enumerate(images):
             name = clean_name(item.get("name") or "") or f"Layer {len(entries) + 1}"
-            mask = None
-            if masks is not None and (len(masks) == 1 or index < len(masks)):
+            mask = kept.mask if untouched else None
+            if not untouched and masks is not None and (len(masks) == 1 or index < len(masks)):
                 mask = 1 - masks[index if len(masks) > 1 else 0].float().clamp(0, 1)
                 if mask.shape != picture.shape[:2]:
                     mask = F.interpolate(mask[None, None], picture.shape[:2], mode="bilinear")[0, 0]
+            width, height = (max(_pixels(item, side), 0) for side in "wh")
             transform = Transform(
-                max(int(item.get("w") or 0), 0),
-                max(int(item.get("h") or 0), 0),
+                width if width != picture.shape[1] else 0,
+                height if height != picture.shape[0] else 0,
                 float(item.get("rotation") or 0.0),
                 bool(item.get("flip_h")),
                 bool(item.get("flip_v")),
             )
             layer = Layer(
                 name if len(images) == 1 or not item.get("name") else f"{name} {index + 1}"[-MAX_NAME:],
-                rgba(picture),
-                int(item.get("x") or 0),
-                int(item.get("y") or 0),
+                kept.image if untouched else rgba(picture),
+                _pixels(item, "x"),
+                _pixels(item, "y"),
                 float(ours.get("opacity", item.get("opacity", 1.0))),
                 ours.get("blend_mode", item.get("blend_mode", "normal")),
                 bool(ours.get("visible", item.get("visible", True))),
                 mask,
                 transform,
+                kept.checked if untouched else (),
             )
             entries.append((tuple(ours.get("groups", ())), layer))
     width, height = layers.get("canvas") or _extent([layer for _, layer in entries])
     return Document(int(width), int(height), _grouped(entries))
+
+
+def _pixels(item: Mapping[str, Any], key: str) -> int:
+    value = item.get(key) or 0
+    if not isfinite(value):
+        raise ValueError(f"layers has an item {item.get('name')!r:.40} with {key} {value}; use a number of pixels")
+    return int(value)
 
 
 def _extent(layers: list[Layer]) -> tuple[int, int]:
@@ -271,10 +313,11 @@ def _grouped(entries: list[tuple[tuple[Mapping[str, Any], ...], Layer]], depth: 
 
 
 def to_core(document: Document) -> dict[str, Any]:
-    """A document -> ComfyUI's `LAYERS`.
+    """A document -> ComfyUI's `LAYERS`, which shares its pictures; only the masks, which are the other way round there, are made anew.
 
-    Groups and the three modes that it has not travel beside it, under the key `tessera` of an item, and come back by `from_core`; other
-    nodes see the nearest that there is: opacities of groups multiplied, hidden groups hidden, another mode. Empty groups are dropped.
+    Groups, the three modes that it has not, and pictures and masks as they are travel beside it, under the key `tessera` of an item, and
+    come back by `from_core`; other nodes see the nearest that there is: opacities of groups multiplied, hidden groups hidden, another mode.
+    Empty groups are dropped.
     """
     items: list[dict[str, Any]] = []
     ids: dict[int, str] = {}  # of groups; unique, because documents may be joined
@@ -289,12 +332,13 @@ def to_core(document: Document) -> dict[str, Any]:
             item["mask"] = 1 - layer.mask[None]
         shown = layer.transform
         item |= {"w": layer.size[0], "h": layer.size[1], "rotation": shown.rotation, "flip_h": shown.flip_h, "flip_v": shown.flip_v}
+        item[_OURS] = {"kept": (item["image"], item.get("mask"), layer)}  # ours count for as long as the others are in their place
         if groups or layer.blend_mode in _CORE_HAS_NOT:
             path = [
                 {"id": ids.setdefault(id(group), uuid4().hex)}
                 | {"name": group.name, "opacity": group.opacity, "blend_mode": group.blend_mode, "visible": group.visible}
                 for group in groups
             ]
-            item[_OURS] = {"groups": path, "blend_mode": layer.blend_mode, "opacity": layer.opacity, "visible": layer.visible}
+            item[_OURS] |= {"groups": path, "blend_mode": layer.blend_mode, "opacity": layer.opacity, "visible": layer.visible}
         items.append(item)
     return {"version": 1, "canvas": (document.width, document.height), "layers": items}
