@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import struct
 import zipfile
 import zlib
@@ -14,9 +15,11 @@ import psd_tools
 import pytest
 import torch
 from PIL import Image
-from psd_tools.constants import BlendMode
+from psd_tools.constants import BlendMode, Clipping, Tag
 from psd_tools.psd import PSD
+from psd_tools.psd.descriptor import Bool, Descriptor
 from psd_tools.psd.layer_and_mask import ChannelData, ChannelDataList, ChannelInfo, LayerRecord, MaskData
+from psd_tools.psd.tagged_blocks import DescriptorBlock2
 from test_layers_blend import flat, levels
 from test_layers_document import document, same
 
@@ -200,6 +203,44 @@ def test_what_psd_holds_beyond_us_is_reported(tmp_path):
     assert found.layers[1].opacity == pytest.approx(100 / 255 * 51 / 255)
     assert torch.equal(found.layers[3].mask, torch.tensor([[0.0, 0.0], [0.0, 128 / 255]])), "beyond a mask's box is its background"
     assert found.layers[4].mask is None and below.name == found.layers[0].name
+
+
+def test_what_groups_hold_beyond_us_is_reported(tmp_path):
+    psd = psd_tools.PSDImage.new("RGBA", (6, 5))
+    psd.create_pixel_layer(Image.new("RGBA", (4, 4), "red"), name="below")
+    group = psd.create_group(name="grouped")
+    group._record.clipping = Clipping.NON_BASE
+    shadow = Descriptor(classID=b"DrSh", items={b"enab": Bool(True), b"present": Bool(True), b"showInDialog": Bool(True)})
+    effects = DescriptorBlock2(version=0, items={b"masterFXSwitch": Bool(True), b"DrSh": shadow}, classID=b"null", data_version=16)
+    group._record.tagged_blocks.set_data(Tag.OBJECT_BASED_EFFECTS_LAYER_INFO, effects)
+    psd.save(tmp_path / "b.psd")
+    assert read(tmp_path / "b.psd")[1] == ["grouped: it is not clipped to the layer below", "grouped: layer effects are not read"]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_a_flattened_psd_is_one_layer(mode, tmp_path):
+    picture = Image.fromarray((levels(5, 6, 4) * 255).byte().numpy()).convert(mode)
+    psd_tools.PSDImage.frompil(picture).save(tmp_path / "b.psd")
+    found, notes = read(tmp_path / "b.psd")
+    (layer,) = found.layers
+    assert notes == ["it has no layers; its merged picture is read as one"] and layer.name == "Background"
+    expected = torch.from_numpy(np.asarray(picture.convert("RGBA")).copy()).float() / 255
+    assert (layer.image[..., 3] - expected[..., 3]).abs().max() < 1e-6
+    if mode != "RGBA":
+        assert (layer.image - expected).abs().max() < 1e-6
+    shutil.copy(tmp_path / "b.psd", tmp_path / "large.psd")
+    with open(tmp_path / "large.psd", "r+b") as stream:  # height and width in the header: 900 million pixels
+        stream.seek(14)
+        stream.write(struct.pack(">II", 30_000, 30_000))
+    with pytest.raises(ValueError, match=r"large\.psd .* 900 million pixels"):
+        read(tmp_path / "large.psd")
+
+
+def test_a_layer_larger_than_psd_holds_is_refused_before_writing(tmp_path):
+    strip = Document(8, 8, (Group("g", (Layer("w", flat((1, 0, 0, 1), 1, 1), transform=Transform(1, 30_001)),)),))
+    with pytest.raises(ValueError, match=r"'w' is 1 x 30001 pixels, and PSD holds 30000 a side; make it smaller, or save as \.ora"):
+        write(strip, tmp_path / "a.psd")
+    assert not list(tmp_path.iterdir())
 
 
 def test_empty_layers_and_masks_of_groups_are_reported(tmp_path):

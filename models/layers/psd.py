@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .blend import MODES, PASS_THROUGH
 from .compose import composite
-from .document import Document, Group, Layer, Node, clean_name
+from .document import MAX_SIDE, Document, Group, Layer, Node, clean_name
 from .files import check_pixels, eight_bit, finished, from_eight_bit
 
 # Adobe Photoshop File Formats Specification, layer records: blend mode keys.
@@ -41,7 +42,7 @@ def _psd_tools() -> Any:
 
 
 def write(document: Document, file: Path, merged: Tensor | None = None) -> None:
-    """merged: its composite, if it is made already. Raises ValueError for a blend mode that PSD has not, before anything is written."""
+    """merged: its composite, if it is made already. Raises ValueError for a blend mode or size that PSD has not, before anything is written."""
     _psd_tools()
     from psd_tools.constants import Compression
     from psd_tools.psd import PSD, ChannelImageData, GlobalLayerMaskInfo, LayerInfo, LayerRecords
@@ -76,6 +77,9 @@ def _check(nodes: tuple[Node, ...]) -> None:
             raise ValueError(f"{node.name!r} has blend mode {node.blend_mode}, which PSD has not; choose another, or save as .ora")
         if isinstance(node, Group):
             _check(node.layers)
+        elif max(node.bounds[2:]) > MAX_SIDE:
+            width, height = node.bounds[2:]
+            raise ValueError(f"{node.name!r} is {width} x {height} pixels, and PSD holds {MAX_SIDE} a side; make it smaller, or save as .ora")
 
 
 def _records(node: Node) -> Iterator[tuple[Any, Any]]:
@@ -126,12 +130,15 @@ def read(file: Path) -> tuple[Document, list[str]]:
     """The document, and what was left out. RGB and grey of 8 or 16 bits. Raises ValueError that names the file."""
     tools = _psd_tools()
     from psd_tools.compression import PSDDecompressionWarning
+    from psd_tools.constants import CompatibilityMode
 
     notes: list[str] = []
     try:
         with warnings.catch_warnings():  # psd-tools would warn and give black for a channel that it cannot unpack
             warnings.simplefilter("error", PSDDecompressionWarning)
-            return _document(tools.PSDImage.open(file), notes), notes
+            psd = tools.PSDImage.open(file)
+            psd.compatibility_mode = CompatibilityMode.CLIP_STUDIO_PAINT  # the default hides that a group is clipped
+            return _document(psd, notes), notes
     except Exception as error:  # a damaged file can make the parser fail anyhow
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{file.name} cannot be read as PSD: {what}") from error
@@ -141,7 +148,18 @@ def _document(psd: Any, notes: list[str]) -> Document:
     if psd.color_mode.name not in ("RGB", "GRAYSCALE") or psd.depth not in (8, 16):
         raise ValueError(f"it is {psd.color_mode.name} with {psd.depth} bits a channel; convert it to RGB with 8 or 16")
     check_pixels(sum(item.width * item.height for item in psd.descendants() if not item.is_group()))
-    return Document(psd.width, psd.height, _nodes(psd, notes))
+    nodes = _nodes(psd, notes) if len(psd) else _flattened(psd, notes)
+    return Document(psd.width, psd.height, nodes)
+
+
+def _flattened(psd: Any, notes: list[str]) -> tuple[Node, ...]:
+    """The merged picture as a layer, unless nothing is on it."""
+    check_pixels(psd.width * psd.height * ceil(psd.channels / 4))  # all channels are unpacked
+    picture = _pixels(psd)
+    if not picture[..., 3].any():
+        return ()
+    notes.append("it has no layers; its merged picture is read as one")
+    return (Layer("Background", picture),)
 
 
 def _nodes(parent: Any, notes: list[str]) -> tuple[Node, ...]:
@@ -150,6 +168,10 @@ def _nodes(parent: Any, notes: list[str]) -> tuple[Node, ...]:
         name = clean_name(item.name)
         blend_mode = _MODES[item.blend_mode.value]
         opacity = item.opacity / 255
+        if item.clipping:
+            notes.append(f"{name}: it is not clipped to the layer below")
+        if item.has_effects():
+            notes.append(f"{name}: layer effects are not read")
         if item.is_group():
             if item.has_mask():
                 notes.append(f"{name}: masks of groups are not read")
@@ -157,10 +179,6 @@ def _nodes(parent: Any, notes: list[str]) -> tuple[Node, ...]:
         elif not item.has_pixels():
             notes.append(f"{name}: a layer of kind {item.kind} without pixels is left out")
         else:
-            if item.clipping:
-                notes.append(f"{name}: it is not clipped to the layer below")
-            if item.has_effects():
-                notes.append(f"{name}: layer effects are not read")
             opacity *= item.fill_opacity / 255
             mode = blend_mode if blend_mode in MODES else "normal"  # pass-through is for groups
             nodes.append(Layer(name, _pixels(item), item.left, item.top, opacity, mode, item.visible, _mask(item)))
