@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import struct
+import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
@@ -327,6 +328,7 @@ def png_bomb(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
 
 
+ONE = png_bytes(Image.new("RGBA", (2, 2)))
 LAUGHS = '<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;">]>' + one_layer("&b;")
 
 
@@ -338,15 +340,24 @@ LAUGHS = '<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;">]>' + o
         (one_layer("/etc/passwd"), b"", "points out of the archive"),
         (one_layer("data/missing.png"), b"", "no item named 'data/missing.png'"),
         (one_layer(), b"GIF89a", "'data/a.png' is not a sound PNG"),
-        (one_layer(), png_bomb(30_000), "900 million pixels|decompression bomb"),
+        (one_layer(), png_bomb(30_000), "900 million pixels"),
+        (one_layer(), png_bomb(14_000), "not a sound PNG .*truncated"),  # 196 million, beyond what Pillow would warn of
         (one_layer(), png_bomb(1000), "not a sound PNG"),
+        (one_layer(), png_bomb(1)[:20], "not a sound PNG .it does not begin as one"),
+        (one_layer(), png_bomb(8) + bytes(2**21), "longer than 8 x 8 pixels can be; do not trust this file"),
         (LAUGHS, b"", "declarations"),
+        (('<?xml version="1.0" encoding="UTF-16"?>' + LAUGHS).encode("utf-16"), b"", "declarations"),
+        ("<!DOCTYPE image>" + one_layer(), b"", "declarations"),
+        ('<?xml version="1.0" encoding="bogus"?>' + one_layer(), b"", "unknown encoding: bogus"),
+        ("<image w='8' h='6'>" + "<stack>" * 5000 + "</stack>" * 5000 + "</image>", b"", "recursion depth"),
+        ("<image w='8' h='6'>" + "<stack>" * 102 + "</stack>" * 102 + "</image>", b"", "101 deep; use at most 100"),
         (b"<image", b"", "unclosed token"),
         ("<image w='8' h='6'/>", b"", "no stack"),
         ("<image w='8000000' h='6'><stack/></image>", b"", "canvas is 8000000 x 6"),
+        ("<image w='8' h='6'><stack><stack x='899999999'><layer src='data/a.png' x='9'/></stack></stack></image>", ONE, "lies at 900000008, 0"),
         ("<image w='8.5' h='6'><stack/></image>", b"", "w='8.5' in stack.xml is not a number of pixels"),
-        (one_layer(more='opacity="7"'), png_bytes(Image.new("RGBA", (2, 2))), "opacity 7"),
-        (one_layer(more='opacity="high"'), png_bytes(Image.new("RGBA", (2, 2))), "high"),
+        (one_layer(more='opacity="7"'), ONE, "opacity 7"),
+        (one_layer(more='opacity="high"'), ONE, "high"),
         (b" " * (2**24 + 1), b"", "longer than 16 MiB"),
     ],
 )
@@ -356,6 +367,28 @@ def test_hostile_ora_files_are_refused(stack, member, message, tmp_path):
         read(file)
     assert "evil.ora" in str(caught.value) and "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["evil.ora"], "nothing was unpacked"
+
+
+def test_a_bomb_is_not_unpacked(tmp_path):
+    """64 MiB of zeros behind a small picture's header: no more is read than the picture can be."""
+    with zipfile.ZipFile(tmp_path / "evil.ora", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("stack.xml", one_layer("a.png"))
+        archive.writestr("a.png", png_bomb(8) + bytes(2**26))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"evil\.ora .*'a\.png' is longer than 8 x 8 pixels"):
+            read(tmp_path / "evil.ora")
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_ora_members_are_stored_or_deflated(method, tmp_path):
+    with zipfile.ZipFile(tmp_path / "evil.ora", "w", method) as archive:
+        archive.writestr("stack.xml", one_layer())
+    with pytest.raises(ValueError, match=rf"evil\.ora .*stack\.xml is compressed by method {method}; OpenRaster has stored and deflated"):
+        read(tmp_path / "evil.ora")
 
 
 def test_layers_beyond_the_limit_are_refused(tmp_path, monkeypatch):
@@ -384,6 +417,27 @@ def test_ora_of_other_programs(tmp_path):
     assert notes == [": krita:unheard_of is not known; normal is used", "data/b.png: its 16 bits a channel are read as 8", "words: text is left out"]
 
 
+def test_sixteen_bits_in_a_folder_are_read_as_eight(tmp_path):
+    write(Document(4, 4, (Layer("a", levels(3, 2, 4), mask=levels(3, 2)),)), tmp_path / "a")
+    (mask,) = (tmp_path / "a").glob("*_mask.png")
+    Image.fromarray(np.full((3, 2), 0x4000, np.uint16)).save(mask)
+    found, notes = read(tmp_path / "a")
+    assert torch.equal(found.layers[0].mask, torch.full((3, 2), 0x40 / 255)) and notes == [f"{mask.name}: its 16 bits a channel are read as 8"]
+
+
+def test_a_folder_does_not_take_the_place_of_a_file(tmp_path, monkeypatch):
+    (tmp_path / "f").write_text("x")
+    monkeypatch.setattr(png, "composite", lambda *_: pytest.fail("work was begun"))
+    with pytest.raises(ValueError, match="f is a file that exists; choose another name, or remove it"):
+        write(Document(4, 4), tmp_path / "f")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["x"]
+
+
+def layer(**change: object) -> dict[str, object]:
+    """An entry of layers.json."""
+    return {"name": "a", "blend_mode": "normal", "image": "merged.png"} | change
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -393,7 +447,14 @@ def test_ora_of_other_programs(tmp_path):
         ({"layers": [{"name": "a", "blend_mode": "glow"}]}, "'image' is missing"),
         ({"layers": [3]}, "cannot be read"),
         ({"layers": [{"name": "a", "blend_mode": "normal", "image": "merged.png", "x": "left"}]}, "'left'"),
-        ({"width": "8"}, "cannot be read"),
+        ({"layers": [layer(x=float("inf"))]}, "'a' lies at inf, 0; use whole pixels"),
+        ({"layers": [layer(y=2**31)]}, "'a' lies at 0, 2147483648; use whole pixels"),
+        ({"layers": [layer(visible="no")]}, "'a' has visible 'no'; use true or false"),
+        ({"layers": [layer(rotation=10**400)]}, "too large"),
+        ({"layers": [layer(width=float("inf"))]}, "'a' has .*width=inf.*; use sizes of 0 to"),
+        ({"layers": [layer(image="layers.json")]}, "'layers.json' is not a sound PNG"),
+        ({"width": "8"}, "canvas is '8' x 4"),
+        ({"width": 8.5}, "canvas is 8.5 x 4"),
         ({"width": 0}, "canvas is 0 x"),
     ],
 )
@@ -406,6 +467,13 @@ def test_bad_descriptions_are_refused(change, message, tmp_path):
     assert "a/layers.json" in str(caught.value)
 
 
+def test_a_description_that_nests_without_end_is_one_sentence(tmp_path):
+    write(Document(4, 4), tmp_path / "a")
+    (tmp_path / "a" / png.INDEX).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"^a/layers\.json cannot be read: maximum recursion depth"):
+        read(tmp_path / "a")
+
+
 def test_the_command_line_converts(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("signal.signal", lambda *_: None)
@@ -414,11 +482,24 @@ def test_the_command_line_converts(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "b.ora: 6 layers on 61 x 47 pixels\n"
     assert main(["layers", "b.ora", "c"]) == main(["layers", "c", "d.psd"]) == 0
     same(read(tmp_path / "a.psd")[0], read(tmp_path / "d.psd")[0])
+    psd_of(tmp_path, "CMYK").rename("cmyk.psd")
+    ora_of(tmp_path / "bomb.ora", one_layer("a.png"), **{"a.png": png_bomb(30_000)})
+    Path("cut.ora").write_bytes(Path("b.ora").read_bytes()[:-100])
+    Path("cut.psd").write_bytes(Path("a.psd").read_bytes()[:3000])
+    there = sorted(tmp_path.rglob("*"))
     for wrong, message in (
         (("none.psd", "x.ora"), "none.psd does not exist"),
         (("a.psd", "c"), "c is a folder that exists"),
         (("a.psd", "x.tga"), ".tga"),
+        (("cmyk.psd", "x.ora"), "cmyk.psd cannot be read as PSD: it is CMYK with 8 bits a channel; convert it to RGB"),
+        (("bomb.ora", "x.psd"), "bomb.ora cannot be read as OpenRaster: its layers have 900 million pixels"),
+        (("cut.ora", "x"), "cut.ora cannot be read as OpenRaster: File is not a zip file"),
+        (("cut.psd", "x"), "cut.psd cannot be read as PSD"),
     ):
         assert main(["layers", *wrong]) == 1
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == there, "nothing was written"
+    psd_of(tmp_path, "RGB", 16)
+    assert main(["layers", "b.psd", "sixteen.ora"]) == 0
+    assert torch.equal(read(tmp_path / "sixteen.ora")[0].layers[0].image, (read(tmp_path / "b.psd")[0].layers[0].image * 255).round() / 255)

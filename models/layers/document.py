@@ -71,7 +71,7 @@ class Layer:
             raise ValueError(f"layer {self.name!r} has pixels that are not finite numbers; look for the node that made them")
         object.__setattr__(self, "checked", (self.image, self.mask))
         if not all(isinstance(at, int) and abs(at) <= MAX_FAR for at in (self.x, self.y)):
-            raise ValueError(f"layer {self.name!r} lies at {f'{self.x}, {self.y}':.40}; use whole pixels, {MAX_FAR} at most either way")
+            raise ValueError(f"layer {self.name!r} lies at {f'{self.x!r}, {self.y!r}':.40}; use whole pixels, {MAX_FAR} at most either way")
         shown = self.transform
         if not all(isinstance(side, int) and 0 <= side <= MAX_FAR for side in (shown.width, shown.height)) or not isfinite(shown.rotation):
             raise ValueError(f"layer {self.name!r} has {shown!r:.150}; use sizes of 0 to {MAX_FAR} whole pixels and a finite rotation")
@@ -179,7 +179,7 @@ class Document:
 
     def __post_init__(self) -> None:
         if not all(isinstance(side, int) and 1 <= side <= MAX_SIDE for side in (self.width, self.height)):
-            raise ValueError(f"the canvas is {f'{self.width} x {self.height}':.40}; use 1 to {MAX_SIDE} whole pixels a side")
+            raise ValueError(f"the canvas is {f'{self.width!r} x {self.height!r}':.40}; use 1 to {MAX_SIDE} whole pixels a side")
 
     def walk(self) -> Iterator[tuple[tuple[Group, ...], Layer]]:
         """Every layer with the groups around it, outermost first, bottom to top."""

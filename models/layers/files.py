@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import secrets
 import shutil
+import struct
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
 from .document import Document
@@ -40,6 +46,36 @@ def check_pixels(count: int) -> None:
     """Raises ValueError for so many pixels that they would not fit into memory."""
     if count > MAX_PIXELS:
         raise ValueError(f"its layers have {count / 1e6:.0f} million pixels; {MAX_PIXELS // 10**6} million are read at most")
+
+
+class PngReader:
+    """Reads the PNG files of one document: no more than `MAX_PIXELS` together. notes: a line about each one that lost something."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self._pixels = 0
+
+    def read(self, stream: IO[bytes], source: str, mode: str) -> Tensor:
+        """mode "RGBA" -> float32 `(height, width, 4)` in 0..1, "L" -> `(height, width)`. source: its name, for messages. Raises ValueError."""
+        head = stream.read(25)  # up to the bit depth: what it declares is judged before the rest is read
+        if head[:8] != b"\x89PNG\r\n\x1a\n" or head[12:16] != b"IHDR" or len(head) < 25:
+            raise ValueError(f"the layer file {source[:80]!r} is not a sound PNG (it does not begin as one)")
+        width, height, depth = struct.unpack(">IIB", head[16:])
+        self._pixels += width * height
+        check_pixels(self._pixels)
+        most = width * height * 8 + 2**20  # as 16 bits a channel without compression, and room for what describes it
+        data = head + stream.read(most)
+        if len(data) > most:
+            raise ValueError(f"the layer file {source[:80]!r} is longer than {width} x {height} pixels can be; do not trust this file")
+        if depth == 16:  # of colours, Pillow keeps the upper 8
+            self.notes.append(f"{source}: its 16 bits a channel are read as 8")
+        try:
+            with PngImageFile(io.BytesIO(data)) as picture:  # unlike Image.open, it leaves the limit of pixels to us
+                if picture.mode.startswith("I"):
+                    return from_eight_bit(np.asarray(Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert(mode)))
+                return from_eight_bit(np.asarray(picture.convert(mode)))
+        except (OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.error) as error:
+            raise ValueError(f"the layer file {source[:80]!r} is not a sound PNG ({error})") from error
 
 
 @contextmanager

@@ -10,7 +10,9 @@ import io
 import zipfile
 import zlib
 from pathlib import Path
+from typing import IO
 from xml.etree import ElementTree
+from xml.parsers import expat
 
 import numpy as np
 import torch
@@ -19,8 +21,8 @@ from torch import Tensor
 
 from .blend import PASS_THROUGH
 from .compose import composite
-from .document import MAX_SIDE, Document, Group, Layer, Node, clean_name
-from .files import check_pixels, eight_bit, file_name, finished, from_eight_bit
+from .document import Document, Group, Layer, Node, clean_name
+from .files import PngReader, eight_bit, file_name, finished
 
 MIMETYPE = "image/openraster"
 THUMBNAIL = 256  # pixels of the longer side at most
@@ -88,22 +90,23 @@ def read(file: Path) -> tuple[Document, list[str]]:
             return _Reader(archive).document()
     except KeyError as error:
         raise ValueError(f"{file.name} cannot be read as OpenRaster: {error.args[0]}") from error
-    except (zipfile.BadZipFile, zlib.error, ElementTree.ParseError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, expat.ExpatError, EOFError, LookupError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{file.name} cannot be read as OpenRaster: {error}") from error
 
 
 class _Reader:
     def __init__(self, archive: zipfile.ZipFile):
         self.archive = archive
-        self.notes: list[str] = []
-        self.pixels = 0
+        self.pngs = PngReader()
+        self.notes: list[str] = self.pngs.notes
 
     def document(self) -> tuple[Document, list[str]]:
         """See `read`."""
-        text = self._bytes("stack.xml", MAX_STACK)
-        if b"<!" in text.replace(b"<!--", b""):
-            raise ValueError("stack.xml has declarations, which OpenRaster has not")
-        image = ElementTree.fromstring(text)
+        with self._open("stack.xml") as stream:
+            text = stream.read(MAX_STACK + 1)
+        if len(text) > MAX_STACK:
+            raise ValueError(f"stack.xml is longer than {MAX_STACK >> 20} MiB; do not trust this file")
+        image = _parsed(text)
         stack = image.find("stack")
         if stack is None:
             raise ValueError("stack.xml has no stack")
@@ -126,40 +129,37 @@ class _Reader:
                 picture = self._picture(item.get(_WHOLE, item.get("src", "")), "RGBA")
                 mask = self._picture(item.attrib[_MASK], "L") if _MASK in item.attrib else None
                 nodes.append(Layer(name, picture, left, top, opacity, mode, visible, mask))
-            elif isinstance(item.tag, str):
+            else:
                 self.notes.append(f"{name}: {item.tag} is left out")
         return tuple(nodes)
 
     def _whole(self, item: ElementTree.Element, key: str) -> int:
         text = item.get(key, "0")
         try:
-            value = int(text)
+            return int(text)
         except ValueError:
-            value = MAX_SIDE**2
-        if abs(value) >= MAX_SIDE**2:
-            raise ValueError(f"{key}={text[:40]!r} in stack.xml is not a number of pixels")
-        return value
+            raise ValueError(f"{key}={text[:40]!r} in stack.xml is not a number of pixels") from None
 
     def _picture(self, source: str, mode: str) -> Tensor:
         if source.startswith("/") or ".." in source.replace("\\", "/").split("/"):
             raise ValueError(f"the layer file {source[:80]!r} points out of the archive; do not trust this file")
-        data = self._bytes(source, 2**31)
-        try:
-            with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
-                self.pixels += picture.width * picture.height
-                check_pixels(self.pixels)
-                if data[24] == 16:  # the header's bit depth; of colours, Pillow keeps the upper 8
-                    self.notes.append(f"{source}: its 16 bits a channel are read as 8")
-                if picture.mode.startswith("I"):
-                    picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-                return from_eight_bit(np.asarray(picture.convert(mode)))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"the layer file {source[:80]!r} is not a sound PNG ({error})") from error
+        with self._open(source) as stream:
+            return self.pngs.read(stream, source, mode)
 
-    def _bytes(self, member: str, limit: int) -> bytes:
-        """A member of the archive, no longer than `limit` whatever its header says."""
-        with self.archive.open(member) as stream:
-            data = stream.read(limit + 1)
-        if len(data) > limit:
-            raise ValueError(f"{member} is longer than {limit >> 20} MiB; do not trust this file")
-        return data
+    def _open(self, member: str) -> IO[bytes]:
+        info = self.archive.getinfo(member)
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{member[:80]} is compressed by method {info.compress_type}; OpenRaster has stored and deflated members only")
+        return self.archive.open(info)
+
+
+def _parsed(text: bytes) -> ElementTree.Element:
+    """As ElementTree, which would read declarations of entities: they make a small file large, and OpenRaster has none."""
+
+    def refuse(*_: object) -> None:
+        raise ValueError("stack.xml has declarations, which OpenRaster has not")
+
+    builder, parser = ElementTree.TreeBuilder(), expat.ParserCreate()
+    parser.StartElementHandler, parser.EndElementHandler, parser.StartDoctypeDeclHandler = builder.start, builder.end, refuse
+    parser.Parse(text, True)
+    return builder.close()

@@ -10,20 +10,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from .compose import composite
 from .document import Document, Group, Layer, Node, Transform
-from .files import check_pixels, eight_bit, file_name, finished, from_eight_bit
+from .files import PngReader, eight_bit, file_name, finished
 
 INDEX = "layers.json"
 MERGED = "merged.png"
 
 
 def write(document: Document, folder: Path, merged: Tensor | None = None) -> None:
-    """merged: its composite, if it is made already. Raises ValueError where the folder exists."""
+    """merged: its composite, if it is made already. Raises ValueError where the folder, or a file of its name, exists."""
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file that exists; choose another name, or remove it")
     with finished(folder) as unfinished:
         unfinished.mkdir()
         Image.fromarray(eight_bit(composite(document) if merged is None else merged)).save(unfinished / MERGED)
@@ -50,13 +51,14 @@ def _described(nodes: tuple[Node, ...], folder: Path) -> list[dict[str, Any]]:
 
 
 def read(index: Path) -> tuple[Document, list[str]]:
-    """The document; nothing is left out. Raises ValueError that names the file."""
+    """The document, and what was lost. Raises ValueError that names the file."""
     try:
         described = json.loads(index.read_text(encoding="utf-8"))
         if described.get("version") != 1:
-            raise ValueError(f"version is {described.get('version')!r}, not 1")
-        return Document(described["width"], described["height"], _Reader(index.parent).nodes(described["layers"])), []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, Image.DecompressionBombError) as error:
+            raise ValueError(f"version is {described.get('version')!r:.40}, not 1")
+        reader = _Reader(index.parent)
+        return Document(described["width"], described["height"], reader.nodes(described["layers"])), reader.pngs.notes
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(f"{index.parent.name}/{index.name} cannot be read: {what}") from error
 
@@ -64,7 +66,7 @@ def read(index: Path) -> tuple[Document, list[str]]:
 class _Reader:
     def __init__(self, folder: Path):
         self.folder = folder.resolve()
-        self.pixels = 0
+        self.pngs = PngReader()
 
     def nodes(self, entries: list[dict[str, Any]]) -> tuple[Node, ...]:
         """From `layers`, bottom to top."""
@@ -74,17 +76,15 @@ class _Reader:
             if "layers" in entry:
                 nodes.append(Group(common[0], self.nodes(entry["layers"]), *common[1:]))
                 continue
-            given = {key: type(default)(entry[key]) for key, default in asdict(Transform()).items() if key in entry}
+            transform = Transform(**{key: entry[key] for key in asdict(Transform()) if key in entry})
             mask = self._picture(entry["mask"], "L") if "mask" in entry else None
             picture = self._picture(entry["image"], "RGBA")
-            nodes.append(Layer(common[0], picture, int(entry.get("x", 0)), int(entry.get("y", 0)), *common[1:], mask, Transform(**given)))
+            nodes.append(Layer(common[0], picture, entry.get("x", 0), entry.get("y", 0), *common[1:], mask, transform))
         return tuple(nodes)
 
     def _picture(self, name: str, mode: str) -> Tensor:
         file = (self.folder / name).resolve()
         if file.parent != self.folder:
             raise ValueError(f"the file {name!r} is not in the folder")
-        with Image.open(file, formats=["PNG"]) as picture:
-            self.pixels += picture.width * picture.height
-            check_pixels(self.pixels)
-            return from_eight_bit(np.asarray(picture.convert(mode)))
+        with open(file, "rb") as stream:
+            return self.pngs.read(stream, name, mode)
