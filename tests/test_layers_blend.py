@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -162,6 +163,17 @@ def test_dissolve_is_there_or_not_with_a_chance_of_alpha():
     assert set(picture[..., 0].unique().tolist()) == {0.0, 1.0}
     assert picture[..., 0].mean() == pytest.approx(0.3, abs=0.02)
     assert torch.equal(picture, composite(document))
+
+
+def test_dissolve_needs_no_memory_for_what_is_far_away():
+    """A group whose layers lie two million pixels apart; the part on the canvas does not change when all of it moves with the canvas."""
+    grey = flat((1, 1, 1, 0.5), 8, 8)
+    far = (Layer("a", grey, -(2**20), -(2**20)), Layer("b", grey, 2**20, 2**20), Layer("c", grey))
+    picture = composite(Document(8, 8, (Group("g", far, blend_mode="dissolve"),)))
+    assert 10 < picture[..., 3].sum() < 54 and set(picture[..., 3].unique().tolist()) == {0.0, 1.0}
+    moved = tuple(replace(layer, x=layer.x + 3) for layer in far[2:])
+    still = composite(Document(8, 8, (Group("g", far[2:], blend_mode="dissolve"),)))
+    assert torch.equal(composite(Document(8, 8, (Group("g", moved, blend_mode="dissolve"),)))[:, 3:], still[:, :-3])
 
 
 def test_a_turned_layer_is_drawn_only_where_the_canvas_is():

@@ -12,7 +12,7 @@ from test_layers_blend import flat, levels
 
 from tessera.models.layers import document as module
 from tessera.models.layers.document import Document, Group, Layer, Transform, clean_name, from_core, rgba, to_core
-from tessera.models.layers.layout import arranged, chosen, from_caption, from_masks, golden, grid, place, restacked, trimmed
+from tessera.models.layers.layout import arranged, chosen, from_caption, from_json, from_masks, golden, grid, place, restacked, trimmed
 
 
 def document() -> Document:
@@ -143,6 +143,13 @@ def nested(depth: int) -> Group:
         (lambda: grid(9, 20, 20, gap=10), "do not fit 20 x 20"),
         (lambda: golden(30, 20, 20), "30 golden sections do not fit"),
         (lambda: from_masks(torch.zeros(1, 4, 4)), "mask 1 has nothing above 0.5"),
+        (lambda: from_json("[" * 100_000, 8, 8), "boxes is not JSON .maximum recursion depth.*; write a list"),
+        (
+            lambda: from_json(f'[{{"x": {"9" * 4000}, "y": 0, "width": 1, "height": 1}}]', 8, 8),
+            "box 1 has x 9{60}, which is more than 1048576 pixels",
+        ),
+        (lambda: from_json('[{"x": 0, "y": 0, "width": 1e308, "height": 1}]', 8, 8), r"has width 1e\+308, which is more"),
+        (lambda: from_json(f'[{{"name": "{"n" * 999}", "x": 0, "y": 0, "width": 0, "height": 1}}]', 8, 8), "box 1 'n{40}' has no area"),
         (lambda: chosen(document(), "dog"), r"layer is 'dog'.*1 'ground', 2 "),
         (lambda: chosen(document(), "7"), "none of that name or number"),
     ],

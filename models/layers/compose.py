@@ -12,6 +12,8 @@ from torch import Tensor
 from .blend import MODES, PASS_THROUGH, to_linear, to_srgb
 from .document import Box, Document, Layer, Node
 
+_SQUARE = 512  # side of dissolve's pattern, in pixels
+
 OnLayer = Callable[[int, int], None]
 """(done, total) in layers, before each one that is drawn, those in groups too; what it raises ends the work."""
 
@@ -96,10 +98,10 @@ def _source(layer: Layer, box: Box, linear: bool, device: torch.device) -> tuple
 
 
 def _dissolved(alpha: Tensor, box: Box, bounds: Box) -> Tensor:
-    """Pixels fully there with a chance of alpha. The pattern moves with the node, and is the same in every run."""
-    chance = torch.rand(bounds[3], bounds[2], 1, generator=torch.Generator().manual_seed(0))
-    top, left = box[1] - bounds[1], box[0] - bounds[0]
-    return (chance[top : top + box[3], left : left + box[2]].to(alpha.device) < alpha).to(alpha.dtype)
+    """Pixels fully there with a chance of alpha. The pattern, a square again and again, moves with the node, and is the same in every run."""
+    chance = torch.rand(_SQUARE, _SQUARE, generator=torch.Generator().manual_seed(0))
+    rows, columns = ((torch.arange(box[axis + 2]) + box[axis] - bounds[axis]) % _SQUARE for axis in (1, 0))
+    return (chance[rows[:, None], columns, None].to(alpha.device) < alpha).to(alpha.dtype)
 
 
 def _paint(canvas: Tensor, colour: Tensor, alpha: Tensor, blend_mode: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .document import MAX_SIDE, Box, Document, Group, Layer, Node, Transform, clean_name
+from .document import MAX_FAR, MAX_SIDE, Box, Document, Group, Layer, Node, Transform, clean_name
 
 FITS = ("contain", "cover", "stretch")
 SIDES = ("x", "y", "width", "height")
@@ -131,7 +131,7 @@ def from_json(text: str, width: int, height: int) -> list[tuple[str, Box]]:
         raise ValueError(f"the canvas is {width} x {height} pixels; use 1 or more a side")
     try:
         items = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"boxes is not JSON ({error}); {_WRITE}") from error
     if not isinstance(items, list):
         raise ValueError(f"boxes is {json.dumps(items)[:60]} and no list; {_WRITE}")
@@ -143,11 +143,11 @@ def from_json(text: str, width: int, height: int) -> list[tuple[str, Box]]:
             name = clean_name(item.get("name", ""))
             x, y, box_width, box_height = (int(item[side]) for side in SIDES)
             if min(box_width, box_height) < 1:
-                problem = f"{name!r} has no area ({box_width} x {box_height} pixels)"
+                problem = f"{name[:40]!r} has no area ({box_width} x {box_height} pixels)"
             elif max(box_width, box_height) > MAX_SIDE:
-                problem = f"{name!r} has a side of more than {MAX_SIDE} pixels"
+                problem = f"{name[:40]!r} has a side of more than {MAX_SIDE} pixels"
             elif x >= width or y >= height or x + box_width <= 0 or y + box_height <= 0:
-                problem = f"{name!r} (at {x}, {y}, {box_width} x {box_height}) lies outside of the canvas of {width} x {height}"
+                problem = f"{name[:40]!r} (at {x}, {y}, {box_width} x {box_height}) lies outside of the canvas of {width} x {height}"
             else:
                 named.append((name, (x, y, box_width, box_height)))
         if problem is not None:
@@ -174,6 +174,8 @@ def _malformed(item: Any) -> str | None:
         value = item[side]
         if isinstance(value, bool) or not isinstance(value, int | float) or value % 1:  # of infinity and NaN, too, that is not 0
             return f"has {side} {json.dumps(value)[:60]}, which is no whole number"
+        if abs(value) > MAX_FAR:
+            return f"has {side} {json.dumps(value)[:60]}, which is more than {MAX_FAR} pixels"
     return None
 
 
