@@ -234,6 +234,30 @@ def test_captions_place_layers():
     assert [layer.name for layer in after.layers] == ["mountains", "cup", "small bird", "dog", "old tree"]
 
 
+@pytest.mark.parametrize(
+    ("caption", "places"),
+    [
+        ("a cat left of the dog, a dog on the right", {"cat": 100, "dog": 500}),
+        ("a cat left of the dog", {"cat": 100, "dog": None}),
+        ("on the left, a dog on the right", {"dog": 500}),
+        ("a dog. The dog is on the right", {"dog": 500}),
+        ("two dogs on the left, boxes right", {"dog": 100, "box": 500}),
+        ("a big dog on the left, a dog on the right", {"big dog": 100, "dog": 500}),
+        ("the rock and roll band on the left and a v1.5 logo on the right", {"Rock and Roll Band": 100, "v1.5 logo": 500}),
+        ("salt, pepper on the left", {"salt, pepper": 100}),
+        ("a dog far left in the background", {"dog": 100, "background": None}),
+        ("hotdogs on the left", {"dog": None, "😀": None}),
+    ],
+)
+def test_a_clause_is_about_the_layer_that_it_names_first(caption, places):
+    """Centres across a canvas of three times 200 pixels."""
+    picture = Document(600, 300, tuple(Layer(name, torch.rand(10, 10, 4), 1) for name in places))
+    after, notes = from_caption(caption, picture)
+    found = {layer.name: layer.bounds[0] + layer.bounds[2] // 2 for _, layer in after.walk()}
+    assert found == {name: 6 if centre is None else centre for name, centre in places.items()}
+    assert notes == [f"{name}: the caption does not say where" for name, centre in places.items() if centre is None]
+
+
 def test_trimmed_layers_look_the_same():
     picture = torch.zeros(20, 30, 4)
     picture[3:9, 4:15] = levels(6, 11, 4).clamp_min(1 / 255)

@@ -201,29 +201,52 @@ _LARGE, _SMALL = {"large", "big", "huge", "full", "whole"}, {"small", "little", 
 def from_caption(caption: str, document: Document, fit: str = "contain") -> tuple[Document, list[str]]:
     """Layers placed as a caption says: clauses, divided by commas, semicolons, full stops or "and", that name a layer and where it is.
 
-    "a dog on the left, a small bird top right, mountains in the background": a clause belongs to the layer whose name it has. left, right,
-    middle, top, bottom choose thirds of the canvas; large is two thirds, small half a third; background fills the canvas and goes below the
-    rest, foreground goes above it. Layers in groups keep their group. Returns the document, and a line for each layer that the caption does
-    not place; those stay as they are.
+    "a dog on the left, a small bird top right, mountains in the background": a clause is about the first layer that it names, or its plural.
+    left, right, middle, top, bottom choose thirds of the canvas; large is two thirds, small half a third; background fills the canvas and goes
+    below the rest, foreground goes above it. Layers in groups keep their group. Returns the document, and a line for each layer that the
+    caption does not place; those stay as they are.
     """
-    clauses = [clause for clause in re.split(r"[,;.\n]|\band\b", caption.lower()) if clause.strip()]
+    said = _said(caption.lower(), {_words(layer.name) for _, layer in document.walk()} - {()})
     notes: list[str] = []
     depth: dict[int, int] = {}
 
     def placed(layer: Layer) -> Layer:
-        name = set(re.findall(r"\w+", layer.name.lower()))
-        words: set[str] = next((found for clause in clauses if name and name <= (found := set(re.findall(r"\w+", clause)))), set()) - name
-        box = _described(words, document.width, document.height)
-        if box is None:
-            notes.append(f"{layer.name}: the caption does not say where")
-            return layer
-        behind = bool(words & _BEHIND)
-        there = place(layer, box, "cover" if behind else fit)
-        depth[id(there)] = -1 if behind else int(bool(words & _BEFORE))
-        return there
+        for name, words in said:
+            box = _described(words, document.width, document.height) if name == _words(layer.name) else None
+            if box is not None:
+                behind = bool(words & _BEHIND)
+                there = place(layer, box, "cover" if behind else fit)
+                depth[id(there)] = -1 if behind else int(bool(words & _BEFORE))
+                return there
+        notes.append(f"{layer.name}: the caption does not say where")
+        return layer
 
     moved = document.map(placed)
     return replace(moved, layers=tuple(sorted(moved.layers, key=lambda node: depth.get(id(node), 0)))), notes
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"\w+", text.lower()))
+
+
+def _said(caption: str, names: set[tuple[str, ...]]) -> list[tuple[tuple[str, ...], set[str]]]:
+    """Of each clause that has a name: the first one, and the other words. Names are found before clauses end: they may have "and" or a dot."""
+    longest = sorted(names, key=lambda name: (-len(" ".join(name)), name))
+    kinds = [*(r"\b" + r"\W+".join(name) + r"(?:s|es)?\b" for name in longest), r"[,;.\n]|\band\b", r"\w+"]
+    clauses: list[list[tuple[int, str]]] = [[]]
+    for found in re.finditer("|".join(f"({kind})" for kind in kinds), caption):
+        kind = (found.lastindex or 0) - 1
+        if kind == len(names):
+            clauses.append([])
+        else:
+            clauses[-1].append((kind, found[0]))
+    said = []
+    for clause in clauses:
+        first = next((index for index, (kind, _) in enumerate(clause) if kind < len(names)), None)
+        if first is not None:
+            rest = " ".join(text for _, text in clause[:first] + clause[first + 1 :])
+            said.append((longest[clause[first][0]], set(_words(rest))))
+    return said
 
 
 def _described(words: set[str], width: int, height: int) -> Box | None:
