@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
 import subprocess
 import wave
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 av = pytest.importorskip("av")
 
@@ -23,7 +25,7 @@ from test_upscale_video import to_rgb  # noqa: E402
 from tessera.models.layers import video_writer  # noqa: E402
 from tessera.models.layers.video import ClipLayer, LayeredClip  # noqa: E402
 from tessera.models.layers.video_reader import load  # noqa: E402
-from tessera.models.layers.video_writer import ALPHA, FORMATS, Sound, bled, save  # noqa: E402
+from tessera.models.layers.video_writer import ALPHA, FORMATS, Sound, pull_push, save  # noqa: E402
 from tessera.models.upscale.video_reader import BrokenVideoError  # noqa: E402
 
 WIDTH, HEIGHT, COUNT = 96, 64, 5
@@ -196,10 +198,10 @@ def test_files_of_pillow(tmp_path):
     assert len(list(opened)) == 2 and float(opened.rate) == pytest.approx(2 / 0.47, abs=0.001) and "100 to 370 ms" in opened.notes[0]
     folder = tmp_path / "sequence"
     folder.mkdir()
-    for number, mode in ((9, "P"), (10, "L"), (100, "RGB")):
-        Image.new("RGBA", (4, 4), (number, number, number, 255)).convert(mode).save(folder / f"take{number}.png")
+    for name, number, mode in (("take9", 9, "P"), ("take10", 10, "L"), ("take100", 100, "RGB"), ("²3", 200, "RGB")):
+        Image.new("RGBA", (4, 4), (number, number, number, 255)).convert(mode).save(folder / f"{name}.png")
     opened = load(folder)
-    assert [round(float(frame[0, 0, 0]) * 255) for frame in opened] == [9, 10, 100]
+    assert [round(float(frame[0, 0, 0]) * 255) for frame in opened] == [9, 10, 100, 200]
     assert opened.notes == ("there is no frame rate in it; 24 was assumed",)
     assert all(bool((frame[..., 3] == 1).all()) for frame in opened)
 
@@ -222,15 +224,15 @@ def test_bled_colours(tmp_path):
     """Visible pixels stay as they are, holes get a mixture of their surroundings, an empty picture stays finite."""
     picture = torch.rand(37, 53, 4)
     picture[..., 3] = (picture[..., 3] > 0.97).float() * 0.5
-    filled = bled(picture)
+    filled = pull_push(picture)
     visible = picture[..., 3] > 0
     assert torch.equal(filled[visible], picture[visible]) and torch.equal(filled[..., 3], picture[..., 3])
     low, high = (getattr(picture[visible][:, :3], name)(0) for name in ("amin", "amax"))
     assert bool(((filled[..., :3] >= low - 1e-5) & (filled[..., :3] <= high + 1e-5)).all())
     constant = torch.where(visible[..., None], torch.tensor([0.2, 0.7, 0.4, 0.5]), torch.tensor([1.0, 0.0, 1.0, 0.0]))
-    assert torch.allclose(bled(constant)[..., :3], torch.tensor([0.2, 0.7, 0.4]).expand(37, 53, 3), atol=1e-5)
-    assert bool((bled(torch.rand(9, 7, 4) * torch.tensor([1.0, 1.0, 1.0, 0.0])) == 0).all())
-    assert bled(filled[:1, :1]).shape == (1, 1, 4)
+    assert torch.allclose(pull_push(constant)[..., :3], torch.tensor([0.2, 0.7, 0.4]).expand(37, 53, 3), atol=1e-5)
+    assert bool((pull_push(torch.rand(9, 7, 4) * torch.tensor([1.0, 1.0, 1.0, 0.0])) == 0).all())
+    assert pull_push(filled[:1, :1]).shape == (1, 1, 4)
 
 
 @needs_ffmpeg
@@ -239,9 +241,9 @@ def test_no_other_colour_comes_into_an_edge(tmp_path, format, monkeypatch):
     """A red disc over black that nobody sees: without its colour below the edge, that black would be in it."""
     frames = [torch.cat([torch.tensor([1.0, 0.1, 0.1]) * (frame[..., 3:] > 0), (frame[..., 3:] > 0).float()], -1) for frame in clip()]
     errors = []
-    for name in ("bled", "as it is"):
-        if name != "bled":
-            monkeypatch.setattr(video_writer, "bled", lambda picture: picture)
+    for name in ("pull_push", "as it is"):
+        if name != "pull_push":
+            monkeypatch.setattr(video_writer, "pull_push", lambda picture: picture)
         found = independent(written(tmp_path, format, frames), format, 10)
         visible = torch.stack(frames)[..., 3].numpy() == 1
         errors.append(np.abs(found[..., :3] - (1.0, 0.1, 0.1))[visible].max())
@@ -256,7 +258,7 @@ def test_no_other_colour_comes_into_an_edge(tmp_path, format, monkeypatch):
 @every_format
 def test_rates(tmp_path, format, rate):
     path = written(tmp_path, format, rate=rate, bits=None)
-    assert load(path).rate == rate if format != "APNG" else float(load(path).rate) == pytest.approx(float(rate), rel=1e-3)
+    assert load(path).rate == rate
     if format == "animated WebP":
         with Image.open(path) as image:
             durations = []
@@ -271,6 +273,96 @@ def test_rates(tmp_path, format, rate):
     elif format != "PNG sequence":
         (stream,) = ffprobe(path, "-count_frames")["streams"]
         assert float(Fraction(stream["avg_frame_rate"])) == pytest.approx(float(rate), rel=1e-3) and stream["nb_read_frames"] == str(COUNT)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@every_format
+def test_rates_of_short_clips(tmp_path, format, count):
+    """One frame has no second one to tell its time by."""
+    opened = load(written(tmp_path, format, clip(count=count), Fraction(30000, 1001)))
+    assert opened.frames == count
+    assert (opened.rate, opened.notes) == (Fraction(30000, 1001), ())
+
+
+def red(path, count, source, *options):
+    """A clip of FFmpeg's program: red, half transparent, 30 a second, with a filter that leaves frames out."""
+    picture = f"color=red@0.5:s=32x32:r=30:d={count / 30},format=rgba"
+    subprocess.run(["ffmpeg", "-v", "error", "-f", "lavfi", "-i", picture, *source, "-fps_mode", "vfr", *options, path], check=True)
+    return path
+
+
+VARYING = {  # 30 a second, then 3
+    "vfr.webm": ["-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p", "-auto-alt-ref", "0"],
+    "vfr.mkv": ["-c:v", "ffv1"],
+    "vfr.mov": ["-c:v", "qtrle", "-pix_fmt", "argb"],
+    "vfr.png": ["-f", "apng"],
+}
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("name", VARYING)
+def test_a_rate_that_varies(tmp_path, name):
+    """All frames, the mean of their rates, and a note. Chosen so that the frames times the file's rate are far from their number."""
+    path = red(tmp_path / name, 120, ["-vf", "select='lt(n,30)+not(mod(n,10))'"], *VARYING[name])
+    opened = load(path)
+    assert opened.frames == len(list(opened)) == 39
+    seconds = 4 if name == "vfr.png" else 3.7  # FFmpeg gives an APNG's last frame the time of the one before
+    assert float(opened.rate) == pytest.approx(39 / seconds, rel=0.001)
+    assert re.fullmatch(r"its frames last 33 to 33[34] ms; they were given one rate, the mean", *opened.notes)
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("ending", ["mkv", "mov"])
+def test_video_that_starts_late(tmp_path, ending):
+    """Two seconds of sound come first: what a header calls a length may be an end."""
+    codec = {"mkv": ["-c:v", "ffv1", "-c:a", "flac"], "mov": ["-c:v", "qtrle", "-pix_fmt", "argb", "-c:a", "pcm_s16le"]}[ending]
+    delayed = ["-f", "lavfi", "-i", "sine=d=3", "-filter_complex", "[0:v]setpts=PTS+2/TB[v]", "-map", "[v]", "-map", "1:a"]
+    opened = load(red(tmp_path / f"late.{ending}", 30, delayed, *codec))
+    assert (opened.frames, opened.rate, opened.notes) == (30, 30, ()) and len(list(opened)) == 30
+
+
+@needs_ffmpeg
+def test_a_last_frame_that_is_held(tmp_path):
+    """Matroska's header counts its length in, and the frame itself does not have it."""
+    held = red(tmp_path / "held.mov", 120, ["-vf", "select='lt(n,30)+eq(n,110)'"], "-c:v", "png", "-pix_fmt", "rgba")
+    lasting = ["-c", "copy", "-bsf:v", r"setts=duration=if(eq(N\,30)\,20*DURATION\,DURATION)"]
+    subprocess.run(["ffmpeg", "-v", "error", "-i", held, *lasting, tmp_path / "held.mkv"], check=True)
+    assert len(list(load(tmp_path / "held.mkv"))) == 31
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("name", VARYING)
+def test_a_rate_that_varies_cut_off(tmp_path, name):
+    """By less than half of it, so that its header is whole."""
+    noise = ["-vf", "geq=r='random(1)*255':g=0:b=0:a=128,select='lt(n,30)+not(mod(n,10))'"]
+    path = red(tmp_path / name, 120, noise, *VARYING[name], *(["-movflags", "+faststart"] if name == "vfr.mov" else []))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 5])
+    with pytest.raises(BrokenVideoError, match=r"cut off after \d+ frames"):
+        list(load(path))
+
+
+def test_a_header_that_lies_about_the_length(tmp_path):
+    """The number of frames, which memory is set aside by, is counted."""
+    path = written(tmp_path, "FFV1")
+    data = path.read_bytes()
+    (place,) = [match.start() for match in re.finditer(rb"00:00:00\.2", data)]
+    path.write_bytes(data[:place] + b"99" + data[place + 2 :])
+    assert load(path).frames == COUNT
+
+
+@pytest.mark.parametrize("tag", ["1000000000", "1/1000000000000", "0", "-24", "nan"])
+def test_a_tag_that_is_no_rate(tmp_path, tag):
+    """As if it were not there."""
+    pictures = [Image.new("RGBA", (4, 4), colour) for colour in ("red", "blue")]
+    exif = Image.Exif()
+    exif[0x0110] = f"fps:{tag}"
+    pictures[0].save(tmp_path / "a.webp", save_all=True, append_images=pictures[1:], duration=[40, 80], exif=exif.tobytes())
+    assert (load(tmp_path / "a.webp").rate, load(tmp_path / "a.webp").frames) == (25, 3)
+    text = PngInfo()
+    text.add_text("fps", tag)
+    (tmp_path / "sequence").mkdir()
+    Image.new("RGBA", (4, 4)).save(tmp_path / "sequence" / "0.png", pnginfo=text)
+    assert load(tmp_path / "sequence").notes == ("there is no frame rate in it; 24 was assumed",)
 
 
 @needs_ffmpeg
@@ -362,10 +454,12 @@ REFUSED = {
     "ending": ({"target": "a.mov"}, "the name a.mov is not one of VP9 WebM; end it in .webm"),
     "folder": ({"target": "a.png", "format": "PNG sequence"}, "it is a folder, so give it no ending"),
     "alpha": ({"alpha": "none"}, "alpha is 'none'; use straight or premultiplied"),
-    "rate": ({"rate": 0}, "frame rate is 0; use more than 0"),
+    "rate": ({"rate": 0}, "frame rate is 0; use 0.01 to 1000 a second"),
     "bits": ({"bits": 16}, "bits is 16; VP9 WebM has 8 a channel"),
     "webp": ({"alpha": "premultiplied", "target": "a.webp", "format": "animated WebP"}, "animated WebP holds straight alpha only"),
     "sound": ({"sound": Sound(torch.zeros(3, 9), 44100)}, r"the sound is \(3, 9\) .*give 1, 2, 6 or 8 channels"),
+    "tiny rate": ({"rate": Fraction(1, 3000)}, "frame rate is 0.000333333; use 0.01 to 1000 a second"),
+    "silence": ({"sound": Sound(torch.tensor([[0.0, torch.nan]]), 44100)}, "the sound has values that are not finite numbers"),
     "nothing": ({"frames": []}, "has no frame; give one at least"),
     "opaque": ({"frames": [torch.rand(8, 8, 3)]}, r"are \(8, 8, 3\) .*give RGBA"),
     "sizes": ({"frames": [torch.rand(8, 8, 4), torch.rand(8, 6, 4)]}, r"frame 1 is \(8, 6, 4\) and the first \(8, 8, 4\)"),
@@ -409,15 +503,15 @@ def test_a_run_that_is_stopped_leaves_what_was_there(tmp_path, format):
     class StopError(Exception):
         pass
 
-    def stop(done):
-        if done == 3:
-            raise StopError
+    def frames():
+        yield from clip()[:3]
+        raise StopError
 
     target = tmp_path / f"clip{FORMATS[format].suffix}"
     if format != "PNG sequence":
         target.write_bytes(b"old")
     with pytest.raises(StopError):
-        save(target, clip(), RATE, format, sound=Sound(torch.zeros(1, 48000), 48000), on_frame=stop)
+        save(target, frames(), RATE, format, sound=Sound(torch.zeros(1, 48000), 48000))
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == ([] if format == "PNG sequence" else [(target.name, b"old")])
 
 

@@ -21,19 +21,19 @@ from PIL import Image
 from torch import Tensor
 
 from ..upscale.picture_files import read_picture
-from ..upscale.video_reader import BrokenVideoError, open_video
+from ..upscale.video_reader import INDEXED, BrokenVideoError, open_video
 from ..upscale.ycbcr import Colour, bit_depth, colour_tags, plane_codes, to_rgb
 from .compose import straight
 from .document import rgba
-from .video_writer import ALPHA, ALPHA_TAG, RATE_TAG, SOUND_FILE, Sound
+from .video_writer import ALPHA, ALPHA_TAG, FASTEST, RATE_TAG, SLOWEST, SOUND_FILE, Sound
 
 
 @dataclass(frozen=True)
 class AlphaVideo:
     """A clip in a file or folder. Each iteration reads it anew: frames `(height, width, 4)` float32 in 0..1 with straight alpha.
 
-    frames: how many the file says there are, or None. transparent: whether it has an alpha channel. premultiplied: how its colours are
-    stored; they are divided by alpha when they are read. notes: sentences on what was assumed or left out.
+    frames: how many there are, or None where the file does not time them. transparent: whether it has an alpha channel. premultiplied: how
+    its colours are stored; they are divided by alpha when they are read. notes: sentences on what was assumed or left out.
     """
 
     path: Path
@@ -100,7 +100,7 @@ def load(path: str | os.PathLike, alpha: str = "auto") -> AlphaVideo:
 def _folder_files(path: Path) -> list[Path]:
     """In the order of the numbers in their names, whether or not these have zeros in front."""
     files = [file for file in path.iterdir() if file.suffix.lower() == ".png" and not file.name.startswith(".")]
-    return sorted(files, key=lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)])
+    return sorted(files, key=lambda file: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)])
 
 
 def _folder_facts(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -114,12 +114,26 @@ def _folder_facts(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return facts | {"width": width, "height": height}, picture.text
 
 
+NO_RATE = ("there is no frame rate in it; 24 was assumed",)
+
+
 def _tagged_rate(tags: Mapping[str, str]) -> tuple[Fraction, tuple[str, ...]]:
     with suppress(KeyError, ValueError, ZeroDivisionError):  # ours, or somebody else's tag of that name
         rate = Fraction(tags[RATE_TAG])
-        if rate > 0:
+        if SLOWEST <= rate <= FASTEST:
             return rate, ()
-    return Fraction(24), ("there is no frame rate in it; 24 was assumed",)
+    return Fraction(24), NO_RATE
+
+
+def _simplest_rate(frames: int, seconds: Fraction, error: Fraction) -> Fraction:
+    """Of the rates at which so many frames last so long, the one of the smallest denominator."""
+    low, high = frames / (seconds + error), frames / (seconds - error)
+    candidates = (Fraction(round((low + high) / 2 * denominator), denominator) for denominator in itertools.count(1))
+    return next(rate for rate in candidates if low <= rate <= high)
+
+
+def _mean_noted(shortest: float, longest: float) -> tuple[str, ...]:
+    return (f"its frames last {shortest:.0f} to {longest:.0f} ms; they were given one rate, the mean",)
 
 
 def _folder_frames(path: Path) -> Iterator[Tensor]:
@@ -160,13 +174,10 @@ def _webp_times(path: Path, tags: Mapping[str, str]) -> tuple[Fraction, list[int
     step = total / sum(repeats)
     if any(abs(duration - count * step) > 1.5 for duration, count in zip(durations, repeats, strict=True)):
         rate = Fraction(1000 * len(durations), total).limit_denominator(1001)
-        return rate, [1] * len(durations), (f"its frames last {min(durations)} to {max(durations)} ms; they were given one rate, the mean",)
+        return rate, [1] * len(durations), _mean_noted(min(durations), max(durations))
     if not unknown:
         return tagged, repeats, ()
-    # The simplest rate that comes to this length in whole milliseconds.
-    low, high = (Fraction(2000 * sum(repeats), 2 * total + error) for error in (1, -1))
-    candidates = (Fraction(round((low + high) / 2 * denominator), denominator) for denominator in itertools.count(1))
-    return next(rate for rate in candidates if low <= rate <= high), repeats, ()
+    return _simplest_rate(sum(repeats), Fraction(total, 1000), Fraction(1, 2000)), repeats, ()
 
 
 def _webp_frames(path: Path) -> Iterator[Tensor]:
@@ -207,13 +218,42 @@ def _video_facts(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         if frame is None:
             raise BrokenVideoError(f"{path} has a video stream, but not one frame of it can be decoded; export it again")
         tags = {key.lower(): value for key, value in {**container.metadata, **video.metadata}.items()}
+        declared = video.average_rate or video.guessed_rate
         if container.format.name in ("apng", "png_pipe"):
             with Image.open(path) as image:  # FFmpeg reads no texts
                 tags = {key: value for key, value in image.info.items() if isinstance(value, str)}
-        rate = video.average_rate or video.guessed_rate
-        facts = {"width": frame.width, "height": frame.height, "rate": rate or Fraction(24), "codec": video.codec_context.codec.canonical_name}
-        facts |= {"bits": bit_depth(frame.format), "transparent": _has_alpha(frame.format), "frames": _declared(video)}
-        return facts | {"notes": () if rate else ("there is no frame rate in it; 24 was assumed",)}, tags
+            tagged, unknown = _tagged_rate(tags)
+            if not unknown or container.format.name == "png_pipe":  # a still picture, for which FFmpeg makes up a rate
+                declared = None if unknown else tagged
+        facts = {"width": frame.width, "height": frame.height, "codec": video.codec_context.codec.canonical_name}
+        facts |= {"bits": bit_depth(frame.format), "transparent": _has_alpha(frame.format)}
+    rate, count, notes = _video_times(path, declared)
+    return facts | {"rate": rate, "frames": count, "notes": notes}, tags
+
+
+def _video_times(path: Path, declared: Fraction | None) -> tuple[Fraction, int | None, tuple[str, ...]]:
+    """The rate, and how many frames there are, by the times of all: headers may know neither. declared: the rate where these agree."""
+    lengths: dict[int, int] = {}  # hidden frames of VP8 have the time of the next one
+    with open_video(path) as container:
+        video = _video(container, path)
+        tick, counted = video.time_base, video.frames or None
+        with suppress(av.FFmpegError):  # whoever reads the frames is told
+            shown = (packet for packet in container.demux(video) if packet.pts is not None and not packet.is_discard)
+            lengths = {packet.pts: packet.duration or 0 for packet in shown}
+    times = sorted(lengths)
+    if len(times) < 2:
+        return declared or Fraction(24), len(times) or counted, () if declared else NO_RATE
+    steps = [after - before for before, after in itertools.pairwise(times)]
+    span = times[-1] - times[0]
+    if declared:
+        step = float(1 / (declared * tick))
+        even = all(abs(each - step) <= 2 for each in steps)  # times are rounded
+        if even and abs(span - len(steps) * step) <= max(2, span / 2000):
+            return declared, len(times), ()
+    seconds = (span + (lengths[times[-1]] or steps[-1])) * tick
+    rate = _simplest_rate(len(times), seconds, max(tick, seconds / 100_000))
+    shortest, longest = (float(each * tick * 1000) for each in (min(steps), max(steps)))
+    return rate, len(times), _mean_noted(shortest, longest) if max(steps) - min(steps) > 2 else ()
 
 
 def _video(container: Any, path: Path) -> Any:
@@ -223,26 +263,23 @@ def _video(container: Any, path: Path) -> Any:
     return container.streams.video[0]
 
 
-def _declared(video: Any) -> int | None:
-    """The number of frames by the header: MOV counts them, Matroska has the length of each stream as text."""
+def _declared_end(container: Any, video: Any) -> Fraction | None:
+    """Where the stream ends by the header, in seconds on the file's clock: Matroska has that as a text."""
     match = re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", video.metadata.get("DURATION", ""))
-    if video.frames or match is None:
-        return video.frames or None
-    hours, minutes, seconds = (Fraction(part) for part in match.groups())
-    return round((hours * 3600 + minutes * 60 + seconds) * (video.average_rate or 0)) or None
+    if match is not None:
+        hours, minutes, seconds = (Fraction(part) for part in match.groups())
+        return hours * 3600 + minutes * 60 + seconds
+    if video.duration and container.format.name.startswith(INDEXED):  # elsewhere it is an estimate
+        return ((video.start_time or 0) + video.duration) * video.time_base
+    return None
 
 
 def _decoded(path: Path) -> Iterator[Tensor]:
     with open_video(path) as container:
-        video = _video(container, path)
-        colour, count, declared = None, 0, _declared(video)
+        video, colour = _video(container, path), None
         for frame in _frames(container, video, path):
             colour = colour or colour_tags(video, frame)[0]
             yield _picture(frame, colour)
-            count += 1
-        # Matroska that was cut off ends like a complete one; its rounded times may be a frame wrong.
-        if declared is not None and declared - count > max(1, declared / 100):
-            raise BrokenVideoError(f"{path} is cut off after {count} of {declared} frames; get a complete copy of it")
 
 
 def _frames(container: Any, video: Any, path: Path) -> Iterator[Any]:
@@ -254,14 +291,23 @@ def _frames(container: Any, video: Any, path: Path) -> Iterator[Any]:
             decoder = av.CodecContext.create(name, "r")
         except ValueError as error:
             raise ValueError(f"{path} is transparent, and this build of PyAV has no {name} to read that with; install av from PyPI") from error
-    count = 0
+    count = longest = 0
+    start = last = end = video.start_time or 0
     try:
         for packet in container.demux(video):
+            if packet.pts is not None:
+                end = max(end, packet.pts + (packet.duration or 0))
+                longest, last = max(longest, packet.pts - last, packet.duration or 0), packet.pts
             for frame in decoder.decode(packet if packet.size else None):
                 yield frame
                 count += 1
     except av.FFmpegError as error:
         raise BrokenVideoError(f"{path} is damaged or cut off after {count} frames ({error.strerror}); get a complete copy of it") from error
+    # A file that was cut off ends like a complete one. Matroska does not keep how long the last frame lasts.
+    declared = _declared_end(container, video)
+    if end > start and declared is not None and declared - end * video.time_base > max(longest * video.time_base, declared / 100):
+        seconds = f"second {float(end * video.time_base):.2f} of {float(declared):.2f}"
+        raise BrokenVideoError(f"{path} is cut off after {count} frames, at {seconds}; get a complete copy of it")
 
 
 def _has_alpha(format: Any) -> bool:

@@ -11,7 +11,7 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -34,7 +34,8 @@ from .files import finished
 ALPHA = ("straight", "premultiplied")
 SOUND_FILE = "sound.wav"  # beside the pictures of a sequence
 _VIDEO = Colour(BT709, LIMITED, BT709, BT709)
-RATE_TAG, ALPHA_TAG = "fps", "alpha"  # our tags: the rate where a format has none of its own, and that colours are premultiplied
+RATE_TAG, ALPHA_TAG = "fps", "alpha"  # our tags: the rate where a format does not keep it exactly, and that colours are premultiplied
+SLOWEST, FASTEST = Fraction(1, 100), 1000  # rates
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,6 @@ def save(
     quality: int | None = None,
     metadata: Mapping[str, str] | None = None,
     options: Mapping[str, str] | None = None,
-    on_frame: Callable[[int], None] | None = None,
 ) -> Saved:
     """Write a clip with transparency.
 
@@ -120,7 +120,7 @@ def save(
     all of one size. rate: frames a second. format: one of `FORMATS`. alpha: how colours are stored; where they are premultiplied the file
     gets a tag that `load` reads. sound: cut off where the frames end. bits: 8 or 16 a channel for APNG, FFV1 and PNG. crf: of VP9, 0 (best)
     to 63. quality: of WebP, 0 to 100; None is lossless. metadata: texts to keep in the file. options: for FFmpeg's encoder, over ours.
-    on_frame(done): after each frame; what it raises ends the run and leaves no file.
+    What `frames` raises ends the run and leaves no file.
 
     The lossy formats, ProRes and VP9, do not keep the colour of pixels without any alpha: it is that of the nearest visible ones, so that
     neither the coarser chroma nor the transform mixes another into an edge. Y'CbCr is BT.709, limited range, and tagged so.
@@ -166,11 +166,9 @@ def save(
                 if alpha == "premultiplied":
                     frame = torch.cat([frame[..., :3] * frame[..., 3:], frame[..., 3:]], -1)
                 elif not kind.lossless:
-                    frame = bled(frame)
+                    frame = pull_push(frame)
                 writer.write(frame)
                 done += 1
-                if on_frame is not None:
-                    on_frame(done)
             writer.finish()
         except av.FFmpegError as error:
             raise write_error(error, target, done, "another format or size") from error
@@ -206,13 +204,15 @@ def _checked(target: Path, format: str, rate: Fraction | int, alpha: str, sound:
         raise ValueError(f"alpha is {alpha!r}; use {' or '.join(ALPHA)}")
     if alpha == "premultiplied" and not kind.premultiplied:
         raise ValueError(f"alpha is premultiplied, and {format} holds straight alpha only; use straight, or another format")
-    if not 0 < rate <= 1000:
-        raise ValueError(f"the frame rate is {float(rate):g}; use more than 0 and at most 1000 a second")
+    if not SLOWEST <= rate <= FASTEST:
+        raise ValueError(f"the frame rate is {float(rate):g}; use {float(SLOWEST):g} to {FASTEST} a second")
     bits = next(iter(kind.pixels)) if bits is None else bits
     if bits not in kind.pixels:
         raise ValueError(f"bits is {bits}; {format} has {' or '.join(map(str, kind.pixels))} a channel")
     if sound is not None and (sound.samples.ndim != 2 or len(sound.samples) not in LAYOUTS):
         raise ValueError(f"the sound is {tuple(sound.samples.shape)} (channels, samples); give 1, 2, 6 or 8 channels")
+    if sound is not None and not sound.samples.isfinite().all():
+        raise ValueError("the sound has values that are not finite numbers; look for the node that made them")
     if kind.codec:
         try:
             av.codec.Codec(kind.codec, "w")
@@ -223,11 +223,11 @@ def _checked(target: Path, format: str, rate: Fraction | int, alpha: str, sound:
     return kind, bits, Fraction(rate).limit_denominator(1001)
 
 
-def bled(picture: Tensor) -> Tensor:
+def pull_push(picture: Tensor) -> Tensor:
     """`(height, width, 4)` -> the same, where pixels without alpha have the colour of those around them; no visible pixel changes.
 
-    Pull-push: holes are filled from pictures of half the size each, where every pixel is the mean by alpha (Gortler et al., The Lumigraph,
-    SIGGRAPH 1996, section 3.4).
+    Holes are filled from pictures of half the size each, where every pixel is the mean by alpha (Gortler et al., The Lumigraph, SIGGRAPH
+    1996, section 3.4).
     """
     planes = picture.movedim(-1, 0)[None].contiguous()
     alpha = planes[:, 3:]
@@ -304,7 +304,7 @@ class _FileWriter:
             self.sound.finish()
         self.container.close()
         if self.kind.container == "apng":
-            _add_png_texts(self.path, self.texts)
+            _add_png_texts(self.path, {**self.texts, RATE_TAG: str(self.rate)})
         elif self.kind.container == "webp":
             _add_webp_texts(self.path, {**self.texts, RATE_TAG: str(self.rate)})
 
@@ -359,8 +359,6 @@ def _codes(picture: Tensor, pixel_format: str, bits: int) -> list[np.ndarray]:
 
 def _add_png_texts(path: Path, texts: Mapping[str, str]) -> None:
     """tEXt chunks after the header of a PNG file (ISO/IEC 15948, 11.3.4.3)."""
-    if not texts:
-        return
     whole = path.with_name(f"{path.name}.texts")
     try:
         with path.open("rb") as source, whole.open("wb") as file:
