@@ -14,6 +14,7 @@ from .art import FOLDER as LAYER_EMBEDDINGS
 from .art import DecodeRegionLayers, DecodeRegionVideo, RegionLayers
 from .attention import Accelerate, AttentionReport, SparseAttention
 from .diffusion_upscale import PatchUpscaleVideo
+from .layered_video import AddVideoLayer, ComposeLayeredVideo
 from .layers import AutoLayout, ComposeLayers, EditLayer, LayersFromImages, LoadLayers, SaveLayers
 from .layout import Layout
 from .lora_composer import ConceptRegion, LoRAComposer
@@ -21,7 +22,7 @@ from .offload import LayerOffload, OffloadReport
 from .patch_adapter import FOLDER as PATCH_ADAPTERS
 from .patch_adapter import LoadPatchAdapter
 from .prompt import LayersPrompt, ShapesPrompt
-from .transparent_video import AddVideoLayer, ComposeLayeredVideo, LoadTransparentVideo, SaveTransparentVideo
+from .transparent_video import LoadTransparentVideo, SaveTransparentVideo
 from .upscale import PatchUpscale, UpscaleReport
 from .upscale_video import PatchUpscaleVideoFile, PatchUpscaleVideoNetwork
 

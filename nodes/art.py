@@ -27,8 +27,9 @@ from ..models.layers.art import layer_embedding
 from ..models.layers.document import MAX_SIDE, Box, Document, Layer, from_core, rgba, to_core
 from ..models.layers.regions import LAYER_SPACING, MAX_FOREGROUNDS, TOKEN, WHOLE, Regions, positions, schedule_shift, snap
 from .host import BOXES
+from .layered_video import VideoLayers
 from .layers import CATEGORY, Layers
-from .transparent_video import AlphaFrames, VideoLayers
+from .transparent_video import AlphaFrames
 
 FOLDER = "layer_embeddings"
 DECODERS = "transparent_decoders"

@@ -1,12 +1,14 @@
-"""Save and Load Transparent Video, Add Video Layer and Compose Layered Video: clips with alpha, in files and over one another."""
+"""Save and Load Transparent Video: clips with alpha in files."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import secrets
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import comfy.model_management as mm
@@ -18,8 +20,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..models.layers.blend import MODES
-from ..models.layers.document import MAX_SIDE, clean_name, rgba
+from ..models.layers.document import rgba
 from .layers import CATEGORY
 from .upscale_video import input_path
 
@@ -34,7 +35,6 @@ FORMATS = {
 }
 PLAYABLE = (".webm", ".webp", ".png")  # by browsers
 FILES = (".mov", ".webm", ".mkv", ".mp4", ".avi", ".webp", ".apng")
-VideoLayers = io.Custom("TESSERA_VIDEO_LAYERS")
 
 
 class AlphaFrames:
@@ -56,20 +56,33 @@ class AlphaFrames:
             yield frame
 
 
-def _stacked(frames: Iterable[Tensor], expected: int) -> Tensor:
-    """A batch of frames, without a second copy where as many come as expected."""
-    batch, count = torch.empty(0), 0
+def followed(frames: Iterable[Tensor], bar: comfy.utils.ProgressBar) -> Iterator[Tensor]:
+    """The same frames, each after a look at whether the user stopped the run, and with the bar on by one."""
     for frame in frames:
         mm.throw_exception_if_processing_interrupted()
+        bar.update(1)
+        yield frame
+
+
+def stacked(frames: Iterable[Tensor], expected: int) -> Tensor:
+    """A batch of frames, without a second copy where as many come as expected. Raises ValueError where these cannot be held at once."""
+    batch, count = torch.empty(0), 0
+    for frame in frames:
         if count == len(batch):
-            more = torch.empty(max(count, expected, 1), *frame.shape)
+            rows = max(count, expected, 1)
+            needed, memory = (count + rows) * frame.nbytes, mm.get_total_memory(torch.device("cpu"))
+            if needed > memory:
+                height, width = frame.shape[:2]
+                sizes = f"{count + rows} frames of {width} x {height} are {needed / 2**30:.0f} GB, and this machine has {memory / 2**30:.0f}"
+                raise ValueError(f"{sizes}; take a part of them, or make them smaller")
+            more = torch.empty(rows, *frame.shape)
             batch = torch.cat([batch, more]) if count else more
         batch[count] = frame
         count += 1
     return batch[:count]
 
 
-def _image_and_mask(frames: Tensor, channels: str = "RGBA") -> tuple[Tensor, Tensor]:
+def image_and_mask(frames: Tensor, channels: str = "RGBA") -> tuple[Tensor, Tensor]:
     frames = frames.to(mm.intermediate_device())
     return frames[..., : len(channels)], 1 - frames[..., 3]
 
@@ -138,15 +151,11 @@ class SaveTransparentVideo(io.ComfyNode):
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory(), *size)
         target = Path(folder, f"{name}_{counter:05}_{FORMATS[kind]}")
         tags = {} if args.disable_metadata else {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
-        bar = comfy.utils.ProgressBar(len(images))
-
-        def on_frame(done: int) -> None:
-            mm.throw_exception_if_processing_interrupted()
-            bar.update_absolute(done)
-
+        playable = target.suffix in PLAYABLE
+        bar = comfy.utils.ProgressBar(len(images) * (1 if playable else 2))
         saved = save(
             target,
-            frames,
+            followed(frames, bar),
             rate,
             kind,
             alpha=alpha,
@@ -155,7 +164,6 @@ class SaveTransparentVideo(io.ComfyNode):
             crf=format.get("crf", 0),
             quality=None if format.get("lossless", True) else format["quality"],
             metadata={key: json.dumps(value) for key, value in tags.items() if value is not None},
-            on_frame=on_frame,
         )
         line = f"{target.name}: {saved.width} x {saved.height}, {saved.frames} frames at {float(rate):g} a second, {saved.bits} bits"
         notes = saved.notes
@@ -164,9 +172,9 @@ class SaveTransparentVideo(io.ComfyNode):
         line += "".join(f" · {note}" for note in notes)
         entry = ui.SavedResult(target.name, subfolder, io.FolderType.output)
         shown = entry
-        if target.suffix not in PLAYABLE:
+        if not playable:
             preview = Path(folder_paths.get_temp_directory(), f"tessera_{secrets.token_hex(8)}.webm")
-            save_preview(preview, frames, rate)
+            save_preview(preview, followed(frames, bar), rate)
             shown = ui.SavedResult(preview.name, "", io.FolderType.temp)
         return io.NodeOutput(images, ui={**ui.PreviewVideo([shown]).as_dict(), "text": (line,), "tessera_files": (dict(entry),)})
 
@@ -216,7 +224,11 @@ class LoadTransparentVideo(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file=None, **others):
         path = None if file is None else input_path(file)  # None: another node makes it, and runs first
-        return None if path is None or not path.exists() else path.stat().st_mtime_ns
+        if path is None or not path.exists():
+            return None
+        files = sorted(path.iterdir()) if path.is_dir() else [path]  # a picture of a sequence may change, and its folder not
+        facts = [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     @classmethod
     def execute(cls, file, channels, alpha, start, frames) -> io.NodeOutput:
@@ -225,7 +237,9 @@ class LoadTransparentVideo(io.ComfyNode):
         clip = load(_existing(file), alpha)
         stop = start + frames if frames else None
         expected = max((clip.frames or 0) - start, 0)
-        batch = _stacked(itertools.islice(clip, start, stop), min(expected, frames) if frames else expected)
+        expected = min(expected, frames) if frames else expected
+        bar = comfy.utils.ProgressBar(start + expected)
+        batch = stacked(itertools.islice(followed(clip, bar), start, stop), expected)
         if not len(batch):
             raise ValueError(f"start is {start}, and {file} has no more frames than that; use a smaller one")
         sound = clip.sound()
@@ -233,7 +247,7 @@ class LoadTransparentVideo(io.ComfyNode):
         if sound is not None:
             first, last = (round(Fraction(number * sound.rate) / clip.rate) for number in (start, start + len(batch)))
             audio = {"waveform": sound.samples[None, :, first : last if stop else None], "sample_rate": sound.rate}
-        images, mask = _image_and_mask(batch, channels)
+        images, mask = image_and_mask(batch, channels)
         kind = ("premultiplied" if clip.premultiplied else "straight") + " alpha" if clip.transparent else "no alpha: all of it is opaque"
         line = f"{clip.width} x {clip.height}, {len(batch)} frames at {float(clip.rate):g} a second, {clip.codec}, {clip.bits} bits, {kind}"
         line += "".join(f" · {note}" for note in clip.notes)
@@ -242,17 +256,24 @@ class LoadTransparentVideo(io.ComfyNode):
 
 def _choices() -> list[str]:
     """Clips in the input folder and below it; of PNG files the animated ones, and folders that hold others."""
-    from ..models.layers.video_reader import is_animated_png
-
     folder = Path(folder_paths.get_input_directory())
     found = set()
     for file in folder.rglob("*"):
         suffix, name = file.suffix.lower(), file.relative_to(folder).as_posix()
         if suffix == ".png" and file.is_file():
-            found.add(name if is_animated_png(file) else f"{Path(name).parent.as_posix()}/")
+            facts = file.stat()
+            found.add(name if _is_animated_png(file, facts.st_mtime_ns, facts.st_size) else f"{Path(name).parent.as_posix()}/")
         elif suffix in FILES and file.is_file():
             found.add(name)
     return sorted(found - {"./"})
+
+
+@cache
+def _is_animated_png(file: Path, modified: int, size: int) -> bool:
+    """Read once a version of the file: the front end asks for the choices often, and there may be thousands of pictures."""
+    from ..models.layers.video_reader import is_animated_png
+
+    return is_animated_png(file)
 
 
 def _existing(file: str) -> Path:
@@ -262,73 +283,3 @@ def _existing(file: str) -> Path:
     if not path.exists():
         raise ValueError(f"file is {file!r}, which is not in ComfyUI's input folder; upload it, or copy it there")
     return path
-
-
-class AddVideoLayer(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="TesseraAddVideoLayer",
-            display_name="Add Video Layer",
-            category=CATEGORY,
-            description="Puts a clip over others as a layer, with a place, opacity and blend mode of its own.",
-            search_aliases=["layered video", "overlay video", "composite video", "video compositing"],
-            inputs=[
-                io.Image.Input("images", tooltip="Frames, RGBA (straight alpha) or RGB. A single picture lasts as long as the others."),
-                io.String.Input("name", default="", tooltip="To pick the layer by. Empty: its number."),
-                io.Int.Input("x", default=0, min=-MAX_SIDE, max=MAX_SIDE, tooltip="Pixels from the left of the canvas."),
-                io.Int.Input("y", default=0, min=-MAX_SIDE, max=MAX_SIDE, tooltip="Pixels from the top of the canvas."),
-                io.Float.Input("opacity", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Of the whole layer."),
-                io.Combo.Input("blend_mode", options=list(MODES), tooltip="How it is mixed with what lies below."),
-                io.Combo.Input(
-                    "ending", options=["hold", "loop", "hide"], tooltip="What a shorter clip does at its end. hold: the last frame stays."
-                ),
-                io.Mask.Input("mask", optional=True, tooltip="One for all frames or one each: 1 is transparent. It replaces alpha of images."),
-                VideoLayers.Input("layers", optional=True, tooltip="Layers below this one."),
-            ],
-            outputs=[VideoLayers.Output(display_name="layers")],
-        )
-
-    @classmethod
-    def execute(cls, images, name, x, y, opacity, blend_mode, ending, mask=None, layers=()) -> io.NodeOutput:
-        from ..models.layers.video import ClipLayer
-
-        name = clean_name(name) or f"Layer {len(layers) + 1}"
-        if name in (layer.name for layer in layers):
-            raise ValueError(f"name is {name!r}, as that of a layer below; give it another")
-        return io.NodeOutput((*layers, ClipLayer(name, AlphaFrames(images, mask), x, y, opacity, blend_mode, ending)))
-
-
-class ComposeLayeredVideo(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="TesseraComposeLayeredVideo",
-            display_name="Compose Layered Video",
-            category=CATEGORY,
-            description="Flattens layers of clips frame by frame, or gives one layer alone, at its place and with its transparency.",
-            search_aliases=["layered video", "overlay video", "composite video", "flatten"],
-            inputs=[
-                VideoLayers.Input("layers", tooltip="From Add Video Layer or Decode Region Video."),
-                io.String.Input("layer", default="", tooltip="Name of the one layer to give alone. Empty: all of them over one another."),
-                io.Int.Input("width", default=0, min=0, max=MAX_SIDE, tooltip="Of the canvas, in pixels. 0: that of the lowest layer."),
-                io.Int.Input("height", default=0, min=0, max=MAX_SIDE, tooltip="Of the canvas, in pixels. 0: that of the lowest layer."),
-            ],
-            outputs=[
-                io.Image.Output(display_name="images", tooltip="RGBA with straight alpha."),
-                io.Mask.Output(display_name="mask", tooltip="1 where a frame is transparent."),
-            ],
-        )
-
-    @classmethod
-    def execute(cls, layers, layer, width, height) -> io.NodeOutput:
-        from ..models.layers.video import LayeredClip
-
-        lowest = layers[0].frames.images
-        width, height = width or lowest.shape[2], height or lowest.shape[1]
-        chosen = [item for item in layers if item.name == layer.strip()]
-        if layer.strip() and not chosen:
-            raise ValueError(f"layer is {layer!r}, which is none of {', '.join(item.name for item in layers)}")
-        frames: Iterable[Tensor] = chosen[0].on_canvas(width, height) if chosen else LayeredClip(width, height, layers)
-        images, mask = _image_and_mask(_stacked(frames, max(len(item.frames.images) for item in chosen or layers)))
-        return io.NodeOutput(images, mask)

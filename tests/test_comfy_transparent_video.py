@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 
 av = pytest.importorskip("av")
 
+from conftest import _installed  # noqa: E402
 from test_transparent_video import COUNT, HEIGHT, WIDTH, clip, ffprobe, independent, needs_ffmpeg, over, placed, psnr, written  # noqa: E402
 
 from tessera.cli.comfy_server import ComfyServer, PromptFailedError, PromptRefusedError  # noqa: E402
@@ -23,6 +25,7 @@ from tessera.models.layers.video_writer import FORMATS, Sound  # noqa: E402
 
 pytestmark = [pytest.mark.comfy, pytest.mark.slow]
 
+HERE = Path(__file__).parent
 FRAMES = torch.stack(clip()).double().numpy()
 WIDGETS = {
     "ProRes 4444": {},
@@ -250,3 +253,40 @@ def test_a_disk_that_is_full(server):
         assert list(folder.iterdir()) == []
     finally:
         subprocess.run(["umount", folder], check=True)
+
+
+# In process
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["new", "old"])
+def results(request, package_path) -> dict[str, dict]:
+    install = _installed(old=request.param)
+    command = [install.python, HERE / "comfy_transparent_video.py", install.path, package_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return {line["case"]: line for line in lines}
+
+
+@pytest.mark.parametrize(("case", "total"), [("load", 5), ("compose", 6), ("webm", 6), ("mov", 12)])
+def test_a_bar_that_can_be_stopped(results, case, total):
+    """One step a frame: those that are left out at the beginning count, and those of the preview that a browser plays."""
+    line = results[case]
+    assert line["shown"] == [[value, total] for value in range(1, total + 1)] and line["error"] is None
+    shown, error = line["stopped"]
+    assert shown[-1][0] == (8 if case == "mov" else 2) and error == "InterruptProcessingException"
+    assert line["files"] == (["out_00003_.mov"] if case == "mov" else [])
+
+
+def test_a_changed_picture_of_a_sequence_is_noticed(results):
+    """And no picture is opened again to offer the choices, but for that one."""
+    first, second, third = results["pictures"]["prints"]
+    assert first == second != third
+    assert results["pictures"]["choices"][0] == results["pictures"]["choices"][2] and "take/" in results["pictures"]["choices"][0]
+    assert results["pictures"]["read"] == ["0.png", "1.png", "2.png", "asked", "asked", "1.png", "asked"]
+
+
+def test_a_clip_that_memory_cannot_hold(results):
+    """A WebP of two pictures, of which one lasts hours: refused at once, and its beginning can be loaded."""
+    assert re.match(r"16777216 frames of 512 x 512 are 65536 GB, and this machine has \d+; take a part of them", results["memory 0"]["error"])
+    assert results["memory 1"]["error"] is None
