@@ -59,6 +59,7 @@ NEWER_WIDGETS = {"CreateVideo": {"bit_depth"}, "SaveVideo": {"format.codec"}}
 SEEDS = {"seed", "noise_seed"}
 
 UPSCALE_FILE = "tessera_upscale_video_file"  # no diffusion model, and a video that is the user's own
+OWN_CLIP = "tessera_transparent_video"  # the same with a clip that has alpha
 LAYERED = ("tessera_text_to_layers", "tessera_text_to_layered_video")  # hundreds of tokens: attention is left as it is
 OWN_PICTURE = "tessera_qwen_image_layered"  # starts from a picture that is the user's own
 
@@ -179,7 +180,7 @@ def test_files_that_have_to_be_there_can_be_downloaded_from_the_menu(name):
             assert model["url"].endswith(f"/{file}")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in (UPSCALE_FILE, *LAYERED)])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in (UPSCALE_FILE, OWN_CLIP, *LAYERED)])
 def test_every_sampler_runs_patched_and_reported(name):
     """Each sampler's model comes straight from one of our patches, and a report of that model follows the sampler."""
     api = read_api(name)
@@ -213,9 +214,10 @@ def test_nothing_but_model_files_is_missing(any_comfy: ComfyServer, name):
     with pytest.raises(PromptRefusedError) as error:
         any_comfy.queue(api)
     complaints = [complaint for report in error.value.body["node_errors"].values() for complaint in report["errors"]]
-    if name == UPSCALE_FILE:
+    if name in (UPSCALE_FILE, OWN_CLIP):
+        (file, advice) = ("your_video.mp4", "") if name == UPSCALE_FILE else ("your_clip.webm", "upload it, or ")
         assert {complaint["details"].split(" - ")[-1] for complaint in complaints} == {
-            "file is 'your_video.mp4', which is not in ComfyUI's input folder; copy it there"
+            f"file is '{file}', which is not in ComfyUI's input folder; {advice}copy it there"
         }
         return
     if name == OWN_PICTURE:
@@ -339,6 +341,30 @@ def test_upscale_video_file_runs(any_comfy: ComfyServer):
     assert [frame.shape for frame in frames] == [(60, 80, 3)] * 3
     assert [abs(float(frame.mean()) - 60 * number) < 4 for number, frame in enumerate(frames)] == [True] * 3
     assert "32 x 24 to 80 x 60: 3 frames, 2 x 2x network" in outputs["2"]["text"][0]
+
+
+@pytest.mark.comfy
+@pytest.mark.slow
+def test_transparent_video_runs(any_comfy: ComfyServer, tmp_path):
+    """A clip of the user's, half transparent on its left, over the background, with its sound and rate."""
+    import torch
+
+    from tessera.models.layers.video_reader import load
+    from tessera.models.layers.video_writer import Sound, save
+
+    red, background = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0x1E, 0x5A, 0x78]) / 255
+    alpha = torch.where(torch.arange(64) < 32, 0.5, 0.0).expand(48, 64)[..., None]
+    sound = Sound(torch.zeros(1, 48000), 48000)
+    save(tmp_path / "clip.webm", [torch.cat([red.expand(48, 64, 3), alpha], -1)] * 5, 25, "VP9 WebM", sound=sound)
+    with uploaded(any_comfy, "your_clip.webm", (tmp_path / "clip.webm").read_bytes()):
+        outputs = any_comfy.run(read_api(OWN_CLIP), timeout=600).outputs
+    (tmp_path / "result.webm").write_bytes(any_comfy.fetch(outputs["7"]["tessera_files"][0]))
+    result = load(tmp_path / "result.webm")
+    frames = torch.stack(list(result))
+    assert (frames.shape, result.rate) == ((5, 48, 64, 4), 25) and result.sound() is not None
+    assert bool((frames[..., 3] == 1).all())
+    for columns, expected in ((slice(4, 28), (red + background) / 2), (slice(36, 60), background)):
+        assert (frames[:, :, columns, :3] - expected).abs().max() < 0.03
 
 
 def decoded(server: ComfyServer, output: dict[str, Any]) -> list[Any]:
