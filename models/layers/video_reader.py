@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..upscale.picture_files import read_picture
 from ..upscale.video_reader import INDEXED, BrokenVideoError, open_video
@@ -56,22 +57,29 @@ class AlphaVideo:
             yield straight(frame) if self.premultiplied else frame
 
     def sound(self) -> Sound | None:
-        """The first sound track, all of it, or None. Raises BrokenVideoError."""
+        """The first sound track from the time of the first frame on, or None. Raises BrokenVideoError."""
         path = self.path / SOUND_FILE if self.path.is_dir() else self.path
         if self.codec == "webp" or not path.is_file():
             return None
         with open_video(path) as container:
             if not container.streams.audio:
                 return None
+            stream, pictures = container.streams.audio[0], container.streams.video
+            start = (pictures[0].start_time or 0) * pictures[0].time_base if pictures else Fraction(0)
             parts: list[np.ndarray] = []
-            stream = container.streams.audio[0]
+            shift = None  # samples before the first frame; below 0: how many are missing at the beginning
             resampler = av.AudioResampler(format="fltp", layout=stream.layout, rate=stream.rate)
             try:
                 for frame in itertools.chain(container.decode(stream), (None,)):
+                    if shift is None and frame is not None:
+                        shift = round((start - (frame.pts or 0) * frame.time_base) * stream.rate)
                     parts.extend(part.to_ndarray() for part in resampler.resample(frame))
             except av.FFmpegError as error:
                 raise BrokenVideoError(f"the sound of {path} is damaged ({error.strerror}); get a complete copy of it") from error
-            return Sound(torch.from_numpy(np.concatenate(parts, 1)), stream.rate) if parts else None
+            if shift is None or not parts:
+                return None
+            silent = min(max(-shift, 0), round((self.frames or 0) / self.rate * stream.rate))  # not longer than the picture
+            return Sound(F.pad(torch.from_numpy(np.concatenate(parts, 1))[:, max(shift, 0) :], (silent, 0)), stream.rate)
 
 
 def load(path: str | os.PathLike, alpha: str = "auto") -> AlphaVideo:
