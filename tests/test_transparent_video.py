@@ -22,7 +22,7 @@ av = pytest.importorskip("av")
 from test_browser import chromium  # noqa: E402, F401  (a fixture)
 from test_upscale_video import to_rgb  # noqa: E402
 
-from tessera.models.layers import video_writer  # noqa: E402
+from tessera.models.layers import video_reader, video_writer  # noqa: E402
 from tessera.models.layers.video import ClipLayer, LayeredClip  # noqa: E402
 from tessera.models.layers.video_reader import load  # noqa: E402
 from tessera.models.layers.video_writer import ALPHA, FORMATS, Sound, pull_push, save  # noqa: E402
@@ -360,6 +360,14 @@ def test_a_rate_that_varies_cut_off(tmp_path, name):
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 5])
     with pytest.raises(BrokenVideoError, match=r"cut off after \d+ frames"):
         list(load(path))
+
+
+def test_a_large_file_is_not_looked_through(tmp_path, monkeypatch):
+    """Its rate is that of the beginning, and its length an estimate; every frame is read."""
+    path = written(tmp_path, "FFV1", [torch.rand(64, 96, 4) for _ in range(40)], 25)
+    monkeypatch.setattr(video_reader, "LOOKED_AT", path.stat().st_size // 4)
+    opened = load(path)
+    assert opened.rate == 25 and 36 <= opened.frames <= 44 and len(list(opened)) == 40
 
 
 def test_a_header_that_lies_about_the_length(tmp_path):

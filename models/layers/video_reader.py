@@ -33,8 +33,8 @@ from .video_writer import ALPHA, ALPHA_TAG, FASTEST, RATE_TAG, SLOWEST, SOUND_FI
 class AlphaVideo:
     """A clip in a file or folder. Each iteration reads it anew: frames `(height, width, 4)` float32 in 0..1 with straight alpha.
 
-    frames: how many there are, or None where the file does not time them. transparent: whether it has an alpha channel. premultiplied: how
-    its colours are stored; they are divided by alpha when they are read. notes: sentences on what was assumed or left out.
+    frames: how many there are, an estimate in large files, None where they have no times. transparent: whether it has an alpha channel.
+    premultiplied: how its colours are stored; they are divided by alpha when they are read. notes: sentences on what was assumed or left out.
     """
 
     path: Path
@@ -122,6 +122,7 @@ def _folder_facts(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return facts | {"width": width, "height": height}, picture.text
 
 
+LOOKED_AT = 1 << 30  # bytes of a file whose times are looked through before it is read: some seconds on a slow disk
 NO_RATE = ("there is no frame rate in it; 24 was assumed",)
 
 
@@ -240,28 +241,34 @@ def _video_facts(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _video_times(path: Path, declared: Fraction | None) -> tuple[Fraction, int | None, tuple[str, ...]]:
-    """The rate, and how many frames there are, by the times of all: headers may know neither. declared: the rate where these agree."""
+    """The rate, and how many frames there are, by their times: headers may know neither. declared: the rate where these agree."""
     lengths: dict[int, int] = {}  # hidden frames of VP8 have the time of the next one
+    share = 1.0
     with open_video(path) as container:
         video = _video(container, path)
-        tick, counted = video.time_base, video.frames or None
+        tick = video.time_base
         with suppress(av.FFmpegError):  # whoever reads the frames is told
-            shown = (packet for packet in container.demux(video) if packet.pts is not None and not packet.is_discard)
-            lengths = {packet.pts: packet.duration or 0 for packet in shown}
+            for packet in container.demux(video):
+                if packet.pts is not None and not packet.is_discard:
+                    lengths[packet.pts] = packet.duration or 0
+                if packet.pos is not None and packet.pos > LOOKED_AT:
+                    share = packet.pos / container.size
+                    break
     times = sorted(lengths)
+    count = round(len(times) / share) or None
     if len(times) < 2:
-        return declared or Fraction(24), len(times) or counted, () if declared else NO_RATE
+        return declared or Fraction(24), count, () if declared else NO_RATE
     steps = [after - before for before, after in itertools.pairwise(times)]
     span = times[-1] - times[0]
     if declared:
         step = float(1 / (declared * tick))
         even = all(abs(each - step) <= 2 for each in steps)  # times are rounded
         if even and abs(span - len(steps) * step) <= max(2, span / 2000):
-            return declared, len(times), ()
+            return declared, count, ()
     seconds = (span + (lengths[times[-1]] or steps[-1])) * tick
     rate = _simplest_rate(len(times), seconds, max(tick, seconds / 100_000))
     shortest, longest = (float(each * tick * 1000) for each in (min(steps), max(steps)))
-    return rate, len(times), _mean_noted(shortest, longest) if max(steps) - min(steps) > 2 else ()
+    return rate, count, _mean_noted(shortest, longest) if max(steps) - min(steps) > 2 else ()
 
 
 def _video(container: Any, path: Path) -> Any:
