@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
-from server import PromptServer
 from torch import Tensor
 
 from ..models.families import find, layout_of
 from ..models.patchers.attention import AttentionPatch, AttentionSettings, ModelCall
 from ..models.patchers.report import summary
+from .reporting import say
 
 KEY = "tessera_attention"
 OVERRIDE = "optimized_attention_override"
@@ -104,8 +104,7 @@ class _AttentionHost:
         self.patch.release()
         line = summary(self.result)
         logging.info("Tessera: %s", line)
-        if self.node_id is not None and getattr(PromptServer, "instance", None) is not None:
-            PromptServer.instance.send_progress_text(line, self.node_id)
+        say(self.node_id, line)
 
     def _override(self, previous):
         """Our override on top of `previous`. Cached, so that compiled models see one function object."""

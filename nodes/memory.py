@@ -24,13 +24,13 @@ import comfy.model_management as mm
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy.sampler_helpers import estimate_memory, get_additional_models
-from server import PromptServer
 
 from ..models.offload.blocks import Block, find_blocks
 from ..models.offload.devices import CudaDevice
 from ..models.offload.memory import nbytes_of
 from ..models.patchers.offload_report import GB, BlockSpan, ModuleSpan, OffloadReport, Split, StepSpan, size, summary
 from ..models.patchers.report import clock
+from .reporting import say
 
 try:  # ComfyUI >= 0.21
     from comfy import model_prefetch
@@ -236,8 +236,7 @@ class _MemoryHost:
             _measured(patcher)["seconds", self.shape] = self.result["seconds_per_step"]
         line = summary(self.result)
         logging.info("Tessera: %s", line)
-        if self.node_id is not None and getattr(PromptServer, "instance", None) is not None:
-            PromptServer.instance.send_progress_text(line, self.node_id)
+        say(self.node_id, line)
 
     def _split(self, report: OffloadReport, model: Any, usable: int, most: float, least: float) -> Split:
         """The limit and what it has to hold. Raises ValueError with the smallest limit that works."""

@@ -12,12 +12,12 @@ import comfy.utils
 import torch
 from comfy_api.latest import io
 from PIL import Image
-from server import PromptServer
 from torch import Tensor
 
 from ..models.upscale.metrics import flicker, psnr, seam_excess, ssim
 from ..models.upscale.pictures import NAMED, Network, passes, plan, target_size, upscale
 from ..models.upscale.tiling import Progress
+from .reporting import say
 
 CATEGORY = "Tessera/upscale"
 PREVIEW = 512  # pixels of the longer side
@@ -125,9 +125,8 @@ class Display:
             self._started = (time.monotonic(), float(done))
 
     def say(self, line: str) -> None:
-        """Show a line of text on the node. Without a server, as in scripts, nobody reads it."""
-        if self.node_id is not None and getattr(PromptServer, "instance", None) is not None:
-            PromptServer.instance.send_progress_text(line, self.node_id)
+        """Show a line of text on the node."""
+        say(self.node_id, line)
 
     def _show(self, done: float, where: str, canvas: Tensor) -> None:
         now = time.monotonic()

@@ -1,0 +1,33 @@
+"""What a node shows of its work: a line of text, and a bar that stops where the user does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.utils
+from server import PromptServer
+
+
+def say(node_id: Any, text: str) -> None:
+    """Show text on the node; None is no node. Without a server, as in scripts, nobody reads it."""
+    if node_id is not None and getattr(PromptServer, "instance", None) is not None:
+        PromptServer.instance.send_progress_text(text, node_id)
+
+
+def said(cls: Any, text: str) -> dict[str, tuple[str]]:
+    """Show text on the running node `cls`; returns the part of its `ui` that carries it to the history, which the front end does not draw."""
+    say(cls.hidden.unique_id, text)
+    return {"text": (text,)}
+
+
+def progress() -> Callable[[int, int], None]:
+    """A function of (done, total) that moves the running node's bar. It raises ComfyUI's exception where the user has stopped the run."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def count(done: int, total: int) -> None:
+        mm.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return count
