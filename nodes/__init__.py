@@ -15,8 +15,8 @@ from .art import DecodeRegionLayers, DecodeRegionVideo, RegionLayers
 from .attention import Accelerate, AttentionReport, SparseAttention
 from .diffusion_upscale import PatchUpscaleVideo
 from .layered_video import AddVideoLayer, ComposeLayeredVideo
-from .layers import AutoLayout, ComposeLayers, EditLayer, LayersFromImages, LoadLayers, SaveLayers
-from .layout import Layout
+from .layers import ComposeLayers, EditLayer, LayersFromImages, LoadLayers, SaveLayers
+from .layout import AutoLayout, Layout
 from .lora_composer import ConceptRegion, LoRAComposer
 from .offload import LayerOffload, OffloadReport
 from .patch_adapter import FOLDER as PATCH_ADAPTERS

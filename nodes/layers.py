@@ -1,8 +1,9 @@
-"""Layers from Images, Compose, Edit, Auto Layout, Save and Load: documents of core's LAYERS type, on every supported version."""
+"""Layers from Images, Compose, Edit, Save and Load: documents of core's LAYERS type, on every supported version."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,22 +19,36 @@ from ..models.layers.blend import MODES
 from ..models.layers.clean import Cleaning, colour, stacked
 from ..models.layers.compose import composite, on_checkerboard, thumbnails
 from ..models.layers.document import MAX_SIDE, Document, Layer, clean_name, from_core, rgba, to_core
-from ..models.layers.layout import FITS, arranged, chosen, from_caption, from_masks, golden, grid, restacked
+from ..models.layers.layout import chosen, restacked
+from .reporting import progress, said
 
 CATEGORY = "Tessera/layers"
 Layers = io.Custom("LAYERS")  # io.Layers is newer than our oldest ComfyUI
 ORDERS = ("first is lowest", "first is top")
 FIRST = ("a layer", "left out", "hidden")  # what the first picture of a batch is; the last two: the merged picture
 BACKGROUNDS = {"transparent": None, "white": 1.0, "grey": 0.5, "black": 0.0}
+SHOWN = 63  # layers that a node shows beside the composite: Region Layers' 50 and some, in a grid of 8 x 8
 
 
-def _picture(document: Document, linear: bool = False) -> Tensor:
-    """The composite `(1, height, width, 4)`, made on the CPU: a canvas need not fit beside the models."""
-    return composite(document, linear=linear)[None].to(mm.intermediate_device())
+def all_layers(document: Document) -> list[Layer]:
+    return [layer for _, layer in document.walk()]
 
 
-def _preview(picture: Tensor, cls: Any) -> dict[str, Any]:
-    return ui.PreviewImage(on_checkerboard(picture[0])[None], cls=cls).as_dict()
+def summary(document: Document) -> str:
+    return f"{len(all_layers(document))} layers, {document.width} x {document.height}"
+
+
+def shown(cls: Any, document: Document, layers: Sequence[Layer], lines: Sequence[str], picture: Tensor | None = None) -> dict[str, Any]:
+    """The lines on the running node `cls`; for its `ui` they too, and thumbnails of the document and of these layers of it.
+
+    picture: the composite `(height, width, 4)`, where it is made anyway; shown as large as it is, instead of its thumbnail.
+    """
+    if len(layers) > SHOWN:
+        lines = [*lines, f"the pictures are of the first {SHOWN} layers"]
+    small = thumbnails(document, layers[:SHOWN], on_layer=progress())
+    whole = small[:1] if picture is None else on_checkerboard(picture)[None]
+    images = [image for batch in (whole, small[1:]) for image in ui.PreviewImage(batch, cls=cls).values]
+    return {"images": images} | said(cls, "\n".join(lines))
 
 
 def _side(name: str, what: str) -> Any:
@@ -151,9 +166,7 @@ class LayersFromImages(io.ComfyNode):
         )
         canvas = below or made
         document = Document(width or canvas.width, height or canvas.height, (*(below.layers if below else ()), *new))
-        lines = [f"{sum(1 for _ in document.walk())} layers, {document.width} x {document.height}", *notes]
-        shown = ui.PreviewImage(thumbnails(document, new), cls=cls).as_dict()
-        return io.NodeOutput(to_core(document), ui=shown | {"text": ("\n".join(lines),)})
+        return io.NodeOutput(to_core(document), ui=shown(cls, document, new, [summary(document), *notes]))
 
 
 class ComposeLayers(io.ComfyNode):
@@ -186,15 +199,15 @@ class ComposeLayers(io.ComfyNode):
     @classmethod
     def execute(cls, layers, light, background) -> io.NodeOutput:
         document = from_core(layers)
-        level = BACKGROUNDS[background]
+        line, level = summary(document), BACKGROUNDS[background]
         if level is not None:
             paper = Layer("background", rgba(torch.full((document.height, document.width, 1), level)))
             document = replace(document, layers=(paper, *document.layers))
-        picture = _picture(document, light == "linear")
-        line = f"{sum(1 for _ in document.walk()) - (level is not None)} layers, {document.width} x {document.height}"
+        # On the CPU: a canvas need not fit beside the models.
+        picture = composite(document, linear=light == "linear", on_layer=progress())[None].to(mm.intermediate_device())
         opaque = bool((picture[..., 3] > 1 - 1e-4).all())
-        shown = _preview(picture, cls) | {"text": (line,)}
-        return io.NodeOutput(picture[..., :3] if opaque else picture, 1 - picture[..., 3], ui=shown)
+        preview = ui.PreviewImage(on_checkerboard(picture[0])[None], cls=cls).as_dict()
+        return io.NodeOutput(picture[..., :3] if opaque else picture, 1 - picture[..., 3], ui=preview | said(cls, line))
 
 
 class EditLayer(io.ComfyNode):
@@ -230,11 +243,12 @@ class EditLayer(io.ComfyNode):
             description="Changes one property of a layer, or of all layers of a name. Chain several for several properties.",
             search_aliases=["layer opacity", "layer position", "blend mode", "rename layer"],
             inputs=[
-                Layers.Input("layers"),
+                Layers.Input("layers", tooltip="Any layers; those that are not meant stay as they are."),
                 io.String.Input("layer", default="1", tooltip="A name, or a number from the bottom: 1 is the lowest, -1 the uppermost."),
                 io.DynamicCombo.Input("change", options=options, tooltip="Which property."),
             ],
             outputs=[Layers.Output(display_name="layers")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -244,8 +258,12 @@ class EditLayer(io.ComfyNode):
         if change["change"] == "order":
             for one in found:
                 document = replace(document, layers=restacked(document.layers, one, change["position"]))
-            return io.NodeOutput(to_core(document))
-        return io.NodeOutput(to_core(document.map(lambda one: _changed(one, change) if any(one is other for other in found) else one)))
+            edited = found
+        else:
+            edited = [_changed(one, change) for one in found]
+            document = document.map(lambda one: next((new for old, new in zip(found, edited, strict=True) if one is old), one))
+        line = f"{change['change']} of {edited[0].name!r}" + (f", {len(edited)} layers" if len(edited) > 1 else "")
+        return io.NodeOutput(to_core(document), ui=shown(cls, document, edited, [line]))
 
 
 def _changed(layer: Layer, change: dict[str, Any]) -> Layer:
@@ -263,57 +281,6 @@ def _changed(layer: Layer, change: dict[str, Any]) -> Layer:
     return replace(layer, **new)
 
 
-class AutoLayout(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        background = io.Boolean.Input("background", default=False, tooltip="The lowest layer covers the canvas; the others are arranged.")
-        layouts = [
-            io.DynamicCombo.Option(
-                "grid",
-                [
-                    io.Int.Input("columns", default=0, min=0, max=1000, tooltip="0: cells as square as they get."),
-                    io.Int.Input("gap", default=16, min=0, max=4096, tooltip="Pixels between the cells and around them."),
-                    background,
-                ],
-            ),
-            io.DynamicCombo.Option("golden", [background]),
-            io.DynamicCombo.Option("masks", [io.Mask.Input("masks", tooltip="One a layer, lowest first; 1 is where it goes."), background]),
-            io.DynamicCombo.Option(
-                "caption",
-                [io.String.Input("caption", default="", multiline=True, tooltip='Such as "a dog on the left, a small bird top right". English.')],
-            ),
-        ]
-        return io.Schema(
-            node_id="TesseraAutoLayout",
-            display_name="Auto Layout",
-            category=CATEGORY,
-            description="Places layers by rules: a grid, golden sections, where masks are, or as a caption says.",
-            search_aliases=["arrange layers", "grid", "golden ratio", "align"],
-            inputs=[
-                Layers.Input("layers"),
-                io.DynamicCombo.Input("layout", options=layouts, tooltip="The rule."),
-                io.Combo.Input("fit", options=list(FITS), tooltip="contain: all of it shows. cover: it fills its box. stretch: exactly its box."),
-            ],
-            outputs=[Layers.Output(display_name="layers"), io.String.Output(display_name="report", tooltip="Layers that were not placed, and why.")],
-        )
-
-    @classmethod
-    def execute(cls, layers, layout, fit) -> io.NodeOutput:
-        document = from_core(layers)
-        kind, canvas = layout["layout"], (document.width, document.height)
-        if kind == "caption":
-            document, notes = from_caption(layout["caption"], document, fit)
-        else:
-            count = max(sum(1 for _ in document.walk()) - layout["background"], 0)
-            if kind == "grid":
-                boxes = grid(count, *canvas, layout["columns"], layout["gap"])
-            else:
-                boxes = golden(count, *canvas) if kind == "golden" else from_masks(layout["masks"], canvas)
-            document, notes = arranged(document, boxes, fit, layout["background"])
-        report = "\n".join(notes)
-        return io.NodeOutput(to_core(document), report, ui={"text": (report or "all layers are placed",)})
-
-
 class SaveLayers(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -325,7 +292,7 @@ class SaveLayers(io.ComfyNode):
             search_aliases=["psd", "ora", "openraster", "photoshop", "krita", "export layers"],
             is_output_node=True,
             inputs=[
-                Layers.Input("layers"),
+                Layers.Input("layers", tooltip="From Layers from Images, Layout, Load Layers, or core's Add Layer."),
                 io.String.Input("filename_prefix", default="layers/Tessera", tooltip="In the output folder; a number is added."),
                 io.Combo.Input(
                     "format", options=list(files.FORMATS), tooltip="psd: Photoshop. ora: OpenRaster. png: a folder of PNG files with layers.json."
@@ -341,11 +308,11 @@ class SaveLayers(io.ComfyNode):
         output = folder_paths.get_output_directory()
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, output, document.width, document.height)
         target = Path(folder) / f"{name}_{counter:05}_{'' if format == 'png' else '.' + format}"
-        picture = _picture(document)
-        files.write(document, target, picture[0])
+        picture = composite(document, on_layer=progress())
+        files.write(document, target, picture)
         saved = {"filename": target.name, "subfolder": subfolder, "type": "output"}
-        shown = _preview(picture, cls) | {"text": (f"{target.name} in {subfolder or 'the output folder'}",), "tessera_files": (saved,)}
-        return io.NodeOutput(layers, ui=shown)
+        line = f"{target.name} in {subfolder or 'the output folder'}"
+        return io.NodeOutput(layers, ui=shown(cls, document, all_layers(document), [line], picture) | {"tessera_files": (saved,)})
 
 
 class LoadLayers(io.ComfyNode):
@@ -383,8 +350,8 @@ class LoadLayers(io.ComfyNode):
     @classmethod
     def execute(cls, file) -> io.NodeOutput:
         document, notes = files.read(_input_file(file))
-        lines = [f"{sum(1 for _ in document.walk())} layers, {document.width} x {document.height}", *notes]
-        return io.NodeOutput(to_core(document), "\n".join(notes), ui=_preview(_picture(document), cls) | {"text": ("\n".join(lines),)})
+        pictures = shown(cls, document, all_layers(document), [summary(document), *notes])
+        return io.NodeOutput(to_core(document), "\n".join(notes), ui=pictures)
 
 
 def _input_file(name: str) -> Path:

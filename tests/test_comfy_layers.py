@@ -74,7 +74,7 @@ def test_files_pass_through_unchanged(any_comfy: ComfyServer, ending, format, tm
     same(before, saved(any_comfy, outputs, "4", tmp_path))
     assert np.abs(pixels(any_comfy, outputs, "3") - eight_bit(composite(before))).max() <= 1, "SaveImage rounds down"
     assert outputs["1"]["text"][0] == "6 layers, 61 x 47"
-    assert len(outputs["2"]["images"]) == len(outputs["4"]["images"]) == 1, "previews"
+    assert [len(outputs[node]["images"]) for node in "124"] == [7, 1, 7], "the picture, and each layer where layers are shown"
 
 
 def test_layers_are_made_edited_and_arranged(any_comfy: ComfyServer, tmp_path):
@@ -134,7 +134,8 @@ def test_layers_are_made_edited_and_arranged(any_comfy: ComfyServer, tmp_path):
     assert [layer.bounds for layer in saved(any_comfy, outputs, "32", tmp_path).layers] == [(2, 2, 30, 16), (34, 2, 31, 16), (67, 2, 31, 16)]
     masked = saved(any_comfy, outputs, "35", tmp_path).layers
     assert masked[0].bounds == (0, -15, 100, 50) and masked[1].bounds == (36, 0, 27, 20)
-    assert outputs["34"]["text"] == ["two: there is no box for it"]
+    assert outputs["34"]["text"] == ["two: there is no box for it"] and len(outputs["34"]["images"]) == 4
+    assert outputs["10"]["text"] == [f"opacity of {edits[0][0]!r}"] and len(outputs["10"]["images"]) == 2
 
 
 def test_captions_and_golden_sections(any_comfy: ComfyServer, tmp_path):
@@ -205,6 +206,46 @@ def test_core_nodes_take_our_layers_and_give_theirs(comfy: ComfyServer, tmp_path
     same(before, Document(61, 47, joined.layers[:-1]))
     names = json.loads((comfy._base / "output" / "l" / outputs["9"]["tessera_files"][0]["filename"] / png.INDEX).read_text())["layers"]
     assert [entry["name"] for entry in names] == ["ground", "people 😀", "people 😀", "far out", "added"]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["comfy", "comfy_old"])
+def alone(request: pytest.FixtureRequest, package_path: Path) -> dict[str, dict]:
+    """What comfy_layers.py reports of each node."""
+    install = _installed(old=request.param)
+    done = subprocess.run([install.python, Path(__file__).parent / "comfy_layers.py", install.path, package_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return {line.pop("case"): line for line in lines}
+
+
+SAID = {
+    "LayersFromImages": "3 layers, 6 x 8",
+    "ComposeLayers": "3 layers, 48 x 40",
+    "EditLayer": "opacity of 'b'",
+    "AutoLayout": "all layers are placed",
+    "Layout": "3 layers, 48 x 40\nc: there is no box for it",
+    "SaveLayers": "x_00001_.psd in l",
+    "LoadLayers": "3 layers, 48 x 40",
+}
+PICTURES = {"ComposeLayers": 1, "EditLayer": 2, "Layout": 0}
+
+
+@pytest.mark.parametrize("node", SAID)
+def test_a_node_says_shows_counts_and_stops(alone, node):
+    """On the node and in the history; the bar counts layers; stopped at the first of them, nothing is said, shown or written."""
+    line = alone[node]
+    assert line["text"] == [SAID[node]] and line["said"] == [[SAID[node], "7"]]
+    assert line["sizes"] == [[6, 8] if node == "LayersFromImages" else [48, 40]] * PICTURES.get(node, 4)
+    if node != "Layout":  # which only notes numbers
+        counted = 4 if node == "ComposeLayers" else 3  # its background is one more
+        assert line["steps"][0] == [0, counted] and line["stopped"] == "InterruptProcessingException"
+        assert line["after"] == [[], True]
+
+
+def test_pictures_on_a_node_are_bounded(alone):
+    line = alone["many"]
+    assert line["sizes"] == [[300, 600], *[[128, 256]] * line["most"]] and line["most"] < 120
+    assert line["text"] == [f"x_00002_.ora in l\nthe pictures are of the first {line['most']} layers"]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["comfy", "comfy_old"])

@@ -108,7 +108,7 @@ def test_in_the_queue(any_comfy: ComfyServer):
     workflow["5"] = {"class_type": "PrimitiveStringMultiline", "inputs": {"value": text}}
     outputs, psd = opened({**workflow, **pictures})
     assert [(one.name, *one.bbox) for one in psd] == [("one", 10, 20, 40, 60), ("new", 0, 0, 320, 200)]
-    assert outputs["1"]["text"] == ["spare: there is no layer for it"]
+    assert outputs["1"]["text"] == ["2 layers, 320 x 200\nspare: there is no layer for it"]
 
     for wrong, message in (
         ([box(width=0)], "box 1 'a' has no area (0 x 8 pixels)"),
