@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from test_browser import LISTEN, chromium, page  # noqa: F401
 
 from tessera.cli.comfy_server import ComfyServer
@@ -30,6 +33,21 @@ OPEN = """async ([width, height]) => {
     app.canvas.ds.reset();
     app.canvas.setDirty(true, true);
     return layout.id;
+}"""
+LOADED = """([type, count]) => {
+    const node = app.graph.findNodesByType(type)[0];
+    const pictures = node.imgs ?? [...document.querySelectorAll(`[data-node-id='${node.id}'] img`)];
+    return pictures.filter(picture => picture.naturalWidth > 0).length === count;
+}"""
+DRAWN = """() => new Promise(done => {
+    app.canvas.setDirty(true, true);
+    requestAnimationFrame(() => requestAnimationFrame(() => requestAnimationFrame(done)));
+})"""  # the first frame with pictures makes the node larger
+PLACE = """type => {
+    const node = app.graph.findNodesByType(type)[0];
+    const [[x, y], zoom] = [app.canvas.ds.convertOffsetToCanvas(node.pos), app.canvas.ds.scale];
+    const shown = app.canvas.canvas.getBoundingClientRect();
+    return {x: shown.x + x, y: shown.y + y, width: node.size[0] * zoom, height: node.size[1] * zoom};
 }"""
 WIDGET = "const widget = name => app.graph.findNodesByType('TesseraLayout')[0].widgets.find(widget => widget.name === name);"
 
@@ -68,6 +86,14 @@ class Editor:
     def boxes(self) -> list[tuple]:
         """What the widget holds: (name, x, y, width, height), lowest first."""
         return [tuple(box.values()) for box in json.loads(self.text())]
+
+
+def see(tab: Any, node: str, count: int, file: Path) -> float:
+    """Waits for so many pictures on a node. The share of the node's pixels on the screen that have the colour of a first box, hsl(0, 60%, 60%)."""
+    tab.wait_for_function(LOADED, arg=[node, count])
+    tab.evaluate(DRAWN)
+    screen = np.asarray(Image.open(io.BytesIO(tab.screenshot(path=file, clip=tab.evaluate(PLACE, node)))).convert("RGB")).astype(int)
+    return float((np.abs(screen - (214, 92, 92)).max(-1) < 12).mean())
 
 
 def open_editor(tab: Any, renderer: str) -> Editor:
@@ -143,12 +169,58 @@ def test_two_drawn_boxes_become_layers_of_a_psd(page, comfy: ComfyServer, render
     press("Control+Enter")
     page.wait_for_function("() => window.runEvents.some(([type]) => type.startsWith('execution_'))", timeout=120_000)
     events = page.evaluate("() => window.runEvents")
-    assert [detail for kind, detail in events if kind == "execution_error"] == []
-    (file,) = [detail["output"]["tessera_files"][0] for kind, detail in events if kind == "executed" and "tessera_files" in detail["output"]]
-    psd = psd_tools.PSDImage.open(io.BytesIO(comfy.fetch(file)))
+    assert [detail["exception_message"] for kind, detail in events if kind == "execution_error"] == []
+    assert see(page, "TesseraSaveLayers", 3, tmp_path / "saved.png") > 0.02, "the picture and both layers, on the page"
+    page.get_by_text("_.psd in layers").first.wait_for()  # the result line
+    links = page.get_by_role("group", name="Saved files").get_by_role("link")
+    with page.expect_download() as download:
+        links.click()
+    name = download.value.suggested_filename
+    assert name.endswith("_.psd") and links.all_text_contents() == [f"Download {name}"]
+    links.focus()
+    with page.expect_download() as again:
+        press("Enter")
+    file = download.value.path()
+    assert file.read_bytes() == again.value.path().read_bytes()
+    psd = psd_tools.PSDImage.open(file)
     assert psd.size == (WIDTH, HEIGHT)
     assert [(layer.name, *layer.bbox) for layer in psd] == [("sky/../\\😀", 31, 48, 400, 304), ("Layer 2", 192, 128, 496, 384)]
     assert psd.composite().getpixel((300, 200))[:3] == psd[1].topil().getpixel((0, 0))[:3] != psd[0].topil().getpixel((0, 0))[:3]
+
+
+RESTORED = """() => {
+    app.graph.clear();
+    const [one, inside] = ['TesseraSaveLayers', 'TesseraSaveTransparentVideo'].map(type => LiteGraph.createNode(type));
+    for (const node of [one, inside]) app.graph.add(node);
+    const { subgraph } = app.graph.convertToSubgraph(new Set([inside]));
+    const [kept] = subgraph.nodes;
+    const file = (filename, subfolder = '') => ({ filename, subfolder, type: 'output' });
+    app.nodeOutputs = {
+        [one.id]: { tessera_files: [file('<b>a&b</b> 😀_00001_.psd', 'x/y'), file('v1.5_00001_', 'x')] },
+        [`${subgraph.id}:${kept.id}`]: { tessera_files: [file('clip_00001_.mov')] },
+        404: { tessera_files: [file('gone_00001_.psd')] },
+    };
+    const lines = node => [...node.widgets.find(widget => widget.name === 'tessera_files').element.children];
+    const link = lines(one)[0];
+    return {
+        links: [...lines(one), ...lines(kept)].map(line => [line.tagName, line.textContent, line.download ?? '']),
+        query: Object.fromEntries(new URL(link.href).searchParams),
+        stored: JSON.stringify(app.graph.serialize()).includes('00001_'),
+        values: one.serialize().widgets_values,
+    };
+}"""
+
+
+def test_links_come_back_with_the_outputs(page):  # noqa: F811
+    """As when another tab or a run of the history is opened: on the node, in a subgraph too, as text, and not in the workflow."""
+    found = page.evaluate(RESTORED)
+    assert found["links"] == [
+        ["A", "Download <b>a&b</b> 😀_00001_.psd", "<b>a&b</b> 😀_00001_.psd"],
+        ["SPAN", "Folder output/x/v1.5_00001_", ""],
+        ["A", "Download clip_00001_.mov", "clip_00001_.mov"],
+    ]
+    assert found["query"] == {"filename": "<b>a&b</b> 😀_00001_.psd", "subfolder": "x/y", "type": "output"}
+    assert not found["stored"] and found["values"] == ["layers/Tessera", "psd"]
 
 
 def test_wrong_boxes_are_shown_and_refused(page):  # noqa: F811
