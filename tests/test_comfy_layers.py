@@ -208,6 +208,26 @@ def test_core_nodes_take_our_layers_and_give_theirs(comfy: ComfyServer, tmp_path
     assert [entry["name"] for entry in names] == ["ground", "people 😀", "people 😀", "far out", "added"]
 
 
+def named_inputs(inputs: dict) -> Iterator[tuple[str, str]]:
+    """Name and tooltip of each input in ComfyUI's description of a node, those behind a choice too."""
+    for name, (kind, *rest) in itertools.chain.from_iterable(inputs.get(part, {}).items() for part in ("required", "optional")):
+        settings = rest[0] if rest else {}
+        yield name, settings.get("tooltip", "")
+        for option in settings["options"] if kind == "COMFY_DYNAMICCOMBO_V3" else ():
+            yield from named_inputs(option["inputs"])
+
+
+def test_every_input_has_a_tooltip_and_is_on_the_help_page(comfy: ComfyServer):
+    pages, seen = Path(__file__).parent.parent / "web" / "docs", set()
+    for node in SAID:
+        page = (pages / f"Tessera{node}.md").read_text()
+        found = list(named_inputs(comfy.get(f"/object_info/Tessera{node}")[f"Tessera{node}"]["input"]))
+        assert [name for name, tooltip in found if not tooltip] == [], node
+        assert [name for name, _ in found if f"**{name}**" not in page] == [], node
+        seen |= {name for name, _ in found}
+    assert {"matte", "flip_h", "gap", "boxes", "file"} <= seen
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["comfy", "comfy_old"])
 def alone(request: pytest.FixtureRequest, package_path: Path) -> dict[str, dict]:
     """What comfy_layers.py reports of each node."""
