@@ -19,6 +19,7 @@ from PIL import Image
 from psd_tools import PSDImage
 from test_layers_blend import flat, levels
 from test_layers_document import document, same
+from test_layers_files import one_layer, ora_of, png_bomb, psd_of
 from test_workflows import uploaded
 
 from tessera.cli.comfy_server import ComfyServer, PromptFailedError, PromptRefusedError
@@ -152,10 +153,23 @@ def test_captions_and_golden_sections(any_comfy: ComfyServer, tmp_path):
     assert [layer.bounds for layer in saved(any_comfy, outputs, "5", tmp_path).layers] == [(0, 0, 62, 100), (62, 0, 38, 100)]
 
 
-def test_nothing_is_written_outside_the_output_folder(any_comfy: ComfyServer):
+BAD_FILES = {
+    "broken.psd": "cannot be read as PSD",
+    "cmyk.psd": "it is CMYK with 8 bits a channel; convert it to RGB with 8 or 16",
+    "slip.ora": "points out of the archive; do not trust this file",
+    "bomb.ora": "cannot be read as OpenRaster: .*(900 million pixels|decompression bomb)",
+}
+
+
+def test_nothing_is_written_outside_the_output_folder(any_comfy: ComfyServer, tmp_path):
     assert any_comfy._base is not None
+    files = any_comfy._base / "input"
     give(any_comfy, document(), "plain.ora")
-    (any_comfy._base / "input" / "broken.psd").write_bytes(b"8BPS not quite")
+    (files / "broken.psd").write_bytes(b"8BPS not quite")
+    for name, mode, depth in (("cmyk", "CMYK", 8), ("sixteen", "RGB", 16)):
+        (files / f"{name}.psd").write_bytes(psd_of(tmp_path, mode, depth).read_bytes())
+    ora_of(files / "slip.ora", one_layer("../../escaped.png"), **{"../../escaped.png": b"PNG"})
+    ora_of(files / "bomb.ora", one_layer(), **{"data/a.png": png_bomb(30_000)})
     (any_comfy._base / "outside.psd").write_bytes(b"8BPS")
     load = {"class_type": "TesseraLoadLayers", "inputs": {"file": "plain.ora"}}
     save = {"layers": ["1", 0], "filename_prefix": "../../escaped", "format": "png"}
@@ -165,8 +179,12 @@ def test_nothing_is_written_outside_the_output_folder(any_comfy: ComfyServer):
     for name in ("../outside.psd", "none.psd", "/etc/passwd"):
         with pytest.raises(PromptRefusedError, match=r"no \.psd or \.ora in the input folder"):
             any_comfy.run({"1": {**load, "inputs": {"file": name}}, "2": show})
-    with pytest.raises(PromptFailedError, match=r"broken\.psd cannot be read as PSD"):
-        any_comfy.run({"1": {**load, "inputs": {"file": "broken.psd"}}, "2": show}, timeout=300)
+    for name, message in BAD_FILES.items():
+        with pytest.raises(PromptFailedError, match=message) as failed:
+            any_comfy.run({"1": {**load, "inputs": {"file": name}}, "2": show}, timeout=300)
+        assert name in str(failed.value)
+    outputs = any_comfy.run({"1": {**load, "inputs": {"file": "sixteen.psd"}}, "2": show}, timeout=300).outputs
+    assert outputs["1"]["text"][0].startswith("1 layers, 6 x 5") and len(outputs["1"]["images"]) == 2
     edit = {"layers": ["1", 0], "layer": "cat", "change": "opacity", "change.opacity": 0.5}
     with pytest.raises(PromptFailedError, match="there is none of that name or number"):
         graph = {"1": load, "3": {"class_type": "TesseraEditLayer", "inputs": edit}, "2": {**show, "inputs": {**show["inputs"], "layers": ["3", 0]}}}
