@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from tessera.kernels import dispatch, reference
 from tessera.kernels.sparsity import RECIPES
 from tessera.models.families import TokenLayout
+from tessera.models.families.qwen_image import QWEN_IMAGE
 from tessera.models.patchers import attention as patcher
 from tessera.models.patchers.attention import AttentionPatch, AttentionSettings, ModelCall, auto_block, percent_of
 from tessera.models.patchers.report import heat_map, summary
@@ -91,6 +94,20 @@ def test_short_sequences_stay_with_the_host():
     report = run(patch, SIGMAS)
     assert report["reasons"] == {"320 tokens, fewer than min_tokens 12288": 30}
     assert "0 of 30 self-attention calls sparse" in summary(report)
+
+
+@pytest.mark.parametrize(("side", "layers", "reason"), [(1024, 1, "density 1"), (640, 6, "density 1"), (640, 5, "11220 tokens, fewer than")])
+def test_layered_pictures_reach_the_default_of_min_tokens(side, layers, reason):
+    """Qwen-Image-Layered samples its layers, the merged picture and the reference in one sequence, behind the text: here of 20 tokens."""
+    latent = torch.empty(1, 16, 1, side // 8, side // 8, device="meta")
+    layout = QWEN_IMAGE.layout(SimpleNamespace(patch_size=2), (1, 16, layers + 1, *latent.shape[3:]), {"ref_latents": [latent]})
+    patch = AttentionPatch(AttentionSettings(density=1.0, precision="native"))  # density 1 is asked for where it is long enough
+    patch.start(flow(), SIGMAS)
+    call = ModelCall(layout, 0.5)
+    patch.begin(call)
+    q = torch.zeros(1, 1, (layers + 2) * (side // 16) ** 2 + 20, 1)
+    patch.attend(call, q, q, q, lambda: q, lambda out: out)
+    assert [found.startswith(reason) for found in patch.report.reasons] == [True]
 
 
 def test_one_token():
