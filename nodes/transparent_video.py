@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ..models.layers.document import rgba
 from .layers import CATEGORY
+from .reporting import said
 from .upscale_video import input_path
 
 # The library's formats; PyAV, which it needs, is imported when a node runs.
@@ -128,7 +129,7 @@ class SaveTransparentVideo(io.ComfyNode):
                 io.Audio.Input("audio", optional=True, tooltip="Cut off where the frames end. WebP and APNG have no sound."),
             ],
             outputs=[io.Image.Output(display_name="images", tooltip="The frames, unchanged.")],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
         )
 
     @classmethod
@@ -176,7 +177,7 @@ class SaveTransparentVideo(io.ComfyNode):
             preview = Path(folder_paths.get_temp_directory(), f"tessera_{secrets.token_hex(8)}.webm")
             save_preview(preview, followed(frames, bar), rate)
             shown = ui.SavedResult(preview.name, "", io.FolderType.temp)
-        return io.NodeOutput(images, ui={**ui.PreviewVideo([shown]).as_dict(), "text": (line,), "tessera_files": (dict(entry),)})
+        return io.NodeOutput(images, ui={**ui.PreviewVideo([shown]).as_dict(), **said(cls, line), "tessera_files": (dict(entry),)})
 
 
 class LoadTransparentVideo(io.ComfyNode):
@@ -210,6 +211,7 @@ class LoadTransparentVideo(io.ComfyNode):
                 io.Audio.Output(display_name="audio", tooltip="The sound of these frames, or nothing."),
                 io.Float.Output(display_name="fps", tooltip="Frames a second."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -251,7 +253,7 @@ class LoadTransparentVideo(io.ComfyNode):
         kind = ("premultiplied" if clip.premultiplied else "straight") + " alpha" if clip.transparent else "no alpha: all of it is opaque"
         line = f"{clip.width} x {clip.height}, {len(batch)} frames at {float(clip.rate):g} a second, {clip.codec}, {clip.bits} bits, {kind}"
         line += "".join(f" · {note}" for note in clip.notes)
-        return io.NodeOutput(images, mask, audio, float(clip.rate), ui={"text": (line,)})
+        return io.NodeOutput(images, mask, audio, float(clip.rate), ui=said(cls, line))
 
 
 def _choices() -> list[str]:

@@ -62,12 +62,17 @@ def watched(function, stop=None):
     return shown, None
 
 
+def outside(node):
+    """The node class as ComfyUI prepares it for a run, without a graph around it."""
+    return type("Node", (node,), {"hidden": SimpleNamespace(prompt=None, extra_pnginfo=None, unique_id=None)})
+
+
 def bars(folder):
     layer = {"name": "", "x": 0, "y": 0, "opacity": 1.0, "blend_mode": "normal", "ending": "hold"}
     layers = AddVideoLayer.execute(images=CLIP, **layer).result[0]
-    node = type("Node", (SaveTransparentVideo,), {"hidden": SimpleNamespace(prompt=None, extra_pnginfo=None)})
+    node = outside(SaveTransparentVideo)
     runs = {
-        "load": lambda: LoadTransparentVideo.execute("clip.mkv", "RGBA", "auto", 3, 2),
+        "load": lambda: outside(LoadTransparentVideo).execute("clip.mkv", "RGBA", "auto", 3, 2),
         "compose": lambda: ComposeLayeredVideo.execute(layers, "", 0, 0),
         "webm": lambda: node.execute(CLIP, "out", 24.0, {"format": "VP9 WebM", "crf": 20}, "straight"),
         "mov": lambda: node.execute(CLIP, "out", 24.0, {"format": "ProRes 4444"}, "straight"),
@@ -105,7 +110,7 @@ def memory(folder):
     pictures[0].save(folder / "long.webp", save_all=True, append_images=pictures[1:], duration=[1, 16_777_215], lossless=True)
     for count in (0, 1):
         try:
-            LoadTransparentVideo.execute("long.webp", "RGBA", "auto", 0, count)
+            outside(LoadTransparentVideo).execute("long.webp", "RGBA", "auto", 0, count)
             emit(f"memory {count}", error=None)
         except ValueError as error:
             emit(f"memory {count}", error=str(error))
