@@ -38,8 +38,9 @@ from safetensors.torch import save_file  # noqa: E402
 import nodes  # noqa: E402
 from tessera.models.patchers.lora_composer.composer import ALL, CROSS  # noqa: E402
 from tessera.models.patchers.lora_composer.concepts import Box  # noqa: E402
-from tessera.models.patchers.lora_composer.maps import enhancement_loss  # noqa: E402
+from tessera.models.patchers.lora_composer.latent import enhancement_loss  # noqa: E402
 from tessera.nodes import lora_composer as host  # noqa: E402
+from tessera.nodes import lora_composer_host as life  # noqa: E402
 
 host.LoRAComposer.hidden = SimpleNamespace(unique_id=None)  # as the server does
 for kind in ("checkpoints", "loras"):
@@ -236,7 +237,7 @@ def isolation():
 
     patched = composed(three()).args[0]
     x, text = torch.randn(1, 4, 8, 16), encode("three animals")[0][0]
-    predict(patched, x, text, [0], options={host.OVERRIDE: probe})
+    predict(patched, x, text, [0], options={life.OVERRIDE: probe})
     zero, sums = True, 0.0
     for tokens, _, weights in found:
         height, width = (8, 16) if tokens == 128 else (4, 8)
@@ -256,7 +257,7 @@ def isolation():
         x,
         text,
         [0],
-        options={host.OVERRIDE: lambda f, *a, mask=None, **k: (off.append(mask), f(*a, mask=mask, **k))[1]},
+        options={life.OVERRIDE: lambda f, *a, mask=None, **k: (off.append(mask), f(*a, mask=mask, **k))[1]},
     )
     emit("isolation", masked=len(found), zero=zero, sums=sums, off=[mask is None for mask in off])
 
@@ -316,14 +317,14 @@ def sampling():
 def gradient():
     """The gradient of the enhancement loss through the real UNet, against a difference; and where one step of the schedule leads."""
     patched = composed(three(), enhancement=1.0).args[0]
-    wrappers = patched.wrappers[host.WrappersMP.PREDICT_NOISE][host.KEY]
+    wrappers = patched.wrappers[life.WrappersMP.PREDICT_NOISE][life.KEY]
     composer_host = wrappers[0].__self__
     losses, moved = [], []
     original = composer_host._enhance
 
     def watch(guider, x, timestep, options, step, size):
         def loss(z):
-            with torch.inference_mode(False), torch.no_grad(), host._Differentiable():
+            with torch.inference_mode(False), torch.no_grad(), life._Differentiable():
                 maps = composer_host._maps(guider, z.clone(), timestep.clone(), options, with_self=True)
                 return float(enhancement_loss(maps, composer_host.composer.concepts, composer_host.composer.canvas).double())
 
@@ -355,9 +356,9 @@ def refusals():
     taken = plain.clone()
     # A node behind ours whose override computes self-attention itself.
     taken.add_wrapper_with_key(
-        host.WrappersMP.APPLY_MODEL,
+        life.WrappersMP.APPLY_MODEL,
         "other",
-        lambda executor, *a, **k: executor(*a[:5], {**a[5], host.OVERRIDE: lambda func, *b, **c: func(*b, **c)}, *a[6:], **k),
+        lambda executor, *a, **k: executor(*a[:5], {**a[5], life.OVERRIDE: lambda func, *b, **c: func(*b, **c)}, *a[6:], **k),
     )
     replaced = plain.clone()
     replaced.set_model_attn2_replace(lambda q, k, v, extra: q, "input", 1)
@@ -429,12 +430,12 @@ def dit(name, base, text_width, tokens, sigma, latent):
     middle = x.shape[-1] // 2
     halves = tuple(host.Region(part.model, part.context, (1, 2), part.box) for part in halves)
     pooled = {"pooled_output": given.get("y"), "guidance": 3.5}
-    pictures, maps, keep = [], [], host._Host._maps
-    host._Host._maps = lambda self, *a, **k: (maps.append(keep(self, *a, **k)), maps[-1])[1]
+    pictures, maps, keep = [], [], life._Host._maps
+    life._Host._maps = lambda self, *a, **k: (maps.append(keep(self, *a, **k)), maps[-1])[1]
     for start in (False, True):
         run = [[[prompts[2], pooled]], [[-prompts[2], pooled]], {"samples": torch.zeros(1, *latent)}]
         pictures.append(nodes.common_ksampler(compose(halves, reinitialise=start)[0], 3, 1, 2.0, "euler", "simple", *run)[0]["samples"])
-    host._Host._maps = keep
+    life._Host._maps = keep
     refused = []
     for action in (lambda: compose(whole, enhancement=1.0), lambda: compose(region(0))):
         try:

@@ -10,7 +10,8 @@ import torch
 from tessera.models.patchers.lora_composer.composer import ALL, BLOCK_TOKENS, Composer
 from tessera.models.patchers.lora_composer.concepts import Box, Concept, validate
 from tessera.models.patchers.lora_composer.isolation import Isolation, skip
-from tessera.models.patchers.lora_composer.maps import Maps, Schedule, enhancement_loss, reinitialise
+from tessera.models.patchers.lora_composer.latent import Schedule, enhancement_loss, reinitialise
+from tessera.models.patchers.lora_composer.maps import Maps
 
 CANVAS = (96, 128)
 
