@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.model_management as mm
-import torch
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -63,6 +61,8 @@ class ConceptRegion(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, prompt, words, x, y, width, height, concepts=()) -> io.NodeOutput:
+        if clip is None:
+            raise ValueError("clip is empty: the checkpoint holds no text encoder; load one with a CLIP loader and connect it to the LoRA loader")
         tokens = clip.tokenize(prompt)
         context = clip.encode_from_tokens(tokens)
         return io.NodeOutput((*concepts, Region(model, context, _rows_of(clip, tokens, context.shape[1], words), Box(x, y, x + width, y + height))))
@@ -80,9 +80,7 @@ class LoRAComposer(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model without the concepts' LoRAs. It is cloned."),
                 Concepts.Input("concepts", tooltip="From Concept Region."),
-                io.Int.Input("width", default=1024, min=64, max=16384, step=8, tooltip="Width of the picture, in which the boxes lie."),
-                io.Int.Input("height", default=512, min=64, max=16384, step=8, tooltip="Height of the picture."),
-                io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Pictures in the latent."),
+                io.Latent.Input("latent", tooltip="The latent that goes into the sampler. Its size is that of the picture, in which the boxes lie."),
                 io.Boolean.Input("isolation", default=True, tooltip="Self-attention does not pass from one concept's box to another's."),
                 io.Boolean.Input(
                     "reinitialise",
@@ -107,30 +105,20 @@ class LoRAComposer(io.ComfyNode):
                     "linear layer, for the tokens of the box. Models without cross-attention (Flux, Qwen-Image) always take all.",
                 ),
             ],
-            outputs=[
-                io.Model.Output(display_name="model", tooltip="The clone. Prompts for the sampler come from stock nodes."),
-                io.Latent.Output(display_name="latent", tooltip="An empty latent of the picture's size."),
-            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The clone. Prompts for the sampler come from stock nodes.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model, concepts, width, height, batch_size, isolation, reinitialise, enhancement, layers) -> io.NodeOutput:
-        network = _network(model)
+    def execute(cls, model, concepts, latent, isolation, reinitialise, enhancement, layers) -> io.NodeOutput:
+        network = model.model.diffusion_model
         if kind_of(network) not in ("unet", None) and enhancement > 0:
             raise ValueError(f"model is a {type(network).__name__}, and enhancement is for SD1.5 and SDXL; set enhancement to 0")
         ready = [Concept(region.box, region.context, region.words, deltas_of(index, region.model, model)) for index, region in enumerate(concepts, 1)]
+        scale = latent.get("downscale_ratio_spacial") or model.get_model_object("latent_format").spacial_downscale_ratio
+        height, width = (size * scale for size in latent["samples"].shape[-2:])
         composer = Composer(network, ready, (height, width), isolate=isolation, layers=layers, keep=pause_malloc_graph)
-        patched = patch(model, composer, reinitialise, enhancement, cls.hidden.unique_id)
-        form = model.get_model_object("latent_format")
-        frames = (1,) if form.latent_dimensions == 3 else ()
-        scale = getattr(form, "spacial_downscale_ratio", 8)
-        samples = torch.zeros(batch_size, form.latent_channels, *frames, height // scale, width // scale, device=mm.intermediate_device())
-        return io.NodeOutput(patched, {"samples": samples})
-
-
-def _network(model: Any) -> Any:
-    return model.model.diffusion_model
+        return io.NodeOutput(patch(model, composer, reinitialise, enhancement, cls.hidden.unique_id))
 
 
 def _rows_of(clip: Any, tokens: dict[str, list], rows: int, words: str) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from ..models.patchers.lora_composer.composer import Call, Composer
 from ..models.patchers.lora_composer.latent import Schedule, enhancement_loss, reinitialise
 from ..models.patchers.lora_composer.maps import Maps, map_size
-from .host import OVERRIDE
+from .host import BOXES, OVERRIDE
 
 KEY = "tessera_lora_composer"
 
@@ -46,31 +46,50 @@ class _Host:
         self.schedule: Schedule | None = None
         self.maps: Maps | None = None
         self.seen = -1
+        self.skipped = 0  # gradient steps without maps
+        self.start = ""  # what became of the noise
         self.size: tuple[int, ...] | None = None  # of the run's latent
+        self.prompts: set[Any] = set()  # the ids of the conditionings that the concepts take part in
         self.overrides: dict[Any, Any] = {}
 
     def sampler_sample(self, executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
         """Once a sampling run, the model being loaded: the concepts choose their parts of the noise."""
+        if BOXES in extra_args["model_options"].get("transformer_options", {}):
+            raise ValueError(
+                "LoRA Composer: Region Layers makes the latent a strip of layers, in which the boxes have no place; remove one of the two"
+            )
         function = getattr(getattr(executor.class_obj, "sampler_function", None), "__name__", "")
         if self.enhancement > 0 and (denoise_mask is not None or "unipc" in function):
             what = f"sampler {function}" if denoise_mask is None else "a latent with a noise mask"
             raise ValueError(f"LoRA Composer: enhancement moves the sampler's own latent, which {what} does not hand out; set enhancement to 0")
-        self.schedule, self.seen = Schedule(len(sigmas) - 1, self.enhancement), -1
+        self.composer.check(tuple(noise.shape), self.reinitialise or self.enhancement > 0)
+        self.schedule, self.seen, self.skipped, self.start = Schedule(len(sigmas) - 1, self.enhancement, len(noise)), -1, 0, ""
         self.composer.counts = dict.fromkeys(self.composer.counts, 0)
         self.size = tuple(noise.shape[-2:])
+        self.prompts = {cond["uuid"] for name in ("positive", "middle") for cond in guider.conds.get(name, ())}
         if self.reinitialise:
-            sampling = guider.inner_model.model_sampling
-            x = sampling.noise_scaling(sigmas[0], noise, torch.zeros_like(noise) if latent_image is None else latent_image, True)
-            maps = self._maps(guider, x, sigmas[:1].to(x.device).expand(len(x)), extra_args["model_options"], with_self=False)
-            noise = reinitialise(noise, maps, self.composer.concepts, self.composer.canvas)
+            noise = self._reinitialise(guider, sigmas, extra_args["model_options"], noise, latent_image)
         return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
+
+    def _reinitialise(self, guider, sigmas: Tensor, model_options, noise: Tensor, latent_image: Tensor | None) -> Tensor:
+        if not noise.any():  # a later stage, which goes on with the latent of the one before
+            self.start = "not re-initialised: there is no noise"
+            return noise
+        sampling = guider.inner_model.model_sampling
+        x = sampling.noise_scaling(sigmas[0], noise, torch.zeros_like(noise) if latent_image is None else latent_image, True)
+        maps = self._maps(guider, x, sigmas[:1].to(x.device).expand(len(x)), model_options, with_self=False)
+        if not maps.complete:
+            self.start = "not re-initialised: the prompt is not in force at the first step"
+            return noise
+        return reinitialise(noise, maps, self.composer.concepts, self.composer.canvas)
 
     def predict_noise(self, executor, x, timestep, model_options, seed=None):
         """Before the first prediction of a step: the gradient step, on the sampler's own latent."""
         sigmas = model_options["transformer_options"]["sample_sigmas"]
         found = (sigmas == timestep.flatten()[0].to(sigmas)).nonzero()
         step = int(found[0]) if len(found) else self.seen
-        if self.schedule is not None and step > self.seen:
+        assert self.schedule is not None
+        if step > self.seen:
             self.seen = step
             size = self.schedule.size(step)
             if size > 0:
@@ -81,17 +100,19 @@ class _Host:
         with torch.inference_mode(False), torch.enable_grad(), _Differentiable():
             z = x.clone().requires_grad_(True)
             maps = self._maps(guider, z, timestep.clone(), model_options, with_self=True)
-            loss = enhancement_loss(maps, self.composer.concepts, self.composer.canvas)
-            (gradient,) = torch.autograd.grad(loss, z)
-            value = float(loss.detach())
+            if not maps.complete:
+                self.skipped += 1
+                return
+            losses = enhancement_loss(maps, self.composer.concepts, self.composer.canvas)
+            (gradient,) = torch.autograd.grad(losses.sum(), z)
         # The paper's latent has variance 1 in all; ComfyUI's has the signal's scale, and its gradient the inverse.
         scale = guider.inner_model.model_sampling.calculate_input(timestep.flatten()[:1], torch.ones_like(x[:1, :1])).flatten()[0]
-        x.sub_(gradient.to(x) * (size / scale**2))
         assert self.schedule is not None
-        self.schedule.record(step, value)
+        moving = self.schedule.record(step, losses.detach().cpu()).to(x)
+        x.sub_(gradient.to(x) * (size / scale**2) * moving.view(-1, *[1] * (x.ndim - 1)))
 
     def _maps(self, guider, x: Tensor, sigma: Tensor, model_options, *, with_self: bool) -> Maps:
-        """The attention maps of the prompt's forward at `x`."""
+        """The attention maps of the prompt's forwards at `x`."""
         self.maps = maps = Maps(map_size(self.composer.network, tuple(x.shape)), with_self)
         try:
             comfy.samplers.calc_cond_batch(guider.inner_model, [guider.conds["positive"]], x, sigma, model_options)
@@ -107,26 +128,38 @@ class _Host:
 
     def apply_model(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
         options = dict(transformer_options or {})
-        if "attn2" in options.get("patches_replace", {}):
+        replaced = options.get("patches_replace", {})
+        if "attn2" in replaced:
             raise ValueError("LoRA Composer: another node replaces the model's cross-attention (such as IPAdapter); remove it")
-        conditional = [entry == 0 for entry in options.get("cond_or_uncond", [0])]
         if self.size not in (None, tuple(x.shape[-2:])):
             raise ValueError("LoRA Composer: the model is called on a part of the picture; remove conditioning areas and context windows")
-        before = dict(self.composer.counts)
+        if "uuids" in options:
+            conditional = [uuid in self.prompts for uuid in options["uuids"]]
+        else:  # not called by a guider, whose first list is then the prompt's
+            conditional = [entry == 0 for entry in options.get("cond_or_uncond", [0])]
+        counts = self.composer.counts
+        before = dict(counts)
         with self.composer.call(tuple(x.shape), c_crossattn, conditional, kwargs, self.maps) as call:
             text = c_crossattn
             if self.composer.kind == "joint":
                 text = call.appended(c_crossattn)
                 mask = kwargs.get("attention_mask")
                 if mask is not None:
-                    kwargs["attention_mask"] = torch.nn.functional.pad(mask, (0, text.shape[1] - mask.shape[1]), value=1)
+                    kwargs["attention_mask"] = _for_prompts(mask, c_crossattn.shape[1], text.shape[1] - c_crossattn.shape[1])
             options |= {KEY: call, OVERRIDE: self._override(options.get(OVERRIDE))}
             out = executor(x, t, c_concat, text, control, options, **kwargs)
-        done = {name: count - before[name] for name, count in self.composer.counts.items()}
-        if not done["linear"]:
+        if not call.reached:
             raise RuntimeError("LoRA Composer: no layer of the model took part; remove the node that compiles or replaces it (TorchCompileModel)")
-        if (self.composer.isolate or call.prompts) and not done["block mask"] + done["dense mask"]:
-            raise RuntimeError("LoRA Composer: another node computes the model's self-attention; put LoRA Composer after it, or turn isolation off")
+        if any(conditional) and counts["linear"] == before["linear"]:
+            raise ValueError("LoRA Composer: the LoRAs change no layer that works on tokens of picture or text; use LoRAs of another kind")
+        if self.composer.isolate or call.prompts:
+            missed = call.self_attentions + sum(before[way] - counts[way] for way in ("block mask", "dense mask"))
+            if missed > 0 and "attn1" not in replaced:
+                raise RuntimeError(
+                    f"LoRA Composer: another node computes {missed} of {call.self_attentions} self-attention calls; remove it (ToMe, HyperTile), "
+                    "put LoRA Composer after it (Sparse Attention), or turn isolation off"
+                )
+            counts["replaced"] += missed
         return out
 
     def cleanup(self, patcher: Any) -> None:
@@ -136,12 +169,23 @@ class _Host:
         if schedule is None:
             return
         counts = self.composer.counts
-        line = f"{len(self.composer.concepts)} concepts; cross-attention calls with regions {counts['injected']}; "
-        line += f"self-attention isolated by blocks {counts['block mask']}, by a dense mask {counts['dense mask']}"
-        if self.enhancement > 0 and not schedule.losses:
-            line += "; no gradient step: the sampler calls the model at none of its sigmas"
-        elif schedule.losses:
-            line += f"; {len(schedule.losses)} gradient steps, loss {schedule.losses[0]:.2f} to {schedule.losses[-1]:.2f}"
+        parts = [f"{len(self.composer.concepts)} concepts", f"cross-attention calls with regions {counts['injected']}"]
+        blocks = f"{counts['block mask']}"
+        if counts["block mask"]:
+            blocks += f" ({counts['block density'] / counts['block mask']:.0%} of the block pairs computed)"
+        parts.append(f"self-attention isolated by blocks {blocks}, by a dense mask {counts['dense mask']}")
+        if counts["replaced"]:
+            parts.append(f"{counts['replaced']} calls replaced by another node and not isolated")
+        if self.start:
+            parts.append(self.start)
+        if schedule.losses:
+            first, last = (float(losses.mean()) for losses in (schedule.losses[0], schedule.losses[-1]))
+            parts.append(f"{len(schedule.losses)} gradient steps, loss {first:.2f} to {last:.2f}")
+        elif self.enhancement > 0 and not self.skipped:
+            parts.append("no gradient step: the sampler calls the model at none of its sigmas")
+        if self.skipped:
+            parts.append(f"{self.skipped} gradient steps left out for want of maps: no prompt in force, or self-attention of another node")
+        line = "; ".join(parts)
         logging.info("Tessera: LoRA Composer: %s", line)
         if self.node_id is not None and getattr(PromptServer, "instance", None) is not None:
             PromptServer.instance.send_progress_text(line, self.node_id)
@@ -190,12 +234,24 @@ def _both(bias: Tensor, mask: Tensor) -> Tensor:
     return bias + mask.to(bias.dtype)
 
 
+def _for_prompts(mask: Tensor, text: int, more: int) -> Tensor:
+    """The model's own mask with `more` prompt tokens behind its `text` tokens: a mask of the text's keys, or additive over all tokens (Redux)."""
+    if mask.shape[-1] == text:
+        return torch.nn.functional.pad(mask, (0, more), value=1)
+    places = torch.arange(mask.shape[-1], device=mask.device)
+    places = torch.cat([places[:text], places.new_full((more,), len(places)), places[text:]])
+    return torch.nn.functional.pad(mask, (0, 1, 0, 1))[..., places, :][..., places]
+
+
 class _Differentiable(TorchFunctionMode):
-    """Autograd keeps no inference tensors, and ComfyUI's weights are such: every operation gets ordinary copies of them."""
+    """Autograd keeps no inference tensors, and ComfyUI's weights are such: every operation gets ordinary copies of them.
+
+    ComfyUI adds a ControlNet's output in place, to a tensor that autograd has saved: `+=` makes a new one here.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         args, kwargs = tree_map_only(Tensor, _ordinary, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return Tensor.add(*args, **kwargs).to(args[0]) if func is Tensor.add_ else func(*args, **kwargs)
 
 
 def _ordinary(x: Tensor) -> Tensor:

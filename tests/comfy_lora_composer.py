@@ -6,6 +6,7 @@ Writes a tiny SD1.5 checkpoint and LoRAs into MODELS unless they are there. Prin
 """
 
 import json
+import logging
 import sys
 import time
 from functools import cache
@@ -26,10 +27,15 @@ torch.set_num_threads(1)
 import comfy.clip_model  # noqa: E402
 import comfy.ldm.flux.model  # noqa: E402
 import comfy.ldm.wan.model  # noqa: E402
+import comfy.model_base  # noqa: E402
 import comfy.model_management as mm  # noqa: E402
+import comfy.model_patcher  # noqa: E402
 import comfy.ops  # noqa: E402
+import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
+import comfy.supported_models  # noqa: E402
 import folder_paths  # noqa: E402
+import node_helpers  # noqa: E402
 import utils.extra_config  # noqa: E402,F401  (first, as main.py does)
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E402
 from comfy.taesd.taesd import TAESD  # noqa: E402
@@ -119,8 +125,7 @@ def write(folder):
     )
 
 
-OFF = dict(isolation=True, reinitialise=False, enhancement=0.0, layers=ALL)
-CANVAS = dict(width=128, height=64, batch_size=1)
+EMPTY = {"samples": torch.zeros(1, 4, 8, 16)}  # 128 x 64 pixels
 BOXES = [(0, 0, 40, 64), (40, 0, 40, 64), (88, 8, 40, 48)]
 PROMPTS = ["photo of a cat", "a dog on grass", "a red bird"]
 NAMES = ["cat", "dog", "red bird"]
@@ -137,10 +142,9 @@ def three():
     return region(2, concepts=region(1, concepts=region(0)))
 
 
-def composed(concepts, isolation=True, reinitialise=False, enhancement=0.0, layers=CROSS, **canvas):
-    return host.LoRAComposer.execute(
-        model, concepts, **{**CANVAS, **canvas}, isolation=isolation, reinitialise=reinitialise, enhancement=enhancement, layers=layers
-    )
+def composed(concepts, isolation=True, reinitialise=False, enhancement=0.0, layers=CROSS, latent=EMPTY, base=None):
+    settings = dict(isolation=isolation, reinitialise=reinitialise, enhancement=enhancement, layers=layers)
+    return host.LoRAComposer.execute(base or model, concepts, latent, **settings).args[0]
 
 
 @cache
@@ -173,7 +177,7 @@ def merged_weights(patcher):
 def cross_attention():
     """Every cross-attention call of a forward: outside the boxes the base's own bits, inside the stock-merged LoRA's in float64."""
     concepts = three()
-    patched = composed(concepts).args[0]
+    patched = composed(concepts)
     network = model.model.diffusion_model
     merged = [merged_weights(part.model) for part in concepts]
     base = merged_weights(model)
@@ -235,7 +239,7 @@ def isolation():
             found.append((q.shape[1], k.shape[1], weights))
         return func(q, k, v, heads, mask=mask, **kwargs)
 
-    patched = composed(three()).args[0]
+    patched = composed(three())
     x, text = torch.randn(1, 4, 8, 16), encode("three animals")[0][0]
     predict(patched, x, text, [0], options={life.OVERRIDE: probe})
     zero, sums = True, 0.0
@@ -253,7 +257,7 @@ def isolation():
         sums = max(sums, float((weights.sum(-1) - 1).abs().max()))
     off = []
     predict(
-        composed(three(), isolation=False).args[0],
+        composed(three(), isolation=False),
         x,
         text,
         [0],
@@ -265,7 +269,7 @@ def isolation():
 def whole_canvas():
     """One concept, whose box is the picture, in all layers: the stock LoRA loader's model."""
     part = region(0, box=(0, 0, 128, 64))
-    patched = composed(part, layers=ALL).args[0]
+    patched = composed(part, layers=ALL)
     x, text = torch.randn(2, 4, 8, 16, generator=torch.Generator().manual_seed(6)), encode("something")[0][0]
     got = predict(patched, x, torch.cat([text, text]), [1, 0])
     stock = predict(part[0].model, x, torch.cat([text, part[0].context]), [1, 0])
@@ -274,20 +278,37 @@ def whole_canvas():
     # The same on top of a style LoRA, which the whole picture has.
     styled = nodes.LoraLoader().load_lora(model, clip, "concept2.safetensors", 0.5, 0.0)[0]
     both = nodes.LoraLoader().load_lora(styled, clip, "concept0.safetensors", 0.8, 0.0)[0]
-    patched = host.LoRAComposer.execute(styled, (host.Region(both, part[0].context, (1,), part[0].box),), **CANVAS, **OFF).args[0]
+    patched = composed((host.Region(both, part[0].context, (1,), part[0].box),), layers=ALL, base=styled)
     got, stock = predict(patched, x[:1], text, [0]), predict(both, x[:1], part[0].context, [0])
     base = predict(styled, x[:1], part[0].context, [0])
     emit("whole on a style", error=float((got - stock).norm() / stock.norm()), moved=float((stock - base).norm() / stock.norm()))
 
 
-def sample(patcher, latent, steps=3, seed=7):
-    return nodes.common_ksampler(patcher, seed, steps, 3.0, "euler", "normal", encode("three animals"), encode(""), latent)[0]["samples"]
+def sample(patcher, latent=EMPTY, steps=3, positive=None, **stage):
+    positive = encode("three animals") if positive is None else positive
+    return nodes.common_ksampler(patcher, 7, steps, 3.0, "euler", "normal", positive, encode(""), latent, **stage)[0]["samples"]
+
+
+class Lines(logging.Handler):
+    """What the nodes say after a run."""
+
+    def __init__(self):
+        super().__init__(logging.INFO)
+        self.lines = []
+
+    def emit(self, record):
+        if "LoRA Composer: " in record.getMessage():
+            self.lines.append(record.getMessage().partition("LoRA Composer: ")[2])
+
+
+said = Lines()
+logging.getLogger().addHandler(said)
+logging.getLogger().setLevel(logging.INFO)
 
 
 def sampling():
     concepts = three()
-    empty = {"samples": torch.zeros(1, 4, 8, 16)}
-    plain = sample(model, empty)
+    plain = sample(model)
     runs = {}
     for name, settings in (
         ("regions", {}),
@@ -295,9 +316,9 @@ def sampling():
         ("step", dict(enhancement=1.0)),
         ("all", dict(reinitialise=True, enhancement=1.0)),
     ):
-        patched, latent = composed(concepts, **settings).args
-        runs[name] = sample(patched, latent)
-    again = sample(patched, latent)
+        patched = composed(concepts, **settings)
+        runs[name] = sample(patched)
+    again = sample(patched)
     names = sorted(runs)
     apart = min(float((runs[a] - runs[b]).abs().max()) for a in names for b in names if a < b)
     hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.model.diffusion_model.modules())
@@ -308,15 +329,15 @@ def sampling():
         finite=finite,
         repeatable=torch.equal(runs["all"], again),
         shape=list(again.shape),
-        untouched=torch.equal(plain, sample(model, empty)),
+        untouched=torch.equal(plain, sample(model)),
         hooks=hooks,
         options=sorted(model.model_options["transformer_options"]),
     )
 
 
-def gradient():
+def gradient(name="gradient", positive=None, steps=4):
     """The gradient of the enhancement loss through the real UNet, against a difference; and where one step of the schedule leads."""
-    patched = composed(three(), enhancement=1.0).args[0]
+    patched = composed(three(), enhancement=1.0)
     wrappers = patched.wrappers[life.WrappersMP.PREDICT_NOISE][life.KEY]
     composer_host = wrappers[0].__self__
     losses, moved = [], []
@@ -326,7 +347,7 @@ def gradient():
         def loss(z):
             with torch.inference_mode(False), torch.no_grad(), life._Differentiable():
                 maps = composer_host._maps(guider, z.clone(), timestep.clone(), options, with_self=True)
-                return float(enhancement_loss(maps, composer_host.composer.concepts, composer_host.composer.canvas).double())
+                return float(enhancement_loss(maps, composer_host.composer.concepts, composer_host.composer.canvas).double().sum())
 
         before, start = x.clone(), loss(x)
         original(guider, x, timestep, options, step, size)
@@ -334,15 +355,120 @@ def gradient():
         small = 1e-2 / float(direction.norm())
         slope = (loss(before + small * direction) - loss(before - small * direction)) / (2 * small)
         scale = float(1 + timestep[0] ** 2)
-        losses.append([start, composer_host.schedule.losses[-1]])
+        losses.append([start, float(composer_host.schedule.losses[-1])])
         moved.append([slope, -float(direction.double().pow(2).sum()) / (size * scale), float(direction.norm())])
 
     composer_host._enhance = watch
-    sample(patched, {"samples": torch.zeros(1, 4, 8, 16)})
-    emit("gradient", losses=losses, slopes=moved)
+    sample(patched, steps=steps, positive=positive)
+    emit(name, losses=losses, slopes=moved)
+
+
+def stages():
+    """A second stage, which goes on with a latent and no noise; and prompts that are several, or not in force from the start."""
+    concepts, runs, lines = three(), {}, {}
+    first = {"samples": sample(model, steps=2, start_step=0, last_step=1)}
+    late = node_helpers.conditioning_set_values(encode("three animals"), {"start_percent": 0.3, "end_percent": 1.0})
+    both = encode("three animals") + encode("a field")
+    every = dict(reinitialise=True, enhancement=1.0)
+    for name, settings, run in (
+        ("second", dict(reinitialise=True), dict(latent=first, steps=2, start_step=1, last_step=2, disable_noise=True)),
+        ("second alone", {}, dict(latent=first, steps=2, start_step=1, last_step=2, disable_noise=True)),
+        ("several", every, dict(steps=1, positive=both)),
+        ("several alone", {}, dict(steps=1, positive=both)),
+        ("late", every, dict(steps=4, positive=late)),
+    ):
+        runs[name] = sample(composed(concepts, **settings), **run)
+        lines[name] = said.lines[-1]
+    emit(
+        "stages",
+        finite={name: bool(run.isfinite().all()) for name, run in runs.items()},
+        same=torch.equal(runs["second"], runs["second alone"]),
+        moved=float((runs["several"] - runs["several alone"]).abs().max()),
+        lines=lines,
+    )
+
+
+def guiders():
+    """Whose forwards get the concepts: by conditioning, in the order in which a guider calls them."""
+    import comfy_extras.nodes_custom_sampler as custom
+    import comfy_extras.nodes_perpneg as perpneg
+
+    positive, middle, negative = encode("three animals"), encode("a field"), encode("")
+    patched = composed(three())
+    seen, wrapper = [], patched.wrappers[life.WrappersMP.APPLY_MODEL][life.KEY][0].__self__
+    call = wrapper.composer.call
+
+    def watch(shape, text, conditional, *rest):
+        names = [next(name for name, cond in known.items() if torch.equal(part, cond[0][0])) for part in text.chunk(len(conditional))]
+        seen.extend(zip(names, conditional, strict=True))
+        return call(shape, text, conditional, *rest)
+
+    known = {"positive": positive, "middle": middle, "negative": negative}
+    wrapper.composer.call = watch
+    dual = custom.Guider_DualCFG(patched)
+    dual.set_conds(positive, middle, negative)
+    dual.set_cfg(3.0, 2.0)
+    perp = perpneg.Guider_PerpNeg(patched)
+    perp.set_conds(positive, middle, negative)
+    perp.set_cfg(3.0, 1.0)
+    found = {}
+    for name, guider in (("dual", dual), ("perpneg", perp)):
+        seen.clear()
+        guider.sample(torch.randn(1, 4, 8, 16), EMPTY["samples"], comfy.samplers.sampler_object("euler"), torch.tensor([5.0, 0.0]), seed=1)
+        found[name] = sorted(set(seen))
+    # As self-attention guidance does: the negative prompt by itself, and one self-attention replaced.
+    guided = patched.clone()
+    guided.set_model_attn1_replace(lambda q, k, v, extra: v, "input", 1)
+    guided.set_model_sampler_post_cfg_function(
+        lambda args: comfy.samplers.calc_cond_batch(args["model"], [args["uncond"]], args["input"], args["sigma"], args["model_options"])[0]
+    )
+    seen.clear()
+    sample(guided, steps=1)
+    emit("guiders", **found, alone=sorted(set(seen)), line=said.lines[-1])
+
+
+def control():
+    """Enhancement with a ControlNet, whose output ComfyUI adds in place: the gradient is that of a difference."""
+    import comfy.cldm.cldm
+    import comfy.controlnet
+
+    config = dict(model_channels=320, num_res_blocks=[1, 1], channel_mult=[1, 1], num_heads=8, transformer_depth=[1, 1], transformer_depth_middle=-1)
+    config |= dict(context_dim=768, use_spatial_transformer=True, use_linear_in_transformer=False, legacy=False)
+    net = filled(comfy.cldm.cldm.ControlNet(image_size=32, in_channels=4, hint_channels=3, **config, **NEW), 40)
+    loaded = comfy.controlnet.ControlNet(net, load_device=torch.device("cpu"))
+    hint = torch.rand(1, 64, 128, 3, generator=torch.Generator().manual_seed(8))
+    positive, _ = nodes.ControlNetApplyAdvanced().apply_controlnet(encode("three animals"), encode(""), loaded, hint, 0.5, 0.0, 1.0)
+    gradient("control", positive, steps=1)
+
+
+def blocks():
+    """From 1024 tokens on by blocks: against a dense mask. And with Sparse Attention behind the node."""
+    from tessera.models.patchers.lora_composer import composer
+    from tessera.nodes.attention import SparseAttention
+
+    SparseAttention.hidden = SimpleNamespace(unique_id=None)
+    large = {"samples": torch.zeros(1, 4, 32, 64)}
+    halves = region(1, box=(256, 0, 256, 256), concepts=region(0, box=(0, 0, 256, 256)))
+    patched = composed(halves, latent=large)
+    out = [sample(patched, large, steps=1)]
+    line = said.lines[-1]
+    keep, composer.BLOCK_TOKENS = composer.BLOCK_TOKENS, 10**9
+    out.append(sample(patched, large, steps=1))
+    dense = said.lines[-1]
+    composer.BLOCK_TOKENS = keep
+    settings = dict(method={"method": "sparge"}, density=0.3, precision="auto", start_percent=0.0, end_percent=1.0, dense_blocks="0", min_tokens=0)
+    try:
+        sample(SparseAttention.execute(patched, **settings).args[0], large, steps=1)
+        refused = None
+    except RuntimeError as error:
+        refused = str(error)
+    error = float((out[0] - out[1]).norm() / out[1].norm())
+    emit("blocks", error=error, line=line, dense=dense, refused=refused)
 
 
 def refusals():
+    import comfy_extras.nodes_tomesd as tome
+
     def message(action):
         try:
             action()
@@ -351,8 +477,10 @@ def refusals():
         return None
 
     first = region(0)
-    plain = composed(first).args[0]
-    eager = composed(first, enhancement=1.0).args[0]
+    plain = composed(first)
+    eager = composed(first, enhancement=1.0)
+    strip = plain.clone()
+    strip.model_options["transformer_options"][life.BOXES] = ()
     taken = plain.clone()
     # A node behind ours whose override computes self-attention itself.
     taken.add_wrapper_with_key(
@@ -371,13 +499,18 @@ def refusals():
         "other base": lambda: composed(region(0, lora="other_base.safetensors")),
         "no lora": lambda: composed(region(0, lora="none.safetensors")),
         "words": lambda: region(0, words="horse"),
-        "prompt width": lambda: predict(composed(first).args[0], x, torch.zeros(1, 77, 32), [0]),
-        "area": lambda: nodes.common_ksampler(plain, 1, 1, 1.0, "euler", "normal", area, encode(""), {"samples": torch.zeros(1, 4, 8, 16)}),
-        "unipc": lambda: nodes.common_ksampler(eager, 1, 1, 1.0, "uni_pc", "normal", encode("x"), encode(""), {"samples": torch.zeros(1, 4, 8, 16)}),
+        "prompt width": lambda: predict(composed(first), x, torch.zeros(1, 77, 32), [0]),
+        "area": lambda: nodes.common_ksampler(plain, 1, 1, 1.0, "euler", "normal", area, encode(""), EMPTY),
+        "unipc": lambda: nodes.common_ksampler(eager, 1, 1, 1.0, "uni_pc", "normal", encode("x"), encode(""), EMPTY),
         "sparse after": lambda: predict(taken, x, text, [0]),
         "replaced": lambda: predict(replaced, x, text, [0]),
-        "behind": lambda: host.LoRAComposer.execute(first[0].model, region(1), **CANVAS, **OFF),
-        "tiny box": lambda: predict(composed(region(0, box=(3, 3, 2, 2))).args[0], x, text, [0]),
+        "behind": lambda: composed(region(1), base=first[0].model),
+        "tiny box": lambda: sample(composed(region(0, box=(3, 3, 2, 2)))),
+        "no cell": lambda: sample(composed(region(0, box=(8, 8, 8, 8)), enhancement=1.0)),
+        "other shape": lambda: sample(plain, {"samples": torch.zeros(1, 4, 16, 8)}),
+        "no clip": lambda: host.ConceptRegion.execute(model, None, "a cat", "", 0, 0, 64, 64),
+        "strip": lambda: sample(strip),
+        "tome": lambda: sample(tome.TomePatchModel.execute(plain, 0.3).args[0]),
     }
     emit("refusals", **{case: message(action) for case, action in cases.items()})
 
@@ -414,19 +547,19 @@ def dit(name, base, text_width, tokens, sigma, latent):
         return out
 
     def compose(concepts, **settings):
-        return host.LoRAComposer.execute(base, concepts, **CANVAS, **OFF | settings).args
+        return composed(concepts, layers=ALL, latent={"samples": torch.zeros(1, *latent)}, base=base, **settings)
 
     whole = (host.Region(loaded[0], prompts[0], (), Box(0, 0, 128, 64)),)
-    got, plain = forward(compose(whole)[0], prompts[2]), forward(base, prompts[2])
+    got, plain = forward(compose(whole), prompts[2]), forward(base, prompts[2])
     if name == "qwen":  # whose text has positions: the stock model is given the same text, and a mask that hides the picture's prompt
         hidden = torch.cat([torch.zeros(1, tokens, dtype=torch.long), torch.ones(1, tokens, dtype=torch.long)], 1)
         stock = forward(loaded[0], torch.cat([prompts[2], prompts[0]], 1), attention_mask=hidden)
     else:
         stock = forward(loaded[0], prompts[0])
     halves = tuple(host.Region(loaded[index], prompts[index], (), Box(64 * index, 0, 64 * index + 64, 64)) for index in (0, 1))
-    apart = forward(compose(halves)[0], prompts[2])
+    apart = forward(compose(halves), prompts[2])
     # With nothing but the first concept's prompt changed, isolation keeps the second half of the picture as it was.
-    changed = forward(compose((host.Region(loaded[0], -prompts[0], (), halves[0].box), halves[1]))[0], prompts[2])
+    changed = forward(compose((host.Region(loaded[0], -prompts[0], (), halves[0].box), halves[1])), prompts[2])
     middle = x.shape[-1] // 2
     halves = tuple(host.Region(part.model, part.context, (1, 2), part.box) for part in halves)
     pooled = {"pooled_output": given.get("y"), "guidance": 3.5}
@@ -434,7 +567,7 @@ def dit(name, base, text_width, tokens, sigma, latent):
     life._Host._maps = lambda self, *a, **k: (maps.append(keep(self, *a, **k)), maps[-1])[1]
     for start in (False, True):
         run = [[[prompts[2], pooled]], [[-prompts[2], pooled]], {"samples": torch.zeros(1, *latent)}]
-        pictures.append(nodes.common_ksampler(compose(halves, reinitialise=start)[0], 3, 1, 2.0, "euler", "simple", *run)[0]["samples"])
+        pictures.append(nodes.common_ksampler(compose(halves, reinitialise=start), 3, 1, 2.0, "euler", "simple", *run)[0]["samples"])
     life._Host._maps = keep
     refused = []
     for action in (lambda: compose(whole, enhancement=1.0), lambda: compose(region(0))):
@@ -442,13 +575,29 @@ def dit(name, base, text_width, tokens, sigma, latent):
             action()
         except ValueError as error:
             refused.append(str(error))
+    if name == "flux":
+        # Redux: a mask over text and picture. And LoRAs without a layer of the picture, or with none that works token by token.
+        image = x.shape[-2] * x.shape[-1] // 4
+        mask = torch.zeros(1, tokens + image, tokens + image)
+        mask[:, tokens:, tokens : tokens + image // 2] = -2.0
+        redux = [forward(compose(whole), prompts[2], attention_mask=mask), forward(loaded[0], prompts[0], attention_mask=mask)]
+        outcome = []
+        for layers in ("txt_in", "img_mod.lin"):
+            loader = comfy.sd.load_lora_for_models(base, None, lora_of(network, (layers,), 40), 1.0, 0.0)[0]
+            try:
+                run[0][0][0] = prompts[2]
+                patched = compose((host.Region(loader, prompts[0], (1,), whole[0].box),))
+                outcome.append(bool(nodes.common_ksampler(patched, 3, 1, 2.0, "euler", "simple", *run)[0]["samples"].isfinite().all()))
+            except ValueError as error:
+                outcome.append(str(error))
+        difference = float((redux[0] - redux[1]).norm() / redux[1].norm())
+        emit("flux only", redux=difference, masked=float((redux[1] - stock).norm() / stock.norm()), layers=outcome)
     emit(
         name,
         error=float((got - stock).norm() / stock.norm()),
         moved=float((stock - plain).norm() / stock.norm()),
         second_half=float((apart - changed)[..., middle:].abs().max()),
         first_half=float((apart - changed)[..., :middle].abs().max()),
-        latent=list(compose(whole)[1]["samples"].shape),
         sampled=[bool(picture.isfinite().all()) for picture in pictures],
         started=float((pictures[0] - pictures[1]).abs().max()),
         maps=[[list(part.shape) for part in maps[0].cross[index]] for index in (0, 1)],
@@ -460,12 +609,14 @@ def dit(name, base, text_width, tokens, sigma, latent):
 
 def words():
     """The tokens at the rows that are found, in encoders with and without start, template and padding."""
+    import comfy.sdxl_clip
     import comfy.text_encoders.flux
     import comfy.text_encoders.qwen_image
 
     found = {}
     for name, tokenizer, key, inner in (
         ("clip", clip.tokenizer, "l", "clip_l"),
+        ("sdxl", comfy.sdxl_clip.SDXLTokenizer(), "g", "clip_g"),
         ("t5", comfy.text_encoders.flux.FluxTokenizer(), "t5xxl", "t5xxl"),
         ("qwen", comfy.text_encoders.qwen_image.QwenImageTokenizer(), "qwen25_7b", "qwen25_7b"),
     ):
@@ -480,17 +631,46 @@ def words():
     emit("words", **found)
 
 
+def patcher(config, kind):
+    config.custom_operations = comfy.ops.disable_weight_init
+    config.set_inference_dtype(torch.float32, None)
+    base = kind(config)
+    return comfy.model_patcher.ModelPatcher(base.eval(), load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
+
+
+def sdxl():
+    """One concept on the whole canvas: the stock LoRA's model. And two with everything, on the maps of the coarsest level."""
+    small = dict(image_size=32, in_channels=4, out_channels=4, model_channels=64, num_res_blocks=[1, 1, 1], channel_mult=[1, 1, 1])
+    small |= dict(num_head_channels=32, transformer_depth=[0, 1, 1], transformer_depth_output=[0, 0, 1, 1, 1, 1], transformer_depth_middle=1)
+    small |= dict(num_heads=-1, context_dim=48, adm_in_channels=2816, num_classes="sequential", use_spatial_transformer=True, legacy=False)
+    base = patcher(comfy.supported_models.SDXL(small | dict(use_linear_in_transformer=True)), comfy.model_base.SDXL)
+    network = filled(base.model.diffusion_model, 8)
+    loaded = [comfy.sd.load_lora_for_models(base, None, lora_of(network, LINEAR, 30 + index), 1.0, 0.0)[0] for index in (0, 1)]
+    generator = torch.Generator().manual_seed(9)
+    prompts = [torch.randn(1, 77, 48, generator=generator) for _ in range(4)]
+    pooled = {"pooled_output": torch.randn(1, 1280, generator=generator)}
+
+    def run(patched, text):
+        conds = [[text, pooled]], [[prompts[3], pooled]]
+        return nodes.common_ksampler(patched, 7, 2, 1.0 if text is prompts[0] else 3.0, "euler", "normal", *conds, latent)[0]["samples"]
+
+    latent = {"samples": torch.zeros(1, 4, 8, 16)}
+    whole = (host.Region(loaded[0], prompts[0], (1,), Box(0, 0, 128, 64)),)
+    got, stock, plain = run(composed(whole, layers=ALL, base=base), prompts[0]), run(loaded[0], prompts[0]), run(base, prompts[0])
+    halves = tuple(host.Region(loaded[index], prompts[index], (1, 2), Box(64 * index, 0, 64 * index + 64, 64)) for index in (0, 1))
+    pictures = [run(composed(halves, base=base, **settings), prompts[2]) for settings in ({}, dict(reinitialise=True, enhancement=1.0))]
+    emit(
+        "sdxl",
+        error=float((got - stock).norm() / stock.norm()),
+        moved=float((plain - stock).norm() / stock.norm()),
+        sampled=[bool(picture.isfinite().all()) for picture in pictures],
+        started=float((pictures[0] - pictures[1]).abs().max()),
+        line=said.lines[-1],
+        maps=life.map_size(network, (1, 4, 8, 16)),
+    )
+
+
 def transformers():
-    import comfy.model_base
-    import comfy.model_patcher
-    import comfy.supported_models
-
-    def patcher(config, kind):
-        config.custom_operations = comfy.ops.disable_weight_init
-        config.set_inference_dtype(torch.float32, None)
-        base = kind(config)
-        return comfy.model_patcher.ModelPatcher(base.eval(), load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
-
     small = dict(image_model="flux", in_channels=16, out_channels=16, vec_in_dim=32, context_in_dim=24, hidden_size=64, mlp_ratio=2.0, num_heads=2)
     small |= dict(depth=1, depth_single_blocks=1, axes_dim=[8, 12, 12], theta=10000, patch_size=2, qkv_bias=True, guidance_embed=True)
     if "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__:
@@ -515,6 +695,11 @@ with torch.inference_mode():
     whole_canvas()
     sampling()
     gradient()
+    stages()
+    guiders()
+    control()
+    blocks()
     refusals()
+    sdxl()
     words()
     transformers()

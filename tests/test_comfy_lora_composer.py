@@ -54,7 +54,7 @@ def test_between_concepts_the_mask_leaves_exactly_nothing(results):
     assert all(line["off"]), "without isolation ComfyUI's own unmasked attention runs"
 
 
-@pytest.mark.parametrize("case", ["whole", "whole on a style", "flux", "wan", "qwen"])
+@pytest.mark.parametrize("case", ["whole", "whole on a style", "sdxl", "flux", "wan", "qwen"])
 def test_one_concept_on_the_whole_picture_is_the_stock_lora_loader_s_model(results, case):
     assert results[case]["error"] < 1e-5
     assert results[case]["moved"] > 0.01, "a LoRA that does nothing would pass"
@@ -78,14 +78,14 @@ def test_transformers_start_where_their_concepts_show(results, case, layers, tok
     assert all(line["sampled"]) and line["started"] > 1e-3
 
 
-@pytest.mark.parametrize(("encoder", "space"), [("clip", ""), ("t5", "\u2581"), ("qwen", "\u0120")])
+@pytest.mark.parametrize(("encoder", "space"), [("clip", ""), ("sdxl", ""), ("t5", "\u2581"), ("qwen", "\u0120")])
 def test_the_rows_of_words(results, encoder, space):
     """In the tokenizers' own spelling: nothing of start, template, end and padding."""
-    line, end = results["words"][encoder], "</w>" if encoder == "clip" else ""
+    line, end = results["words"][encoder], "</w>" if encoder in ("clip", "sdxl") else ""
     assert line["red cat"] == [f"{space}red{end}", f"{space}cat{end}"] * 2
     assert line["dog"] == [f"{space}dog{end}"]
     everything = "".join(line[""]).replace(end or " ", " ").replace(space or " ", " ")
-    assert everything.split() == "a red cat , and a black dog beside the red cat".replace(" ,", "," if encoder != "clip" else " ,").split()
+    assert everything.split() == "a red cat , and a black dog beside the red cat".replace(" ,", " ," if end else ",").split()
 
 
 def test_other_forms_of_lora(results):
@@ -101,14 +101,68 @@ def test_sampling(results):
     assert line["untouched"] and line["hooks"] == 0 and line["options"] == []
 
 
-def test_the_latent_follows_the_gradient_of_the_loss(results):
-    """ComfyUI's latent is sqrt(1 + sigma^2) times the paper's: the slope along the step is measured by differences of the loss."""
-    line = results["gradient"]
-    assert len(line["slopes"]) == 2
+@pytest.mark.parametrize(("case", "steps"), [("gradient", 2), ("control", 1)])
+def test_the_latent_follows_the_gradient_of_the_loss(results, case, steps):
+    """ComfyUI's latent is sqrt(1 + sigma^2) times the paper's: the slope along the step is measured by differences of the loss.
+
+    Also with a ControlNet, whose output ComfyUI adds in place.
+    """
+    line = results[case]
+    assert len(line["slopes"]) == steps
     for (start, recorded), (slope, expected, length) in zip(line["losses"], line["slopes"], strict=True):
         assert start == pytest.approx(recorded, rel=1e-5)
         assert slope < 0 and slope == pytest.approx(expected, rel=0.03)
         assert length > 0
+
+
+def test_a_later_stage_goes_on_with_its_latent(results):
+    line = results["stages"]
+    assert all(line["finite"].values())
+    assert line["same"], "without noise there is nothing to re-initialise"
+    assert line["lines"]["second"].endswith("not re-initialised: there is no noise")
+    assert "re-initialised" not in line["lines"]["second alone"]
+
+
+def test_several_conditionings_and_those_that_begin_later(results):
+    """Two prompts at once are one gradient step; a step at which no prompt is in force is left out, and the line says so."""
+    line = results["stages"]
+    assert line["moved"] > 0.01 and "; 1 gradient steps, loss " in line["lines"]["several"]
+    late = line["lines"]["late"]
+    assert "the prompt is not in force at the first step; 1 gradient steps, loss " in late and "; 1 gradient steps left out" in late
+
+
+def test_the_concepts_belong_to_the_prompt_whatever_the_guider_calls_first(results):
+    line = results["guiders"]
+    assert line["dual"] == [["middle", True], ["negative", False], ["positive", True]]
+    assert line["perpneg"] == [["middle", False], ["negative", False], ["positive", True]], "the middle one is the empty prompt"
+    assert line["alone"] == [["negative", False], ["positive", True]]
+
+
+def test_self_attention_that_another_node_replaces_is_counted(results):
+    assert results["guiders"]["line"].endswith("by a dense mask 10; 2 calls replaced by another node and not isolated")
+
+
+def test_isolation_by_blocks_is_that_by_a_mask(results):
+    """Two halves of 1024 tokens, and no background: half of the block pairs. The coarser level keeps the mask."""
+    line = results["blocks"]
+    assert line["error"] < 1e-5
+    assert line["line"].endswith("by blocks 3 (50% of the block pairs computed), by a dense mask 3")
+    assert line["dense"].endswith("by blocks 0, by a dense mask 6")
+    assert "another node computes 5 of 6 self-attention calls" in line["refused"], "Sparse Attention behind the node, dense in block 0"
+
+
+def test_sdxl_with_everything(results):
+    line = results["sdxl"]
+    assert line["maps"] == [2, 4] and all(line["sampled"]) and line["started"] > 1e-3
+    assert "; 1 gradient steps, loss " in line["line"]
+
+
+def test_flux_with_a_mask_over_text_and_picture_and_with_loras_of_few_layers(results):
+    line = results["flux only"]
+    assert line["redux"] < 1e-5 and line["masked"] > 1e-3
+    text, modulation = line["layers"]
+    assert text is True
+    assert "the LoRAs change no layer that works on tokens" in modulation
 
 
 @pytest.mark.parametrize(
@@ -121,7 +175,12 @@ def test_the_latent_follows_the_gradient_of_the_loss(results):
         ("no lora", "concept 1's LoRA adds nothing to the model"),
         ("words", "words is 'horse', which the prompt does not hold"),
         ("prompt width", "concept 1's prompt was encoded in 768 channels, the model's prompt in 32"),
-        ("tiny box", "holds no whole token"),
+        ("tiny box", "holds no whole token (16 x 8 in all)"),
+        ("no cell", "concept 1's box (x 8..16, y 8..16) holds no whole cell of the attention maps (8 x 4 in all); enlarge it"),
+        ("other shape", "the sampler's latent is 8 x 16, and the boxes lie in a picture of 128 x 64"),
+        ("no clip", "clip is empty: the checkpoint holds no text encoder"),
+        ("strip", "Region Layers makes the latent a strip of layers"),
+        ("tome", "another node computes 3 of 6 self-attention calls; remove it (ToMe, HyperTile)"),
         ("behind", "model has LoRAs that concept 1's model has not"),
         ("area", "remove conditioning areas"),
         ("unipc", "set enhancement to 0"),
@@ -133,7 +192,7 @@ def test_bad_input_has_one_message(results, case, message):
     assert message in results["refusals"][case]
 
 
-def graph(**changes) -> dict[str, dict]:
+def graph(width: int = 128, enhancement: float = 1.0) -> dict[str, dict]:
     def node(kind, **inputs):
         return {"class_type": kind, "inputs": inputs}
 
@@ -148,10 +207,11 @@ def graph(**changes) -> dict[str, dict]:
         box = dict(prompt=prompt, words=prompt[2:], x=left, y=0, width=48, height=64)
         out[f"concept{index}"] = node("TesseraConceptRegion", model=[f"lora{index}", 0], clip=[f"lora{index}", 1], **box)
     out["concept1"]["inputs"]["concepts"] = ["concept0", 0]
-    settings = dict(width=128, height=64, batch_size=2, isolation=True, reinitialise=True, enhancement=1.0, layers="cross-attention")
-    out["composer"] = node("TesseraLoRAComposer", model=["1", 0], concepts=["concept1", 0], **settings | changes)
+    out["latent"] = node("EmptyLatentImage", width=width, height=64, batch_size=2)
+    settings = dict(isolation=True, reinitialise=True, enhancement=enhancement, layers="cross-attention")
+    out["composer"] = node("TesseraLoRAComposer", model=["1", 0], concepts=["concept1", 0], latent=["latent", 0], **settings)
     run = dict(seed=1, steps=2, cfg=4.0, sampler_name="dpmpp_2m", scheduler="karras", denoise=1.0)
-    out["4"] = node("KSampler", model=["composer", 0], positive=["2", 0], negative=["3", 0], latent_image=["composer", 1], **run)
+    out["4"] = node("KSampler", model=["composer", 0], positive=["2", 0], negative=["3", 0], latent_image=["latent", 0], **run)
     out["5"] = node("VAEDecode", samples=["4", 0], vae=["1", 2])
     out["6"] = node("SaveImage", images=["5", 0], filename_prefix="composed")
     return out

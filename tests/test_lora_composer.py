@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tessera.models.patchers.lora_composer.composer import ALL, BLOCK_TOKENS, Composer
+from tessera.models.patchers.lora_composer.composer import ALL, BLOCK_TOKENS, Call, Composer
 from tessera.models.patchers.lora_composer.concepts import Box, Concept, validate
 from tessera.models.patchers.lora_composer.isolation import Isolation, skip
 from tessera.models.patchers.lora_composer.latent import Schedule, enhancement_loss, reinitialise
@@ -90,8 +90,10 @@ def test_isolation_is_attention_over_what_may_be_read(text, isolate):
     q, k, v = (torch.randn(1, 2, tokens, 16) for _ in range(3))
     scores = (q.double() @ k.double().transpose(-1, -2) * 0.3).masked_fill(~allowed, -math.inf)
     wanted = scores.softmax(-1) @ v.double()
-    skipped = skip(isolation.blocks(), q, k, v, 0.3)
+    blocks = isolation.blocks()
+    skipped = skip(blocks, q, k, v, 0.3)
     assert skipped is not None
+    assert (blocks.density < 1) == (not allowed.all())
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=isolation.bias(q.dtype), scale=0.3)
     for got in (skipped, dense):
         assert (got - wanted).abs().max() < 1e-5
@@ -146,7 +148,7 @@ def test_reinitialisation_copies_the_window_that_answers_most():
 
 
 def loss_by_loops(cross: torch.Tensor, own: torch.Tensor, boxes: list[tuple[int, int, int, int]], words: tuple[int, ...]) -> float:
-    """The loss of one picture, cell by cell, in Python's float64. cross: `(concepts, height, width, tokens)`."""
+    """The loss of one picture, cell by cell, in Python's float64. cross: `(concepts, height, width, tokens)`. As in the paper, for two words."""
     height, width = cross.shape[1:3]
     total = 0.0
     for values, (top, left, bottom, right) in zip(cross.tolist(), boxes, strict=True):
@@ -179,14 +181,37 @@ def loss_by_loops(cross: torch.Tensor, own: torch.Tensor, boxes: list[tuple[int,
 
 def test_the_enhancement_loss_is_the_formula():
     cross, own = torch.rand(2, 2, 6 * 8, 4), torch.randn(2, 48, 48).softmax(-1)
-    concepts = [concept(Box(0, 0, 48, 32)), concept(Box(64, 32, 128, 96), (2,))]
-    loss = enhancement_loss(maps_with((6, 8), cross, concepts, own), concepts, CANVAS)
-    wanted = sum(
-        loss_by_loops(cross[[index], sample].view(1, 6, 8, 4), own[sample], [box], words)
-        for sample in (0, 1)
-        for index, (box, words) in enumerate((((0, 0, 2, 3), (1, 2)), ((2, 4, 6, 8), (2,))))
-    )
-    assert float(loss) == pytest.approx(wanted, rel=1e-5)
+    concepts = [concept(Box(0, 0, 48, 32)), concept(Box(64, 32, 128, 96), (0, 2))]
+    losses = enhancement_loss(maps_with((6, 8), cross, concepts, own), concepts, CANVAS)
+    for sample in (0, 1):
+        wanted = sum(
+            loss_by_loops(cross[[index], sample].view(1, 6, 8, 4), own[sample], [box], words)
+            for index, (box, words) in enumerate((((0, 0, 2, 3), (1, 2)), ((2, 4, 6, 8), (0, 2))))
+        )
+        assert float(losses[sample]) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("words", [(1,), (1, 2, 3, 0)])
+def test_a_concept_weighs_the_same_however_many_words_name_it(words):
+    """Where all words are attended to alike, it is the loss of the paper's two."""
+    cross, own = torch.rand(1, 1, 6 * 8, 1).expand(-1, -1, -1, 4), torch.randn(1, 48, 48).softmax(-1)
+    losses = []
+    for named in ((1, 2), words):
+        concepts = [concept(Box(0, 0, 48, 32), named)]
+        losses.append(float(enhancement_loss(maps_with((6, 8), cross, concepts, own), concepts, CANVAS)))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_maps_are_the_mean_over_the_conditionings_of_a_forward():
+    """Two conditionings of two latents in one batch, and one conditioning in a forward of its own."""
+    call = object.__new__(Call)
+    call.conditionings = 2
+    x = torch.rand(4, 3, 2)
+    assert torch.equal(call.per_latent(x), torch.stack([(x[0] + x[2]) / 2, (x[1] + x[3]) / 2]))
+    call.conditionings = 1
+    assert torch.equal(call.per_latent(x[:2]), x[:2])
+    assert not Maps((6, 8)).complete and not Maps((6, 8), with_self=True, cross={0: [x]}).complete
+    assert Maps((6, 8), cross={0: [x]}).complete
 
 
 def test_following_the_gradient_brings_a_concept_into_its_box():
@@ -203,18 +228,30 @@ def test_following_the_gradient_brings_a_concept_into_its_box():
     assert float(shown[:, :3].max()) == pytest.approx(0.25, abs=0.01)
 
 
-def test_the_schedule_is_the_paper_s():
-    schedule = Schedule(50, 1.0)
+def test_the_schedule_is_the_authors():
+    """They move the latent at steps 0 to 25 of 50, also at the one whose loss has risen, and not after it."""
+    schedule = Schedule(50, 1.0, 1)
     sizes = [schedule.size(step) for step in range(50)]
-    assert sizes[0] == 20.0 and sizes[24] == pytest.approx(20 * math.sqrt(1 - 0.5 * 24 / 49))
-    assert sizes[25:] == [0.0] * 25
-    for step, loss in enumerate([9.0, 10.0, 8.0, 8.5, 8.0, 7.0]):
-        schedule.record(step, loss)
-        assert not schedule.stopped, "a rise counts from the sixth step on"
-    schedule.record(6, 7.5)
+    assert sizes[0] == 20.0 and sizes[25] == pytest.approx(20 * math.sqrt(1 - 0.5 * 25 / 49))
+    assert sizes[26:] == [0.0] * 24
+    for step, loss in enumerate([9.0, 10.0, 8.0, 8.5, 8.6, 7.0]):
+        assert schedule.record(step, torch.tensor([loss])).tolist() == [True]
+        assert schedule.size(step + 1) > 0, "a rise counts from the sixth step on"
+    assert schedule.record(6, torch.tensor([7.5])).tolist() == [True]
     assert schedule.size(7) == 0.0
-    assert Schedule(50, 0.0).size(0) == 0.0 and Schedule(50, 0.5).size(0) == 10.0
-    assert [Schedule(2, 1.0).size(step) > 0 for step in (0, 1)] == [True, False]
+    assert Schedule(50, 0.0, 1).size(0) == 0.0 and Schedule(50, 0.5, 1).size(0) == 10.0
+    for steps, moves in ((1, 1), (2, 1), (20, 10), (60, 26)):
+        assert [Schedule(steps, 1.0, 1).size(step) > 0 for step in range(steps)] == [True] * moves + [False] * (steps - moves)
+
+
+def test_each_latent_of_a_batch_stops_by_itself():
+    schedule = Schedule(50, 1.0, 3)
+    losses = [[9.0, 9.0, 9.0]] * 5 + [[8.0, 10.0, 8.0], [7.0, 1.0, 8.5], [6.0, 1.0, 1.0]]
+    moved = [schedule.record(step, torch.tensor(loss)).tolist() for step, loss in enumerate(losses)]
+    assert moved == [[True, True, True]] * 6 + [[True, False, True], [True, False, False]]
+    assert schedule.size(8) > 0
+    schedule.record(8, torch.tensor([7.0, 0.0, 0.0]))
+    assert schedule.size(9) == 0.0
 
 
 @pytest.mark.gpu

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ...families import TokenLayout, find, layout_of
 from .concepts import Concept, Delta, validate
-from .isolation import BLOCK, Isolation, skip
-from .maps import Maps
+from .isolation import BLOCK, Blocks, Isolation, skip
+from .maps import Maps, map_size
 
 CROSS, ALL = "cross-attention", "all layers"
 """Which layers of a LoRA take part: keys, values and output of cross-attention, as in the paper, or every linear layer."""
@@ -58,6 +58,8 @@ class Composer:
         self._cross_name = {"unet": "attn2", "cross": "cross_attn", "joint": None}[kind]
         modules = dict(network.named_modules())
         self._cross = {name: module for name, module in modules.items() if name.rpartition(".")[2] == self._cross_name}
+        joint = ("double_blocks", "single_blocks", "transformer_blocks")
+        self._blocks = list(self._cross.values()) or [block for name in joint for block in getattr(network, name, ())]  # one self-attention each
         self._linear: dict[str, nn.Module] = {}
         for index, concept in enumerate(concepts, 1):
             wanted = [name for name in concept.deltas if self._takes_part(name, layers)]
@@ -66,7 +68,7 @@ class Composer:
                 raise ValueError(f"concept {index}'s LoRA changes none of the model's {layers}; use a LoRA of this base, or layers: {ALL}")
             self._linear |= {name: modules[name] for name in taken}
         self.release()
-        self.counts = {"injected": 0, "linear": 0, "block mask": 0, "dense mask": 0}
+        self.counts = {"injected": 0, "linear": 0, "block mask": 0, "block density": 0.0, "dense mask": 0, "replaced": 0}
 
     def release(self) -> None:
         """Drop the tensors that were placed on a device."""
@@ -81,6 +83,23 @@ class Composer:
     def only_for_concepts(self, name: str) -> bool:
         """Whether a layer is part of the way from a prompt to the cross-attention's output: what injection replaces as a whole."""
         return name.startswith("text_embedding.") or any(part == self._cross_name for part in name.split("."))
+
+    def check(self, latent_shape: tuple[int, ...], maps: bool) -> None:
+        """Raises ValueError where latents of this shape do not show the canvas, or a box holds no token of them, or no cell of their `maps`."""
+        height, width = latent_shape[-2:]
+        if abs(height * self.canvas[1] - width * self.canvas[0]) >= max(self.canvas):
+            raise ValueError(
+                f"LoRA Composer: the sampler's latent is {width} x {height}, and the boxes lie in a picture of {self.canvas[1]} x {self.canvas[0]}; "
+                "give LoRA Composer the sampler's latent"
+            )
+        layout = layout_of(self.network, latent_shape, {})
+        grids = [((height, width) if layout is None else (layout.height, layout.width), "token", "enlarge it")]
+        if maps:
+            grids.append((map_size(self.network, latent_shape), "cell of the attention maps", "enlarge it, or turn reinitialise and enhancement off"))
+        for (rows, columns), unit, remedy in grids:
+            for index, concept in enumerate(self.concepts, 1):
+                if any(part.start == part.stop for part in concept.box.cells(rows, columns, self.canvas)):
+                    raise ValueError(f"concept {index}'s box ({concept.box}) holds no whole {unit} ({columns} x {rows} in all); {remedy}")
 
     def labels(self, height: int, width: int) -> Tensor:
         """int64 `(height * width,)`: 0 for the background, i + 1 for concept i."""
@@ -140,6 +159,8 @@ class Composer:
         try:
             for name, module in self._linear.items():
                 handles.append(module.register_forward_hook(call.linear_hook(name)))
+            for module in self._blocks:
+                handles.append(module.register_forward_pre_hook(call.enter_block))
             for module in self._cross.values():
                 handles.append(module.register_forward_pre_hook(call.enter_cross))
                 handles.append(module.register_forward_hook(call.cross_hook, with_kwargs=True))
@@ -172,6 +193,9 @@ class Call:
         self.composer, self.maps = composer, maps
         self.only: int | None = None  # the concept whose own forward is under way
         self.inside_cross = False
+        self.reached = False  # whether the model ran a layer of the LoRAs
+        self.self_attentions = 0  # that the model's blocks have
+        self.conditionings = len(conditional)
         flags = torch.tensor(list(conditional)).repeat_interleave(batch // len(conditional))
         self.batches = {kind: (flags == kind).nonzero()[:, 0] for kind in (True, False)}
         self.layout: TokenLayout | None = None
@@ -186,20 +210,18 @@ class Call:
             assert self.layout is not None
         self.prompts = tuple(concept.context.shape[1] for concept in composer.concepts) if composer.kind == "joint" and all(conditional) else ()
         self._texts: dict[int, Tensor] = {}
-        finest = next(iter(self.levels.values())) if self.layout is None else (self.layout.height, self.layout.width)
-        for index, concept in enumerate(composer.concepts, 1):
-            if any(part.start == part.stop for part in concept.box.cells(*finest, composer.canvas)):
-                raise ValueError(
-                    f"concept {index}'s box ({concept.box}) holds no whole token of the {finest[1]} x {finest[0]} in the picture; enlarge it"
-                )
+
+    def per_latent(self, x: Tensor) -> Tensor:
+        """The mean over the conditionings, which are `(conditionings * batch, ...)` one after the other."""
+        return x.unflatten(0, (self.conditionings, -1)).mean(0)
 
     def image_rows(self, tokens: int, device: torch.device) -> list[Tensor] | None:
         """Per concept its rows in a sequence of image tokens; None where a sequence of this length is none."""
         if self.layout is None:
             return self.composer.rows(*self.levels[tokens], 1, device) if tokens in self.levels else None
-        layout = self.layout
-        if tokens != layout.image_tokens:
-            return None
+        return self._layout_rows(self.layout, device) if tokens == self.layout.image_tokens else None
+
+    def _layout_rows(self, layout: TokenLayout, device: torch.device) -> list[Tensor]:
         return [rows + layout.references_before for rows in self.composer.rows(layout.height, layout.width, layout.frames, device)]
 
     def token_rows(self, name: str, x: Tensor) -> list[Tensor] | None:
@@ -209,21 +231,19 @@ class Call:
         if self.composer.kind != "joint":
             return self.image_rows(x.shape[1], x.device)
         assert self.layout is not None
-        image, tokens = self.layout.image_tokens, x.shape[1]
-        text_only = any(part.startswith(("txt", "add_")) or part == "to_add_out" for part in name.split("."))
-        both = not text_only and tokens > image
+        text = x.shape[1]
         parts: list[list[Tensor]] = [[] for _ in self.composer.concepts]
-        if both or not text_only:
-            found = self.image_rows(image, x.device)
-            if tokens < image or found is None:
+        if not any(part.startswith(("txt", "add_")) or part == "to_add_out" for part in name.split(".")):
+            text -= self.layout.image_tokens
+            if text < 0:
                 return None
-            for part, rows in zip(parts, found, strict=True):
-                part.append(rows + (tokens - image))
-        if text_only or both:
-            start = (tokens if text_only else tokens - image) - sum(self.prompts)
-            if self.prompts and start < 0:
+            for part, rows in zip(parts, self._layout_rows(self.layout, x.device), strict=True):
+                part.append(rows + text)
+        if text and self.prompts:
+            start = text - sum(self.prompts)
+            if start < 0:
                 return None
-            for part, length in zip(parts, self.prompts, strict=bool(self.prompts)):
+            for part, length in zip(parts, self.prompts, strict=True):
                 part.append(torch.arange(start, start + length, device=x.device))
                 start += length
         return [torch.cat(part) if part else torch.empty(0, dtype=torch.int64, device=x.device) for part in parts]
@@ -232,6 +252,7 @@ class Call:
         replaced = self.composer.only_for_concepts(name)
 
         def hook(module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
+            self.reached = True
             x = args[0]
             where: list[tuple[int, Any]]
             if self.only is not None:
@@ -254,6 +275,9 @@ class Call:
             return out
 
         return hook
+
+    def enter_block(self, module: nn.Module, args: tuple) -> None:
+        self.self_attentions += self.only is None
 
     def enter_cross(self, module: nn.Module, args: tuple) -> None:
         self.inside_cross = True
@@ -341,7 +365,7 @@ class Call:
                 text = (length - sum(self.prompts), *self.prompts)
         if not self.composer.isolate and not self.prompts:
             if self.maps is not None:
-                self.maps.look_self(q, k, None, scale)
+                self.maps.look_self(self, q, k, None, scale)
             return None
         if self.maps is not None and self.prompts:
             self.maps.look_joint(self, q, k, scale)
@@ -353,11 +377,13 @@ class Call:
 
         isolation: Isolation = once(("isolation", key), make)
         if self.maps is not None:
-            self.maps.look_self(q, k, isolation, scale)
+            self.maps.look_self(self, q, k, isolation, scale)
         if blocks and tokens >= BLOCK_TOKENS:
-            out = skip(once(("blocks", key), isolation.blocks), q, k, v, scale)
+            sorted_blocks: Blocks = once(("blocks", key), isolation.blocks)
+            out = skip(sorted_blocks, q, k, v, scale)
             if out is not None:
                 self.composer.counts["block mask"] += 1
+                self.composer.counts["block density"] += sorted_blocks.density
                 return out
         self.composer.counts["dense mask"] += 1
         return masked(once(("mask", key, q.dtype), lambda: isolation.bias(q.dtype)))

@@ -60,17 +60,22 @@ class Isolation:
         inverse = torch.empty_like(self.groups)
         inverse[sources[kept]] = kept.nonzero()[:, 0]
         key_bias = torch.zeros(len(sources), device=kept.device).masked_fill_(~kept, float("-inf"))
-        return Blocks(sources, inverse, key_bias, BlockMask.from_dense(self.reads[block_groups][:, block_groups][None, None], BLOCK, BLOCK))
+        mask = BlockMask.from_dense(self.reads[block_groups][:, block_groups][None, None], BLOCK, BLOCK)
+        return Blocks(sources, inverse, key_bias, mask, float(mask.density(len(sources))))
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """order: int64 (padded,) source of each position. inverse: int64 (tokens,) position of each token. key_bias: float32 (padded,)."""
+    """order: int64 (padded,) source of each position. inverse: int64 (tokens,) position of each token. key_bias: float32 (padded,).
+
+    density: kept / all block pairs.
+    """
 
     order: Tensor
     inverse: Tensor
     key_bias: Tensor
     mask: BlockMask
+    density: float
 
 
 def skip(blocks: Blocks, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor | None:

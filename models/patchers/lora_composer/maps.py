@@ -21,7 +21,7 @@ MAP_SCALE = 4
 
 @dataclass
 class Maps:
-    """Attention maps of one forward, of its conditional batch. Lists over layers; means over heads.
+    """Attention maps of the prompt's forwards at one step. Lists over layers; means over heads, and over the conditionings of a forward.
 
     size: (height, width) of the tokens that are looked at. cross: per concept `(batch, frames * height * width, words)`. with_self: also
     collect `own`, the self-attention `(batch, height * width, height * width)` (UNet).
@@ -31,6 +31,11 @@ class Maps:
     with_self: bool = False
     cross: dict[int, list[Tensor]] = field(default_factory=dict)
     own: list[Tensor] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """False where no forward took place (a prompt that is not in force at the step), or its self-attention was another's."""
+        return bool(self.cross) and (bool(self.own) or not self.with_self)
 
     def look(self, call: Call, module: Any, x: Tensor) -> None:
         """At a cross-attention: the concepts' keys against the base's queries of the whole picture."""
@@ -57,16 +62,17 @@ class Maps:
             self._keep(call, index, q[:, :, first:last], k[:, :, start : start + length], scale)
             start += length
 
-    def look_self(self, q: Tensor, k: Tensor, isolation: Isolation | None, scale: float | None) -> None:
+    def look_self(self, call: Call, q: Tensor, k: Tensor, isolation: Isolation | None, scale: float | None) -> None:
         if self.with_self and q.shape[2] == math.prod(self.size):
-            self.own.append(_probabilities(q, k, None if isolation is None else isolation.bias(torch.float32), scale))
+            bias = None if isolation is None else isolation.bias(torch.float32)
+            self.own.append(call.per_latent(_probabilities(q, k, bias, scale)))
 
     def _keep(self, call: Call, index: int, q: Tensor, k: Tensor, scale: float | None) -> None:
         words = call.composer.concepts[index].words
-        heads = (
-            _probabilities(q[:, [head]], k[:, [head]], None, scale)[..., list(words)] for head in range(q.shape[1])
-        )  # one by one: videos are long
-        self.cross.setdefault(index, []).append(sum(heads, torch.zeros((), device=q.device)) / q.shape[1])
+        probabilities = torch.zeros((), device=q.device)
+        for head in range(q.shape[1]):  # one by one: videos are long
+            probabilities = probabilities + _probabilities(q[:, [head]], k[:, [head]], None, scale)[..., list(words)]
+        self.cross.setdefault(index, []).append(call.per_latent(probabilities / q.shape[1]))
 
     def concept(self, index: int) -> Tensor:
         """`(batch, height, width, words)`, the mean over layers and frames."""
