@@ -53,6 +53,9 @@ for kind in ("checkpoints", "loras"):
     folder_paths.add_model_folder_path(kind, str(MODELS / kind), is_default=True)
 
 start = time.monotonic()
+# As the shared workflow calls them.
+CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
+LORAS = [f"your_{which}_lora.safetensors" for which in ("first", "second", "third")]
 NEW = dict(dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
 LINEAR = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0", "ff.net.2")
 
@@ -111,13 +114,13 @@ def lora_of(network, names, seed, rank=4):
 
 
 def write(folder):
-    checkpoint = folder / "checkpoints" / "tiny_sd15.safetensors"
+    checkpoint = folder / "checkpoints" / CHECKPOINT
     if checkpoint.is_file():
         return
     unet = write_checkpoint(checkpoint)
     (folder / "loras").mkdir(exist_ok=True)
-    for index in range(3):
-        save_file(lora_of(unet, LINEAR, 10 + index), str(folder / "loras" / f"concept{index}.safetensors"))
+    for index, name in enumerate(LORAS):
+        save_file(lora_of(unet, LINEAR, 10 + index), str(folder / "loras" / name))
     other = lora_of(unet, ("attn2.to_k",), 20)
     save_file({key: value.repeat(1, 2) if "down" in key else value for key, value in other.items()}, str(folder / "loras" / "other_base.safetensors"))
     save_file(
@@ -133,7 +136,7 @@ NAMES = ["cat", "dog", "red bird"]
 
 @cache
 def region(index, lora=None, box=None, words=None, concepts=()):
-    loaded = nodes.LoraLoader().load_lora(model, clip, lora or f"concept{index}.safetensors", 0.8, 1.0)
+    loaded = nodes.LoraLoader().load_lora(model, clip, lora or LORAS[index], 0.8, 1.0)
     words = NAMES[index] if words is None else words
     return host.ConceptRegion.execute(*loaded, PROMPTS[index], words, *(box or BOXES[index]), concepts=concepts).args[0]
 
@@ -276,8 +279,8 @@ def whole_canvas():
     base = predict(model, x, torch.cat([text, text]), [1, 0])
     emit("whole", error=float((got - stock).norm() / stock.norm()), moved=float((stock - base).norm() / stock.norm()))
     # The same on top of a style LoRA, which the whole picture has.
-    styled = nodes.LoraLoader().load_lora(model, clip, "concept2.safetensors", 0.5, 0.0)[0]
-    both = nodes.LoraLoader().load_lora(styled, clip, "concept0.safetensors", 0.8, 0.0)[0]
+    styled = nodes.LoraLoader().load_lora(model, clip, LORAS[2], 0.5, 0.0)[0]
+    both = nodes.LoraLoader().load_lora(styled, clip, LORAS[0], 0.8, 0.0)[0]
     patched = composed((host.Region(both, part[0].context, (1,), part[0].box),), layers=ALL, base=styled)
     got, stock = predict(patched, x[:1], text, [0]), predict(both, x[:1], part[0].context, [0])
     base = predict(styled, x[:1], part[0].context, [0])
@@ -689,7 +692,7 @@ def transformers():
 
 write(MODELS)
 with torch.inference_mode():
-    model, clip, _ = nodes.CheckpointLoaderSimple().load_checkpoint("tiny_sd15.safetensors")
+    model, clip, _ = nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT)
     cross_attention()
     isolation()
     whole_canvas()

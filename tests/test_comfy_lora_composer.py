@@ -193,27 +193,13 @@ def test_bad_input_has_one_message(results, case, message):
 
 
 def graph(width: int = 128, enhancement: float = 1.0) -> dict[str, dict]:
-    def node(kind, **inputs):
-        return {"class_type": kind, "inputs": inputs}
-
-    out = {
-        "1": node("CheckpointLoaderSimple", ckpt_name="tiny_sd15.safetensors"),
-        "2": node("CLIPTextEncode", clip=["1", 1], text="two animals"),
-        "3": node("CLIPTextEncode", clip=["1", 1], text=""),
-    }
-    for index, (prompt, left) in enumerate((("a cat", 0), ("a dog", 64))):
-        names = dict(lora_name=f"concept{index}.safetensors", strength_model=1.0, strength_clip=1.0)
-        out[f"lora{index}"] = node("LoraLoader", model=["1", 0], clip=["1", 1], **names)
-        box = dict(prompt=prompt, words=prompt[2:], x=left, y=0, width=48, height=64)
-        out[f"concept{index}"] = node("TesseraConceptRegion", model=[f"lora{index}", 0], clip=[f"lora{index}", 1], **box)
-    out["concept1"]["inputs"]["concepts"] = ["concept0", 0]
-    out["latent"] = node("EmptyLatentImage", width=width, height=64, batch_size=2)
-    settings = dict(isolation=True, reinitialise=True, enhancement=enhancement, layers="cross-attention")
-    out["composer"] = node("TesseraLoRAComposer", model=["1", 0], concepts=["concept1", 0], latent=["latent", 0], **settings)
-    run = dict(seed=1, steps=2, cfg=4.0, sampler_name="dpmpp_2m", scheduler="karras", denoise=1.0)
-    out["4"] = node("KSampler", model=["composer", 0], positive=["2", 0], negative=["3", 0], latent_image=["latent", 0], **run)
-    out["5"] = node("VAEDecode", samples=["4", 0], vae=["1", 2])
-    out["6"] = node("SaveImage", images=["5", 0], filename_prefix="composed")
+    """The shared workflow with a small picture."""
+    out = json.loads((HERE.parent / "workflows" / "api" / "tessera_lora_composer.json").read_text())
+    out["8"]["inputs"] |= dict(width=width, height=64, batch_size=2)
+    for node, left in (("4", 0), ("5", 64)):
+        out[node]["inputs"] |= dict(x=left, width=48, height=64)
+    out["9"]["inputs"]["enhancement"] = enhancement
+    out["10"]["inputs"]["steps"] = 2
     return out
 
 
@@ -222,7 +208,7 @@ def test_through_the_queue(installed, results, models):
         with pytest.raises(PromptFailedError, match="leaves the canvas of 96 x 64"):
             server.run(graph(width=96), timeout=600)
         pictures = [
-            [np.asarray(Image.open(io.BytesIO(server.fetch(file)))) for file in server.run(graph(**changes), timeout=600).outputs["6"]["images"]]
+            [np.asarray(Image.open(io.BytesIO(server.fetch(file)))) for file in server.run(graph(**changes), timeout=600).outputs["12"]["images"]]
             for changes in ({}, {"enhancement": 0.0})
         ]
         assert [[picture.shape for picture in run] for run in pictures] == [[(64, 128, 3)] * 2] * 2

@@ -62,6 +62,7 @@ UPSCALE_FILE = "tessera_upscale_video_file"  # no diffusion model, and a video t
 OWN_CLIP = "tessera_transparent_video"  # the same with a clip that has alpha
 LAYERED = ("tessera_text_to_layers", "tessera_text_to_layered_video")  # hundreds of tokens: attention is left as it is
 OWN_PICTURE = "tessera_qwen_image_layered"  # starts from a picture that is the user's own
+OWN_LORAS = "tessera_lora_composer"  # composes LoRAs that are the user's own; its pictures are small, and attention is left as it is
 
 each_workflow = pytest.mark.parametrize("name", NAMES)
 
@@ -171,16 +172,16 @@ def test_files_that_have_to_be_there_can_be_downloaded_from_the_menu(name):
     """Each loader lists its files with folder and address: ComfyUI then offers the missing ones for download."""
     for node in read_ui(name)["nodes"]:
         wanted = {value for value in node.get("widgets_values") or () if isinstance(value, str) and value.endswith(".safetensors")}
-        wanted = {value for value in wanted if not value.startswith("tessera_")}
+        wanted = {value for value in wanted if not value.startswith(("tessera_", "your_"))}
         offered = {model["name"]: model for model in node["properties"].get("models", [])}
         assert set(offered) == wanted
         for file, model in offered.items():
-            assert model["directory"] in ("diffusion_models", "text_encoders", "vae")
+            assert model["directory"] in ("checkpoints", "diffusion_models", "text_encoders", "vae")
             assert model["url"].startswith("https://huggingface.co/")
             assert model["url"].endswith(f"/{file}")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in (UPSCALE_FILE, OWN_CLIP, *LAYERED)])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in (UPSCALE_FILE, OWN_CLIP, OWN_LORAS, *LAYERED)])
 def test_every_sampler_runs_patched_and_reported(name):
     """Each sampler's model comes straight from one of our patches, and a report of that model follows the sampler."""
     api = read_api(name)
@@ -225,7 +226,8 @@ def test_nothing_but_model_files_is_missing(any_comfy: ComfyServer, name):
         assert own["details"] == "image - Invalid image file: your_picture.png"
         complaints.remove(own)
     assert {complaint["type"] for complaint in complaints} == {"value_not_in_list"}
-    assert {complaint["extra_info"]["input_name"] for complaint in complaints} <= {"unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name"}
+    files = {"ckpt_name", "lora_name"} if name == OWN_LORAS else {"unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name"}
+    assert {complaint["extra_info"]["input_name"] for complaint in complaints} <= files
 
 
 @pytest.mark.comfy
