@@ -8,7 +8,6 @@ from typing import Any
 import comfy.samplers
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
-from server import PromptServer
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
@@ -17,6 +16,7 @@ from ..models.patchers.lora_composer.composer import Call, Composer
 from ..models.patchers.lora_composer.latent import Schedule, enhancement_loss, reinitialise
 from ..models.patchers.lora_composer.maps import Maps, map_size
 from .host import BOXES, OVERRIDE
+from .reporting import say
 
 KEY = "tessera_lora_composer"
 
@@ -187,8 +187,7 @@ class _Host:
             parts.append(f"{self.skipped} gradient steps left out for want of maps: no prompt in force, or self-attention of another node")
         line = "; ".join(parts)
         logging.info("Tessera: LoRA Composer: %s", line)
-        if self.node_id is not None and getattr(PromptServer, "instance", None) is not None:
-            PromptServer.instance.send_progress_text(line, self.node_id)
+        say(self.node_id, line)
 
     def _override(self, previous):
         """Our override on top of `previous`. Cached, so that others see one function object."""
