@@ -165,13 +165,15 @@ def test_two_drawn_boxes_become_layers_of_a_psd(page, comfy: ComfyServer, render
     page.wait_for_function("() => document.querySelectorAll('.tessera-layout .box').length === 2")
     assert editor.text() == text
 
+    # Its own name: what the server has in its cache it does not run again, and says nothing.
+    page.evaluate("name => { app.graph.findNodesByType('TesseraSaveLayers')[0].widgets[0].value = name }", f"layers/{renderer}")
     page.evaluate(LISTEN)
     press("Control+Enter")
     page.wait_for_function("() => window.runEvents.some(([type]) => type.startsWith('execution_'))", timeout=120_000)
     events = page.evaluate("() => window.runEvents")
     assert [detail["exception_message"] for kind, detail in events if kind == "execution_error"] == []
     assert see(page, "TesseraSaveLayers", 3, tmp_path / "saved.png") > 0.02, "the picture and both layers, on the page"
-    page.get_by_text("_.psd in layers").first.wait_for()  # the result line
+    page.get_by_text(f"{renderer}_00001_.psd in layers").first.wait_for()  # the result line
     links = page.get_by_role("group", name="Saved files").get_by_role("link")
     with page.expect_download() as download:
         links.click()

@@ -4,9 +4,10 @@ import { app } from "../../scripts/app.js";
 
 const NAME = "tessera_files";
 const LINE = 26; // pixels
+const MARGIN = 4; // pixels that the canvas leaves around the widget
 
 const STYLE = `
-.tessera-files { display: flex; flex-direction: column; font: 12px sans-serif; color: var(--input-text, #ddd); }
+.tessera-files { display: flex; flex-direction: column; padding: 0 6px; box-sizing: border-box; font: 12px sans-serif; color: var(--input-text, #ddd); }
 .tessera-files > * { flex: 0 0 ${LINE - 4}px; margin: 2px 0; padding: 0 8px; line-height: ${LINE - 6}px; box-sizing: border-box; color: inherit;
   text-align: center; text-decoration: none; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 .tessera-files a { background: var(--comfy-input-bg, #222); border: 1px solid var(--border-color, #555); border-radius: 4px; }
@@ -18,7 +19,8 @@ function line({ filename, subfolder, type }) {
     if (filename.endsWith("_")) // a folder: its name is the number's, without an ending
         return Object.assign(document.createElement("span"), { textContent: `Folder ${place}`, title: place });
     const href = app.api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`);
-    return Object.assign(document.createElement("a"), { href, download: filename, textContent: `Download ${filename}`, title: place, draggable: false });
+    const link = { href, download: filename, textContent: `Download ${filename}`, title: place, draggable: false };
+    return Object.assign(document.createElement("a"), link);
 }
 
 /** The files of a node's output on the node, instead of those of the run before. */
@@ -27,8 +29,9 @@ function show(node, files) {
     if (!widget) {
         const list = Object.assign(document.createElement("div"), { className: "tessera-files", role: "group", ariaLabel: "Saved files" });
         list.addEventListener("pointerdown", (event) => event.stopPropagation()); // is no drag of the node
-        const getMinHeight = () => LINE * list.children.length;
-        widget = node.addDOMWidget(NAME, "TESSERA_FILES", list, { serialize: false, hideOnZoom: false, getMinHeight, getMaxHeight: getMinHeight });
+        const height = () => LINE * list.children.length + 2 * MARGIN;
+        const options = { serialize: false, hideOnZoom: false, margin: MARGIN, getMinHeight: height, getMaxHeight: height };
+        widget = node.addDOMWidget(NAME, "TESSERA_FILES", list, options);
         widget.serialize = false; // the option is about the API export, this about the saved workflow
     }
     widget.element.replaceChildren(...files.map(line));
