@@ -17,6 +17,7 @@ import torch
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from comfy.ldm.wan.model import WanModel
+from comfy.model_base import LongCatImage
 from comfy.model_sampling import ModelSamplingFlux
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
@@ -39,6 +40,8 @@ PATCH = 2  # latent pixels of a token's side
 CHANNELS = 16  # of the latents of the Wan models that regions are for
 DECODED_AT_ONCE = 16  # layers; larger batches gave ART's authors "odd purple output"
 NONE = "none"
+# Of a condition: what is laid over the picture, or joined to its tokens, at places that a strip of regions has not.
+UNUSABLE = ("control", "area", "mask", "gligen", "concat_latent_image", "time_dim_concat", "context_latents")
 
 
 def parse_boxes(text: str) -> list[Box]:
@@ -62,11 +65,11 @@ def _network(model: Any) -> Any:
         plain = network.model_type == "t2v" and network.ref_conv is None and network.in_dim == network.out_dim == CHANNELS
         fits = plain and tuple(network.patch_size) == (1, PATCH, PATCH)
     else:
-        known = isinstance(network, Flux | QwenImageTransformer2DModel)
+        known = isinstance(network, Flux | QwenImageTransformer2DModel) and not isinstance(model.model, LongCatImage)  # it moves Flux's positions
         fits = known and network.patch_size == PATCH and len(network.pe_embedder.axes_dim) == 3
     if not fits:
         raise ValueError(
-            f"model is {type(network).__name__}, and regions are for Flux.1, Qwen-Image and Wan text-to-video (2.1, 2.2 14B); load one of those"
+            f"model is {type(model.model if isinstance(network, Flux) else network).__name__}, and regions are for Flux.1, Qwen-Image and Wan text-to-video (2.1, 2.2 14B); load one of those"
         )
     return network
 
@@ -109,7 +112,8 @@ class _Regions:
 
     def __init__(self, regions: Regions, embedding: Tensor | None, network: Any):
         self.regions, self.embedding = regions, embedding
-        self.framed, self.centred = not isinstance(network, Flux), isinstance(network, QwenImageTransformer2DModel)
+        self.video, self.centred = isinstance(network, WanModel), isinstance(network, QwenImageTransformer2DModel)
+        self.framed = self.video or self.centred  # whether latents have an axis of frames
 
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *rest, latent_shapes=None, **kwargs):
         regions = self.regions
@@ -119,7 +123,8 @@ class _Regions:
                 f"latent_image is {tuple(latent_image.shape)}, and the model's regions need {wanted}; use model and latent of one Region Layers node"
             )
         conds = [cond for group in executor.class_obj.conds.values() for cond in group]
-        unusable = sorted({name for cond in conds for name in ("control", "area", "mask", "gligen") if cond.get(name) is not None})
+        names = (*UNUSABLE, "reference_latents") if self.video else UNUSABLE
+        unusable = [name for name in names if any(cond.get(name) is not None for cond in conds)]
         if unusable:
             raise ValueError(
                 f"the conditioning has {', '.join(unusable)}, which know nothing of regions; leave them out, the boxes say what is where"
@@ -129,21 +134,35 @@ class _Regions:
             x = regions.crop(x, PATCH)
             return x.unsqueeze(2) if self.framed else x
 
-        def whole(x: Tensor) -> Tensor:
-            return regions.scatter(x.squeeze(2) if self.framed else x, latent_image, PATCH)
+        def whole(x: Tensor, around: Tensor) -> Tensor:
+            return regions.scatter(x.squeeze(2) if self.framed else x, around, PATCH)
+
+        in_model_space = executor.class_obj.model_patcher.model.process_latent_in(latent_image)  # as what samplers show is
 
         def shown(step, denoised, x, total):
-            return callback(step, whole(denoised), x, total)
+            layers = whole(denoised, in_model_space)
+            if self.framed:
+                callback(step, layers, x, total)
+                return
+            # The previewers of a picture model read one picture, and SamplerCustomAdvanced keeps the tensor that it is given here as its
+            # denoised_output: it is the merged picture while it is shown, and all layers from then on.
+            picture = layers[:, :, 0].clone()
+            callback(step, picture, x, total)
+            picture.set_(layers)
 
         cropped = strip(latent_image)
         if denoise_mask is not None:
             denoise_mask = strip(denoise_mask)
         watched = None if callback is None else shown
         shapes = None if latent_shapes is None else [cropped.shape]
-        return whole(executor(strip(noise), cropped, sampler, sigmas, denoise_mask, watched, *rest, latent_shapes=shapes, **kwargs))
+        sampled = executor(strip(noise), cropped, sampler, sigmas, denoise_mask, watched, *rest, latent_shapes=shapes, **kwargs)
+        return whole(sampled, latent_image)
 
     def post_input(self, args: dict[str, Any]) -> dict[str, Any]:
-        """Positions and layer embeddings of the region tokens, which are the first of `img`; reference pictures follow."""
+        """Positions and layer embeddings of the region tokens, which are the first of `img`; reference pictures follow.
+
+        Core counts reference pictures from 1, as regions count layers: they are counted from the last layer on. Negative numbers stay.
+        """
         regions, img, img_ids = self.regions, args["img"], args["img_ids"].clone()
         tokens = img.shape[1] - sum(args["transformer_options"].get("reference_image_num_tokens", ()))
         self._check(tokens)
@@ -154,6 +173,8 @@ class _Regions:
             text = args["txt_ids"]
             args = {**args, "txt_ids": torch.arange(start, start + text.shape[1], device=text.device).to(text)[None, :, None].expand_as(text)}
         img_ids[:, : regions.tokens] = ids
+        numbers = img_ids[:, regions.tokens :, 0]
+        numbers[numbers >= 1] += len(regions.boxes) - 1
         if self.embedding is not None:
             img = torch.cat([img[:, : regions.tokens] + self._embedded(img), img[:, regions.tokens :]], 1)
         return {**args, "img": img, "img_ids": img_ids}

@@ -5,6 +5,7 @@
 Prints one JSON object per case; what was sampled goes to SCRATCH.
 """
 
+import copy
 import json
 import sys
 from dataclasses import replace
@@ -17,7 +18,7 @@ sys.path.insert(0, COMFYUI)
 sys.path.append(PACKAGE_PARENT)
 
 import torch  # noqa: E402
-from comfy.cli_args import args  # noqa: E402
+from comfy.cli_args import LatentPreviewMethod, args  # noqa: E402
 
 args.cpu = True
 torch.set_num_threads(1)
@@ -29,10 +30,14 @@ import comfy.sd  # noqa: E402
 import utils.extra_config  # noqa: E402,F401  (first, as main.py does)
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel  # noqa: E402
 from comfy.ldm.wan.model import VaceWanModel, WanModel  # noqa: E402
+from comfy.model_base import LongCatImage  # noqa: E402
 from comfy.taesd.taesd import TAESD  # noqa: E402
+from comfy_extras.nodes_custom_sampler import Noise_RandomNoise, SamplerCustomAdvanced  # noqa: E402
 from comfy_extras.nodes_model_advanced import ModelSamplingFlux  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+import folder_paths  # noqa: E402
+import latent_preview  # noqa: E402
 import nodes  # noqa: E402
 from tessera.kernels.sparsity import plan  # noqa: E402
 from tessera.models.layers.art import layer_embedding  # noqa: E402
@@ -185,7 +190,8 @@ def wan():
         hook.remove()
         ours = patch_regions(patch_regions(model, REGIONS, None, None), regions, table, schedule_shift(regions.tokens))
         given, seen = noise[:, :, :, :frames].flatten(2, 3), []
-        got = ran(ours, given, texts, lambda step, denoised, x, total, seen=seen: seen.append(list(denoised.shape)))
+        got = ran(ours, given, texts, lambda step, denoised, x, total, seen=seen: seen.append(denoised))
+        shown = model.model.process_latent_out(seen[-1]).unflatten(2, (-1, frames))[:, :, ~area[:, :frames]]
         outside = got.unflatten(2, (-1, frames))[:, :, ~area[:, :frames]]
         without = ran(patch_regions(model, regions, None, None), given, texts)
         scale, area = wanted.abs().max(), area[:, :frames]
@@ -194,7 +200,8 @@ def wan():
             error=float(((wanted - got.unflatten(2, (-1, frames))).abs() * area).max() / scale),
             unembedded=float((without - got).abs().max() / scale),
             outside=float((outside - 0.25).abs().max()),
-            previews=seen,
+            shown_outside=float((shown - 0.25).abs().max()),
+            previews=[list(x0.shape) for x0 in seen],
             wrappers=[sum(KEY in group for group in one.wrappers.values()) for one in (ours, model)],
         )
         if frames == 3:
@@ -232,13 +239,18 @@ def wan_with_others(ours, got, noise, texts):
 
 
 def hooks(sampled):
-    seen = []
+    seen, shapes = [], []
+
+    def record(step, denoised, x, total):
+        shapes.append(list(denoised.shape))
+        seen.append(denoised)
+
     noise = comfy.sample.prepare_noise(torch.zeros(SHAPE), 8)
     again = patch_regions(patched, REGIONS, embedding, schedule_shift(REGIONS.tokens))
     watched = patch_attention(again, AttentionSettings(min_tokens=0, density=1.0, precision="native", block=16), None)
     got = comfy.sample.sample(
         *(watched, noise, STEPS, CFG, "euler", "simple", positive, negative, torch.full(SHAPE, 0.25)),
-        callback=lambda step, denoised, x, total: seen.append(list(denoised.shape)),
+        callback=record,
     )
     report = last_report(watched)
     core = ModelSamplingFlux().patch(flux, 1.15, 0.5, 1024, 768)[0]
@@ -250,9 +262,45 @@ def hooks(sampled):
         shift=flux.get_model_object("model_sampling").shift,
         **{"core shift": core.get_model_object("model_sampling").shift, "our shift": schedule_shift(64 * 48)},
         same=float((got - sampled).abs().max()),
-        previews=seen,
+        previews=shapes,
+        kept=[list(x0.shape) for x0 in seen],
         calls=report["calls"],
         reasons=report["reasons"],
+    )
+
+
+def previews():
+    """Core's own sampler nodes while it previews with TAESD, which of Flux's latents takes pictures only."""
+    folder = Path(SCRATCH) / "vae_approx"
+    folder.mkdir()
+    taesd = random_taesd()
+    save_file({name: value.clone() for name, value in taesd.taesd_decoder.state_dict().items()}, folder / "taef1_decoder.safetensors")
+    folder_paths.add_model_folder_path("vae_approx", str(folder))
+    images = []
+    comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: images.append(preview))
+    args.preview_method = LatentPreviewMethod.TAESD
+    guider = comfy.samplers.CFGGuider(patched)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(CFG)
+    sigmas = comfy.samplers.calculate_sigmas(patched.get_model_object("model_sampling"), "simple", STEPS)
+    latent = {"samples": torch.full(SHAPE, 0.25)}
+    try:
+        made = SamplerCustomAdvanced.execute(Noise_RandomNoise(8), guider, comfy.samplers.sampler_object("euler"), sigmas, latent)
+        last = images[-1][1]
+        sample(patched, positive, negative)
+    finally:
+        args.preview_method = LatentPreviewMethod.NoPreviews
+        comfy.utils.set_progress_bar_global_hook(None)
+    samples, denoised = (one["samples"] for one in made.args)
+    previewer = latent_preview.TAESDPreviewerImpl(TAESD(None, str(folder / "taef1_decoder.safetensors"), latent_channels=16))
+    wanted = previewer.decode_latent_to_preview(patched.model.process_latent_in(denoised[:, :, 0]))
+    pixels = [torch.tensor(list(image.getdata())) for image in (last, wanted)]
+    emit(
+        "previews",
+        images=[list(preview[1].size) for preview in images],
+        last=int((pixels[0] - pixels[1]).abs().max()),
+        varied=float(pixels[1].float().std()),
+        denoised=float((denoised - samples).abs().max() / samples.abs().max()),
     )
 
 
@@ -289,9 +337,21 @@ def reference():
     with_reference = conditioning(1, 64, guidance=GUIDANCE, reference_latents=[latent])
     out = sample(watched, with_reference, with_reference, cfg=1.0)
     plain = sample(patched, positive, positive, cfg=1.0)
-    # Stock: index 1, rows and columns from 0, as no other reference came before.
-    kept = all(torch.equal(part[0, REGIONS.tokens :], torch.tensor([[1.0, r, c] for r in range(2) for c in range(2)])) for part in ids)
-    emit("reference", finite=bool(out.isfinite().all()), changed=float((out - plain).abs().max()), kept=kept)
+    # Stock: index 1, rows and columns from 0, as no other reference came before. The regions have 0 to 4.
+    wanted = torch.tensor([[float(len(REGIONS.boxes)), r, c] for r in range(2) for c in range(2)])
+    after = all(torch.equal(part[0, REGIONS.tokens :], wanted) for part in ids)
+    given = torch.zeros(1, REGIONS.tokens + 3, 3)
+    given[0, REGIONS.tokens :, 0] = torch.tensor([-1.0, 0.0, 2.0])
+    options = {"reference_image_num_tokens": [1, 1, 1]}
+    hook = patched.model_options["transformer_options"]["patches"]["post_input"][0]
+    moved = hook({"img": torch.zeros(1, REGIONS.tokens + 3, 128), "img_ids": given, "transformer_options": options})["img_ids"]
+    emit(
+        "reference",
+        finite=bool(out.isfinite().all()),
+        changed=float((out - plain).abs().max()),
+        after=after,
+        numbers=moved[0, REGIONS.tokens :, 0].tolist(),
+    )
 
 
 def refusals():
@@ -299,6 +359,12 @@ def refusals():
     tiles = patched.clone()
     tiles.remove_wrappers_with_key("outer_sample", KEY)
     clip = replace(REGIONS, frames=3)
+    small = patch_regions(loaded(randomised(stock_wan()), WAN), REGIONS, None, None)
+    longcat = copy.copy(flux.model)
+    longcat.__class__ = LongCatImage
+
+    def with_more(model, width, **more):
+        return sample(model, conditioning(1, width, **more), conditioning(2, width))
 
     def of(network):
         return SimpleNamespace(model=SimpleNamespace(diffusion_model=network))
@@ -306,6 +372,10 @@ def refusals():
     for case, action in (
         ("other latent", lambda: sample(patched, positive, negative, torch.zeros(1, 16, 6, 8))),
         ("area", lambda: sample(patched, area, negative)),
+        ("inpainting", lambda: with_more(patched, 64, concat_latent_image=torch.zeros(1, 16, 6, 8))),
+        *((name, lambda name=name: with_more(small, 64, **{name: [torch.zeros(1, 16, 1, 6, 8)]})) for name in ("reference_latents", "context_latents")),
+        ("time_dim_concat", lambda: with_more(small, 64, time_dim_concat=torch.zeros(1, 16, 1, 6, 8))),
+        ("LongCat", lambda: patch_regions(SimpleNamespace(model=longcat), REGIONS, None, None)),
         ("tiles", lambda: sample(tiles, positive, negative, torch.zeros(1, 16, 4, 4))),
         ("other model", lambda: patch_regions(of(torch.nn.Identity()), REGIONS, None, None)),
         ("image to video", lambda: patch_regions(of(stock_wan(in_dim=36)), REGIONS, None, None)),
@@ -319,14 +389,18 @@ def refusals():
             emit(case, error=str(error))
 
 
-def small_vae():
-    """The smallest network that ComfyUI's VAE loader takes for Flux: TAESD with random weights."""
+def random_taesd():
     network = TAESD(latent_channels=16)
     generator = torch.Generator().manual_seed(11)
     for tensor in (tensor for name, tensor in network.state_dict().items() if name.startswith("taesd")):
         scale = tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.0
         tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
-    save_file({name: value.clone() for name, value in network.state_dict().items()}, Path(SCRATCH) / "taesd.safetensors")
+    return network
+
+
+def small_vae():
+    """The smallest network that ComfyUI's VAE loader takes for Flux."""
+    save_file({name: value.clone() for name, value in random_taesd().state_dict().items()}, Path(SCRATCH) / "taesd.safetensors")
 
 
 with torch.inference_mode():
@@ -335,6 +409,7 @@ with torch.inference_mode():
     wan()
     hooks(sampled)
     variants(sampled)
+    previews()
     reference()
     refusals()
     small_vae()

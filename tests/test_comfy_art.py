@@ -134,7 +134,7 @@ def test_qwen_image_is_its_own_forward_with_masked_tokens(results):
 def test_wan_is_its_own_forward_with_masked_tokens(results, frames):
     """Pictures, and clips of 9 and 17 frames: crop, positions in time and space, layer embedding, scatter."""
     line = results[f"wan {frames}"]
-    assert line["error"] < 1e-4 and line["unembedded"] > 1e-2 and line["outside"] == 0
+    assert line["error"] < 1e-4 and line["unembedded"] > 1e-2 and line["outside"] == 0 and line["shown_outside"] < 1e-5
     assert line["previews"] == [[1, 16, frames * LAYERS, 2 * HEIGHT, 2 * WIDTH]] * STEPS
     assert line["wrappers"] == [2, 0], "applied twice, and the model itself left as it was"
 
@@ -151,7 +151,7 @@ def test_the_hooks_leave_nothing_behind(results):
     line = results["hooks"]
     assert line["patches"] == [] and line["wrappers"] == [] and line["twice"] == 1 and line["shift"] == pytest.approx(1.15)
     assert line["same"] == 0.0 and line["core shift"] == pytest.approx(line["our shift"], rel=1e-9)
-    assert line["previews"] == [[1, 16, LAYERS, 2 * HEIGHT, 2 * WIDTH]] * STEPS
+    assert line["previews"] == [[1, 16, 2 * HEIGHT, 2 * WIDTH]] * STEPS and line["kept"] == [[1, 16, LAYERS, 2 * HEIGHT, 2 * WIDTH]] * STEPS
     assert line["calls"] == {"host": 4 * STEPS} and line["reasons"] == {"density 1": 4 * STEPS}, "an attention patch knows where the text is"
 
 
@@ -162,9 +162,17 @@ def test_batches_masks_and_sparse_attention(results):
     assert line["calls"] == {"sparse": 4 * STEPS} and line["finite"] and line["boxes"] == [[1, *size] for size in SIZES]
 
 
-def test_reference_pictures_keep_their_own_positions(results):
+def test_core_previews_flux_and_keeps_all_layers_of_what_it_shows(results):
+    """TAESD takes pictures; denoised_output of SamplerCustomAdvanced, after the last step, is what was sampled, outside of the boxes too."""
+    line = results["previews"]
+    assert line["images"] == [[16 * WIDTH, 16 * HEIGHT]] * 2 * STEPS
+    assert line["last"] <= 1 and line["varied"] > 1 and line["denoised"] < 1e-5
+
+
+def test_reference_pictures_come_after_the_layers(results):
     line = results["reference"]
-    assert line["finite"] and line["changed"] > 1e-3 and line["kept"]
+    assert line["finite"] and line["changed"] > 1e-3 and line["after"]
+    assert line["numbers"] == [-1, 0, 1 + LAYERS], "core's numbers are shifted from 1 on"
 
 
 @pytest.mark.parametrize(
@@ -172,6 +180,11 @@ def test_reference_pictures_keep_their_own_positions(results):
     [
         ("other latent", r"latent_image is \(1, 16, 6, 8\), and the model's regions need \(1, 16, 5, 6, 8\); use model and latent of one"),
         ("area", "the conditioning has area, which know nothing of regions"),
+        ("inpainting", "the conditioning has concat_latent_image, which know nothing of regions"),
+        ("reference_latents", "the conditioning has reference_latents, which know nothing of regions"),
+        ("context_latents", "the conditioning has context_latents, which know nothing of regions"),
+        ("time_dim_concat", "the conditioning has time_dim_concat, which know nothing of regions"),
+        ("LongCat", "model is LongCatImage, and regions are for Flux.1, Qwen-Image and Wan"),
         ("tiles", "the model got 4 picture tokens and its regions have 33"),
         ("other model", r"model is Identity, and regions are for Flux.1, Qwen-Image and Wan text-to-video"),
         ("image to video", r"model is WanModel, and regions are for .* Wan text-to-video \(2.1, 2.2 14B\); load one of those"),
