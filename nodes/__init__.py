@@ -11,7 +11,7 @@ from comfy_api.latest import ComfyExtension, io
 from ..models.upscale import spandrel_catanet
 from .art import DECODERS as TRANSPARENT_DECODERS
 from .art import FOLDER as LAYER_EMBEDDINGS
-from .art import DecodeRegionLayers, DecodeRegionVideo, RegionLayers
+from .art import DecodeRegionLayers, DecodeRegionVideo, EncodeRegionLayers, RegionLayers
 from .attention import Accelerate, AttentionReport, SparseAttention
 from .diffusion_upscale import PatchUpscaleVideo
 from .layered_video import AddVideoLayer, ComposeLayeredVideo
@@ -48,8 +48,9 @@ class Tessera(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         upscalers = [PatchUpscale, PatchUpscaleVideoNetwork, PatchUpscaleVideoFile, PatchUpscaleVideo, LoadPatchAdapter, UpscaleReport]
-        layers = [LayersFromImages, ComposeLayers, EditLayer, AutoLayout, Layout, SaveLayers, LoadLayers, RegionLayers, DecodeRegionLayers]
-        clips = [SaveTransparentVideo, LoadTransparentVideo, AddVideoLayer, ComposeLayeredVideo, DecodeRegionVideo]
+        layers = [LayersFromImages, ComposeLayers, EditLayer, AutoLayout, Layout, SaveLayers, LoadLayers]
+        regions = [RegionLayers, EncodeRegionLayers, DecodeRegionLayers, DecodeRegionVideo]
+        clips = [SaveTransparentVideo, LoadTransparentVideo, AddVideoLayer, ComposeLayeredVideo]
         return [
             Accelerate,
             SparseAttention,
@@ -58,6 +59,7 @@ class Tessera(ComfyExtension):
             OffloadReport,
             *upscalers,
             *layers,
+            *regions,
             *clips,
             ConceptRegion,
             LoRAComposer,

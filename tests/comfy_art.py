@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 COMFYUI, PACKAGE_PARENT, SCRATCH = sys.argv[1:]
 sys.argv = sys.argv[:1]
@@ -23,29 +24,43 @@ from comfy.cli_args import LatentPreviewMethod, args  # noqa: E402
 args.cpu = True
 torch.set_num_threads(1)
 
+import comfy.model_management as mm  # noqa: E402
 import comfy.ops  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
+import folder_paths  # noqa: E402
+import latent_preview  # noqa: E402
 import utils.extra_config  # noqa: E402,F401  (first, as main.py does)
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel  # noqa: E402
 from comfy.ldm.wan.model import VaceWanModel, WanModel  # noqa: E402
 from comfy.model_base import LongCatImage  # noqa: E402
 from comfy.taesd.taesd import TAESD  # noqa: E402
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise, SamplerCustomAdvanced  # noqa: E402
-from comfy_extras.nodes_model_advanced import ModelSamplingFlux  # noqa: E402
+from comfy_extras.nodes_model_advanced import ModelSamplingFlux, ModelSamplingSD3  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-import folder_paths  # noqa: E402
-import latent_preview  # noqa: E402
 import nodes  # noqa: E402
 from tessera.kernels.sparsity import plan  # noqa: E402
-from tessera.models.layers.art import layer_embedding  # noqa: E402
-from tessera.models.layers.regions import schedule_shift, snap  # noqa: E402
-from tessera.nodes.art import KEY, patch_regions  # noqa: E402
+from tessera.models.layers.default import dataset, evaluate, export, sampling, vocabulary  # noqa: E402
+from tessera.models.layers.default.drawn import pixels  # noqa: E402
+from tessera.models.layers.document import Document, Group, Layer, from_core, rgba, to_core  # noqa: E402
+from tessera.models.layers.regions import filled, layer_embedding, pictures, schedule_shift, snap  # noqa: E402
+from tessera.models.layers.transparent_vae import grey_blended  # noqa: E402
+from tessera.nodes.art import (  # noqa: E402
+    DECODERS,
+    FOLDER,
+    NAMES,
+    NONE,
+    DecodeRegionLayers,
+    DecodeRegionVideo,
+    EncodeRegionLayers,
+    RegionLayers,
+)
 from tessera.nodes.attention import AttentionSettings  # noqa: E402
 from tessera.nodes.host import last_report, patch_attention  # noqa: E402
 from tessera.nodes.memory import MemorySettings, patch_memory  # noqa: E402
+from tessera.nodes.regions import KEY, patch_regions  # noqa: E402
 
 REGIONS = snap([(0, 17, 30, 40), (16, 0, 32, 32), (63, 40, 100, 100)], 64, 48)
 SHAPE = (1, 16, len(REGIONS.boxes), 2 * REGIONS.height, 2 * REGIONS.width)
@@ -360,6 +375,7 @@ def refusals():
     tiles.remove_wrappers_with_key("outer_sample", KEY)
     clip = replace(REGIONS, frames=3)
     small = patch_regions(loaded(randomised(stock_wan()), WAN), REGIONS, None, None)
+    frame = torch.zeros(1, 16, 1, 6, 8)
     longcat = copy.copy(flux.model)
     longcat.__class__ = LongCatImage
 
@@ -373,8 +389,9 @@ def refusals():
         ("other latent", lambda: sample(patched, positive, negative, torch.zeros(1, 16, 6, 8))),
         ("area", lambda: sample(patched, area, negative)),
         ("inpainting", lambda: with_more(patched, 64, concat_latent_image=torch.zeros(1, 16, 6, 8))),
-        *((name, lambda name=name: with_more(small, 64, **{name: [torch.zeros(1, 16, 1, 6, 8)]})) for name in ("reference_latents", "context_latents")),
-        ("time_dim_concat", lambda: with_more(small, 64, time_dim_concat=torch.zeros(1, 16, 1, 6, 8))),
+        ("reference_latents", lambda: with_more(small, 64, reference_latents=[frame])),
+        ("context_latents", lambda: with_more(small, 64, context_latents=[frame])),
+        ("time_dim_concat", lambda: with_more(small, 64, time_dim_concat=frame)),
         ("LongCat", lambda: patch_regions(SimpleNamespace(model=longcat), REGIONS, None, None)),
         ("tiles", lambda: sample(tiles, positive, negative, torch.zeros(1, 16, 4, 4))),
         ("other model", lambda: patch_regions(of(torch.nn.Identity()), REGIONS, None, None)),
@@ -403,6 +420,194 @@ def small_vae():
     save_file({name: value.clone() for name, value in random_taesd().state_dict().items()}, Path(SCRATCH) / "taesd.safetensors")
 
 
+class Default:
+    """The layered model that comes with the pack, as stock loaders and Region Layers give it, and without ComfyUI."""
+
+    name = export.EMBEDDING.name
+
+    def __init__(self):
+        for folder in (FOLDER, DECODERS):
+            for place in (export.HERE, Path(SCRATCH)):
+                folder_paths.add_model_folder_path(folder, str(place / folder))
+            folder_paths.folder_names_and_paths[folder][1].add(".safetensors")
+        self.networks = evaluate.load(export.HERE)
+        loaded = comfy.sd.load_diffusion_model(str(export.HERE / export.TRANSFORMER))
+        self.model = ModelSamplingSD3().patch(loaded, sampling.SHIFT)[0]
+        self.vae = comfy.sd.VAE(sd=load_file(export.HERE / export.VAE))
+
+    def region_layers(self, width, height, boxes="", vae=None, **more):
+        return RegionLayers.execute(self.model, vae or self.vae, width, height, boxes, self.name, 0.5, 1.15, **more).args
+
+
+def said(text):
+    return [[vocabulary.embed(vocabulary.parse(text))[None], {}]]
+
+
+def published_figures(default):
+    """KSampler and the nodes around it against the code that the model's figures come from, on the same noise."""
+    text, seed = "red disc, blue ring, yellow triangle on green", 2
+    vae, network, decoder = default.networks
+    for frames in (1, 9):
+        model, latent = default.region_layers(128, 96, "16 16 48 48\n64 32 48 48", frames=frames)
+        regions = latent[KEY]
+        wanted = sampling.latents(network, regions, vocabulary.parse(text), seed)
+        strip = torch.randn(1, 16, 2, 2 * regions.tokens, generator=torch.Generator().manual_seed(seed))
+        noise = regions.scatter(strip, torch.zeros_like(latent["samples"]), 2)
+        with mock.patch.object(comfy.sample, "prepare_noise", return_value=noise):
+            run = (model, seed, sampling.STEPS, sampling.CFG, "euler", "simple", said(text), said(""), latent)
+            made = nodes.KSampler().sample(*run)[0]
+        error = regions.crop(made["samples"] - wanted[None], 2).abs().max() / wanted.abs().max()
+        decoded = sampling.decode(vae, decoder, wanted, regions)
+        if frames > 1:
+            images = DecodeRegionVideo.execute(made, default.vae, default.name).args[1]
+            emit("published 9", error=float(error), merged=float((images - decoded.merged).abs().max()))
+            continue
+        document, image = DecodeRegionLayers.execute(made, default.vae, default.name).args
+        differences = [(image - decoded.merged).abs().max()]
+        for (_, layer), canvas, (x, y, width, height) in zip(list(from_core(document).walk())[1:], decoded.layers, regions.boxes[2:], strict=True):
+            cut = canvas[0, 16 * y : 16 * (y + height), 16 * x : 16 * (x + width)]
+            differences.append((layer.image - cut).abs().max())
+        emit("published 1", error=float(error), merged=float(differences[0]), layers=float(max(differences[1:])))
+
+
+def watched(default):
+    """Progress of the transparent decoder, its memory, and an interrupt between its blocks."""
+    _, latent = default.region_layers(64, 48, "0 0 32 32\n16 0 32 32")
+    steps, asked = [], []
+    load = mm.load_models_gpu
+
+    def loading(models, *rest, **more):
+        asked.append(more.get("memory_required"))
+        return load(models, *rest, **more)
+
+    comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: steps.append([value, total]))
+    try:
+        with mock.patch.object(mm, "load_models_gpu", loading):
+            DecodeRegionLayers.execute(latent, default.vae, default.name)
+        comfy.utils.set_progress_bar_global_hook(lambda *_, **__: mm.interrupt_current_processing())
+        try:
+            DecodeRegionLayers.execute(latent, default.vae, default.name)
+            stopped = False
+        except mm.InterruptProcessingException:
+            stopped = True
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+        mm.interrupt_current_processing(False)
+    decoder = default.networks[2]
+    wanted = decoder.memory(latent[KEY].finer(2), 2)
+    emit("watched", steps=steps, blocks=len(decoder.blocks), stopped=stopped, memory=[asked[-1], wanted])
+
+
+def drawn(seed):
+    """A drawn layered picture as a document, and its boxes as text."""
+    generator = torch.Generator().manual_seed(seed)
+    found = dataset.sample(1, generator)
+    _, back, layers = dataset.pictures_of(found, 1, generator)
+    placed = [Layer(f"shape {number}", layer[0], x, y) for number, ((x, y, _, _), layer) in enumerate(layers, 1)]
+    boxes = [pixels(box) for box in dataset.boxes_of(found)[2:]]
+    document = Document(back.shape[1], back.shape[0], (Layer("ground", rgba(back)), *placed))
+    return document, "\n".join(" ".join(map(str, box)) for box in boxes)
+
+
+def encoded(default):
+    """A drawn picture in, and out again; encoded by the networks alone as well; sampled again with less noise than all."""
+    document, boxes = drawn(7)
+    model, latent = default.region_layers(document.width, document.height, boxes)
+    regions, vae = latent[KEY], default.networks[0]
+    (made,) = EncodeRegionLayers.execute(to_core(document), default.vae, latent).args
+    codes = [vae.encode((grey_blended(shown) * 2 - 1).movedim(-1, 0)[None, :, None])[0, :, 0] for shown in pictures(document, regions)]
+    wanted = filled(latent["samples"][0], regions, codes)
+    out = [layer for _, layer in from_core(DecodeRegionLayers.execute(made, default.vae, default.name).args[0]).walk()]
+    alphas, colours, fits = [], [], []
+    for before, after in zip(document.layers[1:], out[1:], strict=True):
+        solid = before.image[..., 3] > 0.99
+        alphas.append((after.image - before.image)[..., 3].square().mean())
+        colours.append((after.image - before.image)[solid][:, :3].square().mean())
+        fits.append(evaluate.iou(after.image[..., 3], before.image[..., 3]))
+    inside = regions.scatter(torch.ones(1, 16, 2, 2 * regions.tokens), torch.zeros_like(latent["samples"]), 2).bool()
+
+    def moved(denoise):
+        again = nodes.KSampler().sample(model, 1, 4, 1.0, "euler", "simple", said("red disc"), said(""), made, denoise)[0]["samples"]
+        return float((again - made["samples"])[inside].square().mean().sqrt() / made["samples"][inside].std())
+
+    two = {**latent, "samples": latent["samples"].repeat(2, 1, 1, 1, 1)}
+    emit(
+        "encoded",
+        layers=len(out),
+        names=[layer.name for layer in out] == [layer.name for layer in document.layers],
+        places=[layer.bounds for layer in out] == [layer.bounds for layer in document.layers],
+        error=float((made["samples"][0] - wanted).abs().max() / wanted.abs().max()),
+        outside=float((made["samples"] - latent["samples"])[~inside].abs().max()),
+        alpha=float(-10 * torch.stack(alphas).mean().log10()),
+        colour=float(-10 * torch.stack(colours).mean().log10()),
+        iou=sum(fits) / len(fits),
+        moved=[moved(0.1), moved(1.0)],
+        batch=len(EncodeRegionLayers.execute(to_core(document), default.vae, two).args[0]["samples"]),
+    )
+    return document, latent, made
+
+
+def rgba_vae(default):
+    """Qwen-Image-Layered's autoencoder takes alpha: nothing is transparent there, and layers are not blended."""
+    vae = comfy.sd.VAE(sd=load_file(next((Path(SCRATCH) / "vae").glob("*.safetensors"))))
+    _, latent = default.region_layers(64, 48, "16 0 32 32", vae)
+    canvas = torch.full((1, 48, 64, 4), 0.5)
+    found = {}
+    for name, alpha in (("clear", 0.0), ("opaque", 1.0)):
+        canvas[..., 3] = alpha
+        found[name] = float((latent["samples"][:, :, 1] - vae.encode(canvas)[:, :, 0]).abs().max())
+    picture = torch.rand(32, 32, 4, generator=torch.Generator().manual_seed(4))
+    document = Document(64, 48, (Layer("back", torch.ones(48, 64, 4)), Layer("front", picture, 16, 0)))
+    (made,) = EncodeRegionLayers.execute(to_core(document), vae, latent).args
+    around = torch.zeros(1, 64, 64, 4)
+    around[:, 16:48, 16:48] = torch.where(picture[..., 3:] > 0, picture, 0)
+    wanted = vae.encode(around)[0, :, 0, 2:-2, 2:-2]
+    emit("RGBA", layer=float((made["samples"][0, :, 2, :4, 2:6] - wanted).abs().max()), **found)
+
+
+def documents(default):
+    """Boxes from layers: those that show, and all numbers of them."""
+    picture = torch.ones(16, 16, 4)
+    hidden = Group("hidden", (Layer("in a group", picture, 0, 0),), visible=False)
+    document = Document(60, 48, (Layer("shown", picture, 32, 16), Layer("off", picture, 0, 0, visible=False), hidden))
+    _, latent = default.region_layers(64, 48, "0 0 16 16", layers=to_core(document))
+    none = default.region_layers(64, 48)[1]
+    model, most = default.region_layers(64, 48, "0 0 16 16\n" * 50)
+    sampled = nodes.KSampler().sample(model, 1, 2, 1.0, "euler", "simple", said("red disc"), said(""), most)[0]
+    alone = nodes.KSampler().sample(*default.region_layers(64, 48)[:1], 1, 2, 1.0, "euler", "simple", said("red disc"), said(""), none)[0]
+    emit(
+        "documents",
+        boxes=latent[KEY].boxes[2:],
+        names=latent[NAMES],
+        decoded=[len(DecodeRegionLayers.execute(one, default.vae, default.name).args[0]["layers"]) for one in (sampled, alone)],
+    )
+
+
+def node_refusals(default, document, latent, made):
+    core = to_core(document)
+    clip = default.region_layers(64, 48, frames=9)[1]
+    taesd = comfy.sd.VAE(sd={name: value.clone() for name, value in random_taesd().state_dict().items()})
+    two = {**made, "samples": made["samples"].repeat(2, 1, 1, 1, 1)}
+    large = to_core(replace(document, width=1024, height=1000))
+    moved = to_core(document.map(lambda layer: replace(layer, x=layer.x + 8)))
+    for case, action in (
+        ("51 boxes", lambda: default.region_layers(64, 48, "0 0 16 16\n" * 51)),
+        ("layers' canvas", lambda: default.region_layers(64, 48, layers=large)),
+        ("batch", lambda: DecodeRegionLayers.execute(two, default.vae, NONE)),
+        ("decoder's channels", lambda: DecodeRegionLayers.execute(made, default.vae, "narrow.safetensors")),
+        ("pictures' VAE", lambda: DecodeRegionVideo.execute(clip, taesd, NONE)),
+        ("encode: canvas", lambda: EncodeRegionLayers.execute(large, default.vae, latent)),
+        ("encode: number", lambda: EncodeRegionLayers.execute({**core, "layers": core["layers"][:-1]}, default.vae, latent)),
+        ("encode: place", lambda: EncodeRegionLayers.execute(moved, default.vae, latent)),
+        ("encode: clip", lambda: EncodeRegionLayers.execute(core, default.vae, clip)),
+        ("encode: latent", lambda: EncodeRegionLayers.execute(core, default.vae, {"samples": torch.zeros(1, 16, 4, 4)})),
+    ):
+        try:
+            action()
+        except ValueError as error:
+            emit(case, error=str(error))
+
+
 with torch.inference_mode():
     sampled = parity()
     qwen()
@@ -413,3 +618,9 @@ with torch.inference_mode():
     reference()
     refusals()
     small_vae()
+    default = Default()
+    published_figures(default)
+    watched(default)
+    rgba_vae(default)
+    documents(default)
+    node_refusals(default, *encoded(default))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tessera.models.layers.art import layer_embedding
-from tessera.models.layers.regions import Regions, positions, snap
+from tessera.models.layers.document import Document, Group, Layer
+from tessera.models.layers.regions import WHOLE, Regions, filled, layer_embedding, parse_boxes, pictures, positions, snap, visible
 from tessera.models.layers.transparent_vae import TransparentDecoder, build, grey_blended, published
 
 
@@ -89,8 +89,9 @@ def test_all_bad_boxes_in_one_message():
     ) as error:
         snap([(0, 0, 8, 8), (3, 3, 0, 5), (-9, 0, 9, 9), (10, 10, 6, 6), (10, 10, 6, 6)], 64, 64)
     assert "box 1" not in str(error.value) and "box 5" not in str(error.value), "boxes may overlap"
-    with pytest.raises(ValueError, match="boxes has 200 foregrounds; use at most 50"):
-        snap([(0, 0, 8, 8)] * 200, 64, 64)
+    assert [len(snap([(0, 0, 8, 8)] * count, 64, 64).boxes) for count in (0, 50)] == [WHOLE, WHOLE + 50]
+    with pytest.raises(ValueError, match="boxes has 51 foregrounds; use at most 50"):
+        snap([(0, 0, 8, 8)] * 51, 64, 64)
     with pytest.raises(ValueError, match="the canvas is 0 x 64"):
         snap([], 0, 64)
 
@@ -102,6 +103,69 @@ def test_the_layer_embedding_of_the_published_layout():
         layer_embedding({"other": table}, regions, 8)
     with pytest.raises(ValueError, match=r"is \(1, 2, 1, 1, 8\); model and boxes need \(1, 3 or more"):
         layer_embedding({"layer_pe": table[:, :2]}, regions, 8)
+
+
+def test_boxes_are_read_a_line_each():
+    assert parse_boxes("1, 2,3 4\n\n  -5 6 7 8  ") == [(1, 2, 3, 4), (-5, 6, 7, 8)] and parse_boxes("") == []
+    for line in ("1 2 3", "1 2 3 4 5", "1 2 3 4.5"):
+        with pytest.raises(ValueError, match=f"boxes has '{line}' in line 2; write x, y, width, height"):
+            parse_boxes(f"0 0 8 8\n{line}")
+
+
+def flat(name: str, colour: float, alpha: float, width: int, height: int, **where) -> Layer:
+    return Layer(name, torch.tensor([colour, colour, colour, alpha]).expand(height, width, 4).clone(), **where)
+
+
+def test_what_an_autoencoder_is_shown():
+    """Against the definition, pixel by pixel: a half-transparent layer in a group of opacity 0.5 over a background smaller than the canvas."""
+    hidden = flat("hidden", 1.0, 1.0, 64, 48, visible=False)
+    group = Group("group", (flat("front", 0.8, 0.5, 20, 10, x=18, y=20),), opacity=0.5)
+    document = Document(60, 48, (flat("back", 0.2, 1.0, 60, 30), hidden, group))
+    regions = snap([(16, 16, 32, 16)], 60, 48)
+    assert [layer.name for layer in visible(document, 60, 48)] == ["back", "front"]
+    merged, back, front = pictures(document, regions)
+    assert merged.shape == back.shape == (48, 64, 4) and front.shape == (16 + 32, 32 + 32, 4)
+    for y in range(48):
+        for x in range(64):
+            ground = 1.0 if x < 60 and y < 30 else 0.0
+            assert back[y, x].tolist() == pytest.approx([0.2 * ground] * 3 + [ground])
+            over = 0.25 if 18 <= x < 38 and 20 <= y < 30 else 0.0
+            alpha = over + ground * (1 - over)
+            assert merged[y, x, 3] == pytest.approx(alpha)
+            if alpha:
+                assert merged[y, x, 0] == pytest.approx((0.8 * over + 0.2 * ground * (1 - over)) / alpha, abs=1e-6)
+            assert front[y, x].tolist() == pytest.approx([0.8, 0.8, 0.8, 0.25] if over else [0.0] * 4)  # its box is 16, 16: the token around it
+
+
+def test_codes_fill_their_boxes_and_nothing_else():
+    regions = snap([(16, 16, 32, 16), (0, 0, 16, 48)], 64, 48)
+    latent = torch.randn(5, 4, 6, 8)
+    codes = [torch.randn(5, 6, 8), torch.randn(5, 6, 8), torch.randn(5, 2 + 4, 4 + 4), torch.randn(5, 6 + 4, 2 + 4)]
+    wanted = latent.clone()
+    wanted[:, 0], wanted[:, 1] = codes[:2]
+    wanted[:, 2, 2:4, 2:6] = codes[2][:, 2:4, 2:6]
+    wanted[:, 3, :, :2] = codes[3][:, 2:8, 2:4]
+    assert torch.equal(filled(latent, regions, iter(codes)), wanted)
+    with pytest.raises(ValueError, match=r"vae encodes layers to \(5, 3, 4\), and latent has \(5, 6, 8\); use the VAE that Region Layers had"):
+        filled(latent, regions, [code[:, ::2, ::2] for code in codes])
+
+
+def test_a_document_that_does_not_fit_its_boxes_is_refused():
+    regions = snap([(16, 16, 16, 16)], 64, 48)
+    back, front = flat("back", 0.2, 1.0, 64, 48), flat("front", 0.8, 1.0, 16, 16, x=16, y=16)
+    with pytest.raises(ValueError, match=r"layers has a canvas of 200 x 48 pixels, and Region Layers one of 64 x 48; set .* to 208 and 48"):
+        pictures(Document(200, 48, (back, front)), regions)
+    with pytest.raises(ValueError, match="layers has 0 visible layers, and latent has boxes for 1 foregrounds"):
+        pictures(Document(64, 48), regions)
+    for x, y, beyond in ((15, 16, True), (16, 17, True), (40, 40, True), (16, 16, False)):
+        document = Document(64, 48, (back, Layer("front", front.image, x, y)))
+        if beyond:
+            with pytest.raises(ValueError, match=rf"layer 'front' \(at {x}, {y}, 16 x 16\) reaches out of its box \(16, 16, 16 x 16\)"):
+                pictures(document, regions)
+        else:
+            pictures(document, regions)
+    corner = snap([(48, 32, 16, 16)], 64, 48)
+    pictures(Document(64, 48, (back, Layer("front", front.image, 56, 40))), corner)  # the canvas cuts it, and its box with it
 
 
 def test_grey_blending_is_the_formula_of_the_paper():
@@ -238,6 +302,39 @@ def test_the_transparent_decoder_with_a_convolutional_end(frames):
     wanted = in_float64(state, latent, regions)
     assert wanted[2].shape == (1 + 4 * (frames - 1), 16, 24, 4)
     check_decoded(build(state), latent, regions, wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("width", "hidden", "tail", "frames"), [(128, 512, False, 1), (64, 64, False, 1), (64, 64, True, 3), (128, 512, True, 3)])
+def test_the_memory_that_the_decoder_asks_for(width, hidden, tail, frames):
+    """Against the most that PyTorch's profiler sees allocated."""
+    network = TransparentDecoder(16, width, 2, hidden, tail=tail)
+    regions = Regions(16, 12, ((0, 0, 16, 12),) * 3 + ((2, 2, 8, 8),) * 2, frames)
+    latent = torch.randn(16, 5 * frames, 12, 16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        network.pictures(latent, regions, WHOLE)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    assert most <= network.memory(regions, WHOLE) * 1.01 <= 2 * most
+
+
+@torch.no_grad()
+def test_the_decoder_reports_each_block_and_layer_and_stops_where_it_is_told():
+    network, regions, steps = TransparentDecoder(16, 64, 3, 64), Regions(3, 2, ((0, 0, 3, 2),) * 5), []
+
+    def report():
+        steps.append(len(steps))
+        if len(steps) == 7:
+            raise InterruptedError
+
+    network.pictures(torch.randn(16, 5, 2, 3), regions, 2, report)
+    assert len(steps) == 3 + 3
+    with pytest.raises(InterruptedError):
+        network(torch.randn(16, 5, 2, 3), regions, 2, report)
+    assert len(steps) == 7
 
 
 def test_every_part_of_the_decoder_of_clips_gets_a_gradient():

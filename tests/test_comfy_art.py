@@ -23,7 +23,7 @@ from test_transparent_video import independent, needs_ffmpeg, psnr
 from tessera.cli.comfy_server import ComfyServer, PromptFailedError, PromptRefusedError
 from tessera.models.layers.regions import Regions
 from tiny_models import LAYERS as LAYERS_FILE
-from tiny_models import LAYERS_VAE
+from tiny_models import LAYERS_VAE, write_qwen_image_layered
 
 HERE = Path(__file__).parent
 LAYERS, HEIGHT, WIDTH = 5, 3, 4  # of the canvas, in tokens
@@ -104,6 +104,9 @@ def results(request, package_path, tmp_path_factory, model):
     save_file(model[0].state_dict(), folder / "flux.safetensors")
     save_file({"layer_pe": model[1]}, folder / "layer_pe.safetensors")
     save_file(published_lora(), folder / "lora.safetensors")
+    write_qwen_image_layered(folder)
+    (folder / "transparent_decoders").mkdir()
+    save_file(transparent_decoder(width=64, blocks=1, hidden=64, channels=4), folder / "transparent_decoders" / "narrow.safetensors")
     command = [install.python, HERE / "comfy_art.py", install.path, package_path, folder]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -190,11 +193,56 @@ def test_reference_pictures_come_after_the_layers(results):
         ("image to video", r"model is WanModel, and regions are for .* Wan text-to-video \(2.1, 2.2 14B\); load one of those"),
         ("VACE", r"model is VaceWanModel, and regions are for"),
         ("clips of Flux", r"frames is more than 1, and model is Flux, which makes pictures; set frames to 1, or load a Wan model"),
+        ("51 boxes", "boxes has 51 foregrounds; use at most 50"),
+        ("layers' canvas", "layers has a canvas of 1024 x 1000 pixels, and Region Layers one of 64 x 48; set .* to 1024 and 1008"),
+        ("batch", "samples has 2 pictures; decode one at a time, through Latent From Batch"),
+        ("decoder's channels", "narrow.safetensors reads latents of 4 channels, and samples has 16; use that of the model's VAE"),
+        ("pictures' VAE", "vae decodes pictures; use the video VAE that Region Layers had"),
+        ("encode: canvas", "layers has a canvas of 1024 x 1000 pixels, and Region Layers one of"),
+        ("encode: number", r"layers has \d+ visible layers, and latent has boxes for \d+ foregrounds; give the background and one layer a box"),
+        ("encode: place", r"layer 'shape 1' \(at .*\) reaches out of its box \(.*\); .*give Region Layers boxes that hold the layers"),
+        ("encode: clip", "latent is for clips of 3 latent frames, and layers are pictures; set frames of Region Layers to 1"),
+        ("encode: latent", r"latent is \(1, 16, 4, 4\) without its regions; connect the latent of Region Layers"),
         ("embedding width", r"the layer embedding is \(1, 52, 1, 1, 64\); model and boxes need \(1, 5 or more, 1, 1, 128\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(results, case, message):
     assert re.search(message, results[case]["error"])
+
+
+@pytest.mark.parametrize("frames", [1, 9])
+def test_the_nodes_make_what_the_published_figures_are_of(results, frames):
+    """The default model's 20 steps through Region Layers, KSampler and the decoding nodes, against models/layers/default/sampling.py."""
+    line = results[f"published {frames}"]
+    assert line["error"] < 1e-4 and line["merged"] < 1e-3 and line.get("layers", 0) < 1e-3
+
+
+def test_the_transparent_decoder_reports_and_can_be_stopped(results):
+    line = results["watched"]
+    total = line["blocks"] + 2
+    assert line["steps"][0] == [1, total] and line["steps"][-1] == [total, total], "ComfyUI leaves out some between"
+    assert line["stopped"]
+    assert line["memory"][0] == line["memory"][1] > 0
+
+
+def test_a_drawn_picture_is_encoded_and_decoded(results):
+    line = results["encoded"]
+    assert line["layers"] > 3 and line["names"] and line["places"]
+    assert line["error"] < 1e-4 and line["outside"] == 0
+    assert line["alpha"] >= 27 and line["colour"] >= 40 and line["iou"] >= 0.95
+    assert 0.05 < line["moved"][0] < 0.6 * line["moved"][1], "a low denoise changes it, and keeps most"
+    assert line["batch"] == 2
+
+
+def test_an_autoencoder_with_alpha_gets_alpha(results):
+    line = results["RGBA"]
+    assert line["clear"] == 0 and line["opaque"] > 1e-2 and line["layer"] < 1e-5
+
+
+def test_what_shows_of_a_document_is_in_a_box(results):
+    line = results["documents"]
+    assert line["boxes"] == [[2, 1, 1, 1], [0, 0, 1, 1]] and line["names"] == ["Background", "shown", "Layer 2"]
+    assert line["decoded"] == [51, 1], "50 foregrounds, and none"
 
 
 def graph(boxes: str = "0, 17, 30, 40\n16 0 32 32", decoder: str = "none", vae: str = "tiny_taesd.safetensors") -> dict[str, dict]:

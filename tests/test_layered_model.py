@@ -13,7 +13,9 @@ from tessera.models.default import networks as video
 from tessera.models.default.vocabulary import COLOURS, MOTIONS
 from tessera.models.layers.default import dataset, drawn, evaluate, export, networks, sampling, train, train_decoder, vocabulary
 from tessera.models.layers.default.vocabulary import SHAPES, Caption, Kind
-from tessera.models.layers.regions import LAYER_SPACING, WHOLE, Regions, positions
+from tessera.models.layers.document import Document, Layer
+from tessera.models.layers.regions import LAYER_SPACING, WHOLE, Regions, filled, pictures, positions
+from tessera.models.layers.transparent_vae import grey_blended
 
 KINDS = st.builds(Kind, st.integers(0, len(COLOURS) - 1), st.integers(0, len(SHAPES) - 1), st.integers(-1, len(MOTIONS) - 1))
 CAPTIONS = st.builds(Caption, st.lists(KINDS, max_size=vocabulary.MAX_OBJECTS).map(tuple), st.integers(-1, len(COLOURS) - 1))
@@ -167,7 +169,7 @@ def test_training_sees_what_a_host_samples(tmp_path, frames):
 def _velocity(model, layouts, which):
     contexts = [vocabulary.embed(dataset.caption_of(layouts.samples[index])) for index in which]
     return model(
-        train.strips(layouts, which), torch.full((len(which),), 500.0), **train.collate([layouts.regions(index) for index in which], contexts)
+        train.strips(layouts, which), torch.full((len(which),), 500.0), **networks.collate([layouts.regions(index) for index in which], contexts)
     )
 
 
@@ -229,6 +231,30 @@ def test_pictures_of_held_out_layouts(weights):
     assert figures["merged_db"] >= 23 and figures["merged_db"] >= figures["another_layout_db"] + 6
     assert figures["iou"] >= 0.8 and figures["iou"] >= figures["filled_box_iou"] + 0.1
     assert figures["named"] >= 0.8
+
+
+@torch.no_grad()
+def test_layers_that_are_encoded_come_back(weights):
+    """The real VAE and decoder on a drawn layout of seven shapes."""
+    vae, _, decoder = weights
+    generator = torch.Generator().manual_seed(0)
+    sample = dataset.sample(1, generator)
+    _, back, layers = dataset.pictures_of(sample, 1, generator)
+    height, width, _ = back.shape
+    boxes = dataset.boxes_of(sample)
+    regions = Regions(*boxes[0][2:], tuple(boxes))
+    placed = [Layer("shape", layer[0], x, y) for (x, y, _, _), layer in layers]
+    document = Document(width, height, (Layer("ground", torch.cat([back, torch.ones(height, width, 1)], -1)), *placed))
+    codes = [vae.encode((grey_blended(picture) * 2 - 1).movedim(-1, 0)[None, :, None])[0, :, 0] for picture in pictures(document, regions)]
+    latent = filled(torch.zeros(16, len(boxes), height // 8, width // 8), regions, codes)
+    alphas, colours, fits = [], [], []
+    for made, (_, right) in zip(decoder(latent, regions.finer(2), WHOLE), layers, strict=True):
+        solid = right[..., 3] > 0.99
+        alphas.append((made - right)[..., 3].square().mean())
+        colours.append((made - right)[solid][:, :3].square().mean())
+        fits.append(evaluate.iou(made[..., 3], right[..., 3]))
+    alpha, colour = (float(-10 * torch.stack(errors).mean().log10()) for errors in (alphas, colours))
+    assert alpha >= 27 and colour >= 40 and sum(fits) / len(fits) >= 0.95
 
 
 def test_what_moves_in_a_clip_stays_in_its_box(weights):

@@ -35,6 +35,7 @@ OWN_NODES = {
     "TesseraDecodeRegionLayers",
     "TesseraDecodeRegionVideo",
     "TesseraEditLayer",
+    "TesseraEncodeRegionLayers",
     "TesseraLayerOffload",
     "TesseraLayersFromImages",
     "TesseraLayersPrompt",

@@ -4,22 +4,31 @@ Pu et al. 2025, "ART: Anonymous Region Transformer" (arXiv 2502.18364): layer 0 
 the canvas, then come the foregrounds, each in a box of whole tokens. One caption describes everything; no layer has a text of its own. A token
 keeps its true place on the canvas, and the number of its layer, as its position. Clips are ours: every layer has as many latent frames, and its
 box stays where it is.
+
+The published weights of the method were a layer embedding (`layer_pe`) and a LoRA for Flux.1-dev in the layout of diffusers, which ComfyUI's own
+LoRA loader reads. They have been withdrawn; nothing here fetches or contains any.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from .document import Box
+from .compose import composite
+from .document import Box, Document, Layer
 
-TOKEN = 16  # pixels of a token's side: 8 of the autoencoder, 2 of the patch
+PATCH = 2  # latent pixels of a token's side
+TOKEN = 16  # pixels of a token's side: 8 of the autoencoder for each of the patch's
 WHOLE = 2  # layers that have no box of their own: merged picture and background
 MAX_FOREGROUNDS = 50  # the published layer embedding has 52 rows
+LAYER_PE = "layer_pe"  # the tensor of a published layer embedding
 LAYER_SPACING = 4  # from one layer to the next on the axis of time, for models that have one; more where a layer has more frames
 
 
@@ -85,6 +94,20 @@ class Regions:
         return grid.permute(0, 1, 4, 2, 3, 5, 6).flatten(3, 5)
 
 
+def parse_boxes(text: str) -> list[Box]:
+    """One box a line: x, y, width, height in pixels. Raises ValueError naming the line."""
+    boxes: list[Box] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        values = re.fullmatch(r"\s*(-?\d{1,6})[\s,]+(-?\d{1,6})[\s,]+(-?\d{1,6})[\s,]+(-?\d{1,6})\s*", line)
+        if values is None:
+            raise ValueError(f"boxes has {line.strip()[:40]!r} in line {number}; write x, y, width, height in pixels, such as 64, 32, 256, 128")
+        x, y, width, height = map(int, values.groups())
+        boxes.append((x, y, width, height))
+    return boxes
+
+
 def snap(boxes: Sequence[Box], width: int, height: int, frames: int = 1) -> Regions:
     """The regions of a canvas of `width` x `height` pixels with foregrounds in `boxes`, in pixels, lowest first. Boxes may overlap.
 
@@ -126,3 +149,82 @@ def positions(regions: Regions, spacing: int) -> Tensor:
 def schedule_shift(tokens: int, base_shift: float = 0.5, max_shift: float = 1.15) -> float:
     """Flux's exponential time shift `mu`: base_shift at 256 tokens, max_shift at 4096, on that line beyond. ART counts tokens inside boxes only."""
     return base_shift + (max_shift - base_shift) * (tokens - 256) / (4096 - 256)
+
+
+def layer_embedding(state: Mapping[str, Tensor], regions: Regions, width: int) -> Tensor:
+    """`(layers, width)`: what is added to a layer's tokens after the patch embedding of a transformer of this width: ART's, in the published layout.
+
+    state: holds `layer_pe` `(1, at least layers, 1, 1, width)`. Raises ValueError.
+    """
+    table = state.get(LAYER_PE)
+    if table is None:
+        raise ValueError(f"the layer embedding has no tensor {LAYER_PE!r}; its tensors are {', '.join(sorted(state)[:5]) or 'none'}")
+    if table.ndim != 5 or tuple(table.shape[::2]) != (1, 1, width) or table.shape[3] != 1 or table.shape[1] < len(regions.boxes):
+        raise ValueError(
+            f"the layer embedding is {tuple(table.shape)}; model and boxes need (1, {len(regions.boxes)} or more, 1, 1, {width}): "
+            "use the embedding of this model, or fewer boxes"
+        )
+    return table[0, : len(regions.boxes), 0, 0]
+
+
+def visible(document: Document, width: int, height: int) -> list[Layer]:
+    """The layers of a document that show, lowest first, with the opacities of their groups. Raises ValueError where its canvas is another.
+
+    width, height: of the canvas in pixels, which count in whole tokens.
+    """
+    given, found = ([-(-side // TOKEN) * TOKEN for side in sides] for sides in ((width, height), (document.width, document.height)))
+    if given != found:
+        raise ValueError(
+            f"layers has a canvas of {document.width} x {document.height} pixels, and Region Layers one of {width} x {height}; "
+            f"set width and height of Region Layers to {found[0]} and {found[1]}"
+        )
+    return [
+        replace(layer, opacity=prod([layer.opacity, *(group.opacity for group in groups)]))
+        for groups, layer in document.walk()
+        if layer.visible and all(group.visible for group in groups)
+    ]
+
+
+def pictures(document: Document, regions: Regions) -> list[Tensor]:
+    """What an autoencoder is shown of each layer: float32 `(height, width, 4)` in 0..1, straight alpha, on the CPU.
+
+    Merged picture and background, which is the lowest visible layer, are as large as the canvas. Each other visible layer is a foreground: its box
+    with a token of nothing around it, so that its border is no border of the picture. Raises ValueError for another canvas, another number of
+    layers, and layers that reach out of their boxes.
+    """
+    width, height = TOKEN * regions.width, TOKEN * regions.height
+    layers = visible(document, width, height)
+    boxes = [tuple(TOKEN * value for value in box) for box in regions.boxes[WHOLE:]]
+    if len(layers) != 1 + len(boxes):
+        raise ValueError(
+            f"layers has {len(layers)} visible layers, and latent has boxes for {len(boxes)} foregrounds; give the background and one layer a box"
+        )
+    problems = []
+    for layer, (left, top, across, down) in zip(layers[1:], boxes, strict=True):
+        x, y, w, h = layer.bounds
+        inside = max(x, 0) >= left and max(y, 0) >= top and min(x + w, width) <= left + across and min(y + h, height) <= top + down
+        if not inside:
+            problems.append(f"layer {layer.name!r} (at {x}, {y}, {w} x {h}) reaches out of its box ({left}, {top}, {across} x {down})")
+    if problems:
+        raise ValueError(f"{'; '.join(problems)}; give Region Layers boxes that hold the layers, in their order")
+    canvas = replace(document, width=width, height=height)
+    found = [composite(canvas), composite(replace(canvas, layers=(layers[0],)))]
+    for layer, (left, top, across, down) in zip(layers[1:], boxes, strict=True):
+        alone = composite(Document(across, down, (replace(layer, x=layer.x - left, y=layer.y - top),)))
+        found.append(F.pad(alone, (0, 0, TOKEN, TOKEN, TOKEN, TOKEN)))
+    return found
+
+
+def filled(latent: Tensor, regions: Regions, codes: Iterable[Tensor]) -> Tensor:
+    """A copy of a latent `(channels, layers, PATCH * height, PATCH * width)` with each layer's code in its box.
+
+    codes: `(channels, rows, columns)` each, what an autoencoder makes of `pictures`. Raises ValueError for another autoencoder's.
+    """
+    out = latent.clone()
+    for layer, (code, (x, y, width, height)) in enumerate(zip(codes, regions.finer(PATCH).boxes, strict=True)):
+        part = out[:, layer, y : y + height, x : x + width]
+        inner = code if layer < WHOLE else code[:, PATCH:-PATCH, PATCH:-PATCH]
+        if inner.shape != part.shape:
+            raise ValueError(f"vae encodes layers to {tuple(inner.shape)}, and latent has {tuple(part.shape)}; use the VAE that Region Layers had")
+        part.copy_(inner)
+    return out

@@ -9,7 +9,7 @@ The convolutional end (`decoder.tail.*`), which knows clips too, and `decoder.la
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class TransparentDecoder(nn.Module):
     ):
         super().__init__()
         where = {"dtype": dtype, "device": device}
-        self.layer_spacing = layer_spacing
+        self.layer_spacing, self.hidden = layer_spacing, hidden
         self.fc_in = operations.Linear(channels, width, **where)
         self.blocks = nn.ModuleList(Block(width, hidden, operations, where) for _ in range(blocks))
         self.norm = operations.LayerNorm(width, eps=1e-6, **where)
@@ -61,19 +61,29 @@ class TransparentDecoder(nn.Module):
         if not tail:
             self.fc_out = operations.Linear(width, 4 * PIXELS**2, **where)
 
-    def forward(self, latent: Tensor, regions: Regions, skip: int = 0) -> list[Tensor]:
+    def memory(self, regions: Regions, skip: int = 0) -> int:
+        """Bytes that `pictures` needs beside the weights, in float32: those of a block or those of the end, as counted by PyTorch's profiler."""
+        width, hidden = self.fc_in.out_features, self.hidden
+        frames = 1 + FRAMES * (regions.frames - 1)
+        pixels = [PIXELS**2 * frames * across * down for _, _, across, down in regions.boxes[skip:]]
+        block = regions.tokens * (8 * width + 2 * hidden + 74)
+        end = regions.tokens * (2 * width + 74) + 4 * sum(pixels) + 50 * max(pixels, default=0)
+        return 4 * max(block, end)
+
+    def forward(self, latent: Tensor, regions: Regions, skip: int = 0, report: Callable[[], None] = lambda: None) -> list[Tensor]:
         """Each layer in its box: `(pixel frames, 8 * box height, 8 * box width, 4)` in 0..1, straight alpha.
 
-        As `pictures`, which says what latent, regions and skip are, and what is raised.
+        As `pictures`, which says what its arguments are, and what is raised.
         """
-        return [((picture.movedim(1, -1) + 1) / 2).clamp(0, 1) for picture in self.pictures(latent, regions, skip)]
+        return [((picture.movedim(1, -1) + 1) / 2).clamp(0, 1) for picture in self.pictures(latent, regions, skip, report)]
 
-    def pictures(self, latent: Tensor, regions: Regions, skip: int = 0) -> list[Tensor]:
+    def pictures(self, latent: Tensor, regions: Regions, skip: int = 0, report: Callable[[], None] = lambda: None) -> list[Tensor]:
         """`(channels, layers * frames, height, width)`, as the autoencoder decodes it -> `(pixel frames, 4, 8 * box height, 8 * box width)` float32
         of each layer, not clamped: colour in -1..1 and alpha, transparent -1 and opaque 1.
 
-        regions: on the latent's grid. skip: so many of the first layers are read with the others, but not decoded. Of a clip, pixel frames are
-        1 + 4 * (frames - 1). Raises ValueError for a clip where this decoder knows pictures only.
+        regions: on the latent's grid. skip: so many of the first layers are read with the others, but not decoded. report: called after each block
+        and each layer that is decoded. Of a clip, pixel frames are 1 + 4 * (frames - 1). Raises ValueError for a clip where this decoder knows
+        pictures only.
         """
         if regions.frames > 1 and self.tail is None:
             raise ValueError(f"the transparent decoder is for pictures, and the layers have {regions.frames} latent frames; use one for clips")
@@ -81,6 +91,7 @@ class TransparentDecoder(nn.Module):
         x = self.fc_in(latent.flatten(1)[:, regions.index.to(latent.device)].T[None])
         for block in self.blocks:
             x = block(x, cos.to(x.dtype), sin.to(x.dtype))
+            report()
         layers = self.norm(x)[0].split([regions.frames * width * height for _, _, width, height in regions.boxes])
         found = []
         for layer, (_, _, width, height) in list(zip(layers, regions.boxes, strict=True))[skip:]:
@@ -91,6 +102,7 @@ class TransparentDecoder(nn.Module):
             else:
                 picture = self.tail(grid)
             found.append(picture.float())
+            report()
         return found
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from ...default.clips import PALETTE
 from ...default.networks import build_vae
-from .. import art, transparent_vae
+from .. import transparent_vae
 from ..compose import on_checkerboard
 from ..regions import WHOLE, Regions
 from . import dataset, drawn, export, sampling, vocabulary
@@ -40,7 +40,7 @@ def load(folder: Path) -> tuple[Any, LayeredTransformer, transparent_vae.Transpa
 
     vae, model = build_vae(), LayeredTransformer()
     vae.load_state_dict(tensors(export.VAE))
-    model.load_state_dict(tensors(export.TRANSFORMER) | {art.KEY: tensors(export.EMBEDDING)[art.KEY]})
+    model.load_state_dict(tensors(export.TRANSFORMER) | tensors(export.EMBEDDING))
     return vae.eval(), model.eval(), transparent_vae.build(tensors(export.DECODER))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ...default import export, networks
-from .. import art
+from ..regions import LAYER_PE
 from ..transparent_vae import published
 from . import train_decoder
 from .networks import CONFIG
@@ -45,7 +45,7 @@ def main() -> None:
 
     trained = load("layers.pt")
     ema = trained["ema"]
-    embedding = {art.KEY: ema.pop(art.KEY)}
+    embedding = {LAYER_PE: ema.pop(LAYER_PE)}
     decoder = train_decoder.build()
     decoder.load_state_dict(load("decoder.pt")["model"])
     config = json.dumps({"transformer": {"text_dim": CONFIG["text_dim"], "num_heads": CONFIG["heads"]}})

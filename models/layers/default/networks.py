@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ...default import export, networks
-from ..regions import MAX_FOREGROUNDS, WHOLE
+from ..regions import LAYER_SPACING, MAX_FOREGROUNDS, WHOLE, Regions, positions
 
 LAYERS = WHOLE + MAX_FOREGROUNDS
 CONFIG = dict(networks.DIT_CONFIG, layers=4)
@@ -56,3 +58,22 @@ def start() -> LayeredTransformer:
             found[kept[prefix] + name.removeprefix(prefix) if prefix else name] = value.float()
     model.load_state_dict(found | {"layer_pe": torch.randn(model.layer_pe.shape, generator=torch.Generator().manual_seed(0)) * 0.02})
     return model
+
+
+def padding(lengths: Tensor) -> Tensor:
+    """`(batch,)` -> `(batch, 1, 1, longest)`: 0 where something is, -inf beyond."""
+    beyond = torch.arange(int(lengths.max())) >= lengths[:, None]
+    return torch.zeros(beyond.shape).masked_fill(beyond, -math.inf)[:, None, None]
+
+
+def collate(regions: list[Regions], contexts: list[Tensor], device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """What LayeredTransformer.forward needs beside the strip and t."""
+    ids = [part.ids for part in regions]
+    given = dict(
+        context=pad_sequence(contexts, True),
+        context_pad=padding(torch.tensor([len(part) for part in contexts])),
+        positions=pad_sequence([positions(part, LAYER_SPACING) for part in regions], True),
+        layers=pad_sequence([part[:, 0] for part in ids], True),
+        pad=padding(torch.tensor([len(part) for part in ids])),
+    )
+    return {name: value.to(device) for name, value in given.items()}

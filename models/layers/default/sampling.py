@@ -10,13 +10,11 @@ from torch import Tensor
 
 from ...default.networks import WanVAE, unwhiten
 from ...default.sampling import schedule
-from ..regions import TOKEN, WHOLE, Regions
+from ..regions import PATCH, TOKEN, WHOLE, Regions
 from ..transparent_vae import TransparentDecoder
 from . import vocabulary
-from .networks import LayeredTransformer
-from .train import collate
+from .networks import LayeredTransformer, collate
 
-PATCH = 2  # latent pixels of a token's side
 STEPS, CFG, SHIFT = 20, 2.0, 5.0  # as in the workflows
 
 

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ...default.networks import WanVAE, unwhiten
 from ...default.optim import Muon, launch, resume, set_rate, store
 from ...default.train_dit import draw_sigma
-from ..regions import LAYER_SPACING, WHOLE, Regions, positions
+from ..regions import WHOLE, Regions
 from . import dataset, networks, vocabulary
 from .train_vae import load_vae
 
@@ -78,25 +78,6 @@ def take_up(known: dict[int, Layouts], work: str) -> None:
             known[frames] = Layouts(work, frames, found)
 
 
-def padding(lengths: Tensor) -> Tensor:
-    """`(batch,)` -> `(batch, 1, 1, longest)`: 0 where something is, -inf beyond."""
-    beyond = torch.arange(int(lengths.max())) >= lengths[:, None]
-    return torch.zeros(beyond.shape).masked_fill(beyond, -math.inf)[:, None, None]
-
-
-def collate(regions: list[Regions], contexts: list[Tensor], device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """What LayeredTransformer.forward needs beside the strip and t."""
-    ids = [part.ids for part in regions]
-    given = dict(
-        context=pad_sequence(contexts, True),
-        context_pad=padding(torch.tensor([len(part) for part in contexts])),
-        positions=pad_sequence([positions(part, LAYER_SPACING) for part in regions], True),
-        layers=pad_sequence([part[:, 0] for part in ids], True),
-        pad=padding(torch.tensor([len(part) for part in ids])),
-    )
-    return {name: value.to(device) for name, value in given.items()}
-
-
 def strips(layouts: Layouts, which: range) -> Tensor:
     """`(batch, 16, 1, 2, 2 * tokens)`, zeros beyond the end."""
     parts = [layouts.strip(index).float().movedim(-1, 0) for index in which]
@@ -152,7 +133,9 @@ def held_out_loss(model: networks.LayeredTransformer, layouts: Layouts, weights:
         which = range(first, min(first + 10, len(layouts.samples)))
         x0 = strips(layouts, which)
         sigma = (torch.arange(len(which)) + 0.5) / len(which)
-        given = collate([layouts.regions(i) for i in which], [vocabulary.embed(dataset.caption_of(layouts.samples[i])) for i in which], device)
+        given = networks.collate(
+            [layouts.regions(i) for i in which], [vocabulary.embed(dataset.caption_of(layouts.samples[i])) for i in which], device
+        )
         noise = torch.randn(x0.shape, generator=generator)
         losses.append(float(flow_loss(model, x0.to(device), noise.to(device), (3 * sigma / (1 + 2 * sigma)).to(device), given, weights)))
     return sum(losses) / len(losses)
@@ -197,7 +180,7 @@ def train(team, options) -> None:
         layouts = known[9 if clips else 1]
         which = layouts.batch(options.tokens, generator)
         x0 = strips(layouts, which)
-        given = collate([layouts.regions(i) for i in which], [said(layouts.samples[i], generator) for i in which], device)
+        given = networks.collate([layouts.regions(i) for i in which], [said(layouts.samples[i], generator) for i in which], device)
         noise = torch.randn(x0.shape, generator=generator)
         loss = flow_loss(model, x0.to(device), noise.to(device), draw_sigma(len(which), generator, "cpu").to(device), given, weights)
         model.zero_grad()

@@ -16,13 +16,12 @@ from torch.nn import functional as F
 
 from ...default.networks import unwhiten
 from ...default.optim import Muon, launch, resume, set_rate, store
-from ..regions import LAYER_SPACING, TOKEN, WHOLE, Regions
+from ..regions import LAYER_SPACING, PATCH, TOKEN, WHOLE, Regions
 from ..transparent_vae import TransparentDecoder
 from . import dataset, drawn
 from .train import Layouts, take_up
 from .vocabulary import Kind
 
-PATCH = 2  # latent pixels of a token's side
 CLIPS = 0.6  # of the steps
 AUGMENTATION = 0.2  # most noise on a latent, as samplers leave some; in the normalised latent's units
 TOKENS = 700  # of a step, of 16 pixels
