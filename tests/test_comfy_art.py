@@ -397,6 +397,28 @@ def test_a_layered_picture_of_wan_becomes_a_psd(any_comfy, tiny_models):
         assert canvas[..., 3].std() > 0.05, "an even alpha proves little"
 
 
+def test_a_layered_picture_is_encoded_and_sampled_again(any_comfy):
+    """Decode, encode, sample with less noise, decode, through the queue. Core's VAE Encode makes the same of the merged picture."""
+    graph = wan_graph(None, "TesseraDecodeRegionLayers")
+    run = graph["0"]["inputs"] | {"latent_image": ["14", 0], "denoise": 0.5}
+    graph |= {
+        "13": {"class_type": "TesseraComposeLayers", "inputs": {"layers": ["7", 0], "light": "sRGB", "background": "transparent"}},
+        "14": {"class_type": "TesseraEncodeRegionLayers", "inputs": {"layers": ["7", 0], "vae": ["2", 0], "latent": ["6", 1]}},
+        "15": {"class_type": "SaveLatent", "inputs": {"samples": ["14", 0], "filename_prefix": "encoded"}},
+        "16": {"class_type": "VAEEncode", "inputs": {"pixels": ["13", 0], "vae": ["2", 0]}},
+        "17": {"class_type": "SaveLatent", "inputs": {"samples": ["16", 0], "filename_prefix": "core"}},
+        "18": {"class_type": "KSampler", "inputs": run},
+        "19": {"class_type": "TesseraDecodeRegionLayers", "inputs": graph["7"]["inputs"] | {"samples": ["18", 0]}},
+        "20": {"class_type": "SaveImage", "inputs": {"images": ["19", 1], "filename_prefix": "again"}},
+    }
+    outputs = any_comfy.run(graph, timeout=600).outputs
+    ours, core = (load(any_comfy.fetch(outputs[node]["latents"][0]))["latent_tensor"] for node in ("15", "17"))
+    assert ours.shape == (1, 16, 4, 6, 8) and core.std() > 0.01
+    torch.testing.assert_close(ours[:, :, :1], core, rtol=0, atol=1e-4 * float(core.abs().max()))
+    again = np.asarray(Image.open(io.BytesIO(any_comfy.fetch(outputs["20"]["images"][0]))))
+    assert again.shape == (48, 64, 3) and again.std() > 1
+
+
 @needs_ffmpeg
 def test_layered_clips_of_wan_become_transparent_videos(any_comfy, tiny_models):
     """The composite, and one layer alone, in ProRes 4444 and VP9, read by FFmpeg's program."""
