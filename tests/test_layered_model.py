@@ -82,7 +82,7 @@ def test_moving_shapes_cross_their_box(motion, axis, sign):
 
 
 @settings(max_examples=30)
-@given(st.integers(1, 50), st.integers(0, 10**6))
+@given(st.integers(0, 50), st.integers(0, 10**6))
 def test_layouts_are_inside_the_canvas_and_show_every_kind(foregrounds, seed):
     generator = torch.Generator().manual_seed(seed)
     regions, caption = drawn.layout(foregrounds, generator), drawn.caption(foregrounds, generator)
@@ -228,6 +228,7 @@ def test_the_weights_are_small():
 def test_pictures_of_held_out_layouts(weights):
     """A sample of what bench/results/layered_model.json has for a hundred layouts."""
     figures, _ = evaluate.evaluate(weights, 12, 1, torch.Generator().manual_seed(77))
+    assert sum(row["merged_db"] for row in figures["rows"]) / 12 == pytest.approx(figures["merged_db"], abs=1e-2)
     assert figures["merged_db"] >= 23 and figures["merged_db"] >= figures["another_layout_db"] + 6
     assert figures["iou"] >= 0.8 and figures["iou"] >= figures["filled_box_iou"] + 0.1
     assert figures["named"] >= 0.8
@@ -255,6 +256,11 @@ def test_layers_that_are_encoded_come_back(weights):
         fits.append(evaluate.iou(made[..., 3], right[..., 3]))
     alpha, colour = (float(-10 * torch.stack(errors).mean().log10()) for errors in (alphas, colours))
     assert alpha >= 27 and colour >= 40 and sum(fits) / len(fits) >= 0.95
+
+
+def test_a_ground_alone_has_figures_without_layers(weights):
+    figures, _ = evaluate.evaluate(weights, 1, 1, torch.Generator().manual_seed(1), 2)
+    assert figures["layers"] == "2 to 2" and figures["iou"] is None and figures["merged_db"] > 30 and len(figures["rows"]) == 1
 
 
 def test_what_moves_in_a_clip_stays_in_its_box(weights):

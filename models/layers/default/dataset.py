@@ -40,9 +40,10 @@ def foreground_latents(vae: WanVAE, what: list[Kind], width: int, height: int, f
     return whiten(torch.cat([vae.encode(part) for part in seen.split(6)]))[..., 2:-2, 2:-2]
 
 
-def sample(frames: int, generator: torch.Generator) -> dict[str, Any]:
-    """One layout: boxes in tokens `(layers, 4)`, which kind each foreground shows, the caption."""
-    foregrounds = drawn.count(generator, IN_CLIPS if frames > 1 else MAX_FOREGROUNDS)
+def sample(frames: int, generator: torch.Generator, foregrounds: int | None = None) -> dict[str, Any]:
+    """One layout: boxes in tokens `(layers, 4)`, which kind each foreground shows, the caption. foregrounds: None: as many as it happens."""
+    if foregrounds is None:
+        foregrounds = drawn.count(generator, IN_CLIPS if frames > 1 else MAX_FOREGROUNDS)
     regions = drawn.layout(foregrounds, generator, 8 if frames > 1 else 10)
     said = drawn.caption(foregrounds, generator, 0.7 if frames > 1 else 0.15)
     shown = drawn.assign(said, foregrounds, generator)

@@ -94,7 +94,7 @@ def layout(foregrounds: int, generator: torch.Generator, longest: int = 10) -> R
     width, height = between(least, longest), between(least, longest)
     if foregrounds > 16:
         width = height = longest
-    side = max(1, min(5, round((1.3 * width * height / foregrounds) ** 0.5)))
+    side = max(1, min(5, round((1.3 * width * height / max(foregrounds, 1)) ** 0.5)))
     covered = torch.zeros(height, width)
     boxes = []
     for _ in range(foregrounds):
@@ -125,7 +125,7 @@ def caption(foregrounds: int, generator: torch.Generator, moving: float = 0.0) -
 
 def assign(said: Caption, foregrounds: int, generator: torch.Generator) -> list[Kind]:
     """Which kind each layer shows: every kind at least once, in any order."""
-    extra = torch.randint(len(said.kinds), (foregrounds - len(said.kinds),), generator=generator).tolist()
+    extra = torch.randint(max(len(said.kinds), 1), (foregrounds - len(said.kinds),), generator=generator).tolist()
     order = torch.randperm(foregrounds, generator=generator).tolist()
     chosen = [*range(len(said.kinds)), *extra]
     return [said.kinds[chosen[place]] for place in order]

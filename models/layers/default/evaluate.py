@@ -1,16 +1,20 @@
 """The layered weights on held-out layouts: does the merged picture show the layers, and are the layers what the caption says?
 
-python -m tessera.models.layers.default.evaluate [--folder WHERE] [--layouts 100] [--clips 20] [--out FILE] [--sheet FILE]
+python -m tessera.models.layers.default.evaluate [--folder WHERE] [--layouts 100] [--clips 20] [--layers 2 52] [--out FILE] [--sheet FILE]
 
-merged: PSNR of the merged picture against the composite of ground and layers, and against the composite of another layout, on its canvas. iou:
-of a layer's alpha with the best-fitting object that the caption names, drawn into its box; box: the same of a filled box. named: share of
-layers whose colour and best-fitting shape the caption names together.
+autoencoder: PSNR of held-out pictures and clips that the VAE alone encodes and decodes. merged: PSNR of the merged picture against the composite of
+ground and layers, and against the composite of another layout, on its canvas. iou: of a layer's alpha with the best-fitting object that the caption
+names, drawn into its box; box: the same of a filled box. named: share of layers whose colour and best-fitting shape the caption names together.
+rows: each layout. --layers: so many layouts with each of these numbers of layers, merged picture and ground counted, instead of the numbers that
+training has.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,7 @@ from ..compose import on_checkerboard
 from ..regions import WHOLE, Regions
 from . import dataset, drawn, export, sampling, vocabulary
 from .networks import LayeredTransformer
-from .train_vae import psnr
+from .train_vae import held_out, psnr
 
 SEED = 2 * 10**6
 
@@ -65,50 +69,66 @@ def read(layer: Tensor, kinds: list[vocabulary.Kind]) -> tuple[float, float, boo
     return fit, max(box for _, box, _ in named), any(kind.colour == colour and kind.shape == best.shape for kind in kinds)
 
 
-def evaluate(networks: tuple, layouts: int, frames: int, generator: torch.Generator) -> tuple[dict[str, Any], list[tuple[str, sampling.Decoded]]]:
-    """Figures, and what was made."""
+def evaluate(
+    networks: tuple, layouts: int, frames: int, generator: torch.Generator, layers: int | None = None
+) -> tuple[dict[str, Any], list[tuple[str, sampling.Decoded]]]:
+    """Figures, and what was made. layers: of each layout; None leaves it to `dataset.sample`."""
     vae, model, decoder = networks
     made: list[tuple[str, sampling.Decoded]] = []
     rows: list[dict[str, Any]] = []
     for number in range(layouts):
-        found = dataset.sample(frames, generator)
+        found = dataset.sample(frames, generator, None if layers is None else layers - WHOLE)
         boxes, caption = dataset.boxes_of(found), dataset.caption_of(found)
         regions = Regions(*boxes[0][2:], tuple(boxes), (frames - 1) // 4 + 1)
         decoded = sampling.decode(vae, decoder, sampling.latents(model, regions, caption, number), regions)
         read_back = []
-        for box, layer in zip(boxes[WHOLE:], decoded.layers, strict=True):
+        for box, cut in zip(boxes[WHOLE:], decoded.layers, strict=True):
             x, y, width, height = drawn.pixels(box)
-            read_back.append(read(layer[:, y : y + height, x : x + width], list(caption.kinds)))
+            read_back.append(read(cut[:, y : y + height, x : x + width], list(caption.kinds)))
         own = psnr(2 * decoded.merged - 1, 2 * decoded.composite() - 1)
-        rows.append(dict(layers=len(boxes), merged=own, read=read_back))
+        rows.append(dict(layers=len(boxes), merged=own, read=read_back, canvas=decoded.merged.shape[1:3], caption=vocabulary.text(caption)))
         made.append((vocabulary.text(caption), decoded))
     others = []
     for (_, decoded), (_, other) in zip(made, made[1:] + made[:1], strict=True):
         size = decoded.merged.shape[1:3]
         picture = F.interpolate(other.composite().movedim(-1, 1), size, mode="bilinear").movedim(1, -1)
         others.append(psnr(2 * decoded.merged - 1, 2 * picture - 1))
-    layers = [read_back for row in rows for read_back in row["read"]]
+    every = [read_back for row in rows for read_back in row["read"]]
 
-    def mean(values: list[float]) -> float:
-        return round(sum(values) / len(values), 3)
+    def mean(values: list[float]) -> float | None:
+        return round(sum(values) / len(values), 3) if values else None
+
+    def span(rows: list[dict[str, Any]]) -> str:
+        return f"{min(row['layers'] for row in rows)} to {max(row['layers'] for row in rows)}"
 
     groups = {}
     for low, high in ((2, 5), (6, 11), (12, 21), (22, 52)):
         group = [row for row in rows if low <= row["layers"] <= high]
         if group:
-            groups[f"{low} to {high} layers"] = dict(
+            groups[f"{span(group)} layers"] = dict(
                 layouts=len(group), merged_db=mean([row["merged"] for row in group]), iou=mean([fit for row in group for fit, _, _ in row["read"]])
             )
     figures = dict(
         layouts=layouts,
-        layers=f"{min(row['layers'] for row in rows)} to {max(row['layers'] for row in rows)}",
+        layers=span(rows),
         merged_db=mean([row["merged"] for row in rows]),
         merged_lowest_db=round(min(row["merged"] for row in rows), 3),
         another_layout_db=mean(others),
-        iou=mean([fit for fit, _, _ in layers]),
-        filled_box_iou=mean([box for _, box, _ in layers]),
-        named=mean([float(named) for _, _, named in layers]),
+        iou=mean([fit for fit, _, _ in every]),
+        filled_box_iou=mean([box for _, box, _ in every]),
+        named=mean([float(named) for _, _, named in every]),
         by_layers=groups,
+        rows=[
+            dict(
+                layers=row["layers"],
+                canvas=f"{row['canvas'][1]} x {row['canvas'][0]}",
+                caption=row["caption"],
+                merged_db=round(row["merged"], 3),
+                iou=mean([fit for fit, _, _ in row["read"]]),
+                named=mean([float(named) for _, _, named in row["read"]]),
+            )
+            for row in rows
+        ],
     )
     return figures, made
 
@@ -136,20 +156,31 @@ def main() -> None:
     parser.add_argument("--folder", default=str(export.HERE))
     parser.add_argument("--layouts", type=int, default=100)
     parser.add_argument("--clips", type=int, default=20)
+    parser.add_argument("--layers", type=int, nargs="*", default=[])
     parser.add_argument("--out")
     parser.add_argument("--sheet")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--date", default=datetime.date.today().isoformat())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     networks = load(Path(options.folder))
-    results, pictures = {}, []
-    for name, many, frames in (("pictures", options.layouts, 1), ("clips", options.clips, 9)):
-        if many:
-            results[name], made = evaluate(networks, many, frames, torch.Generator().manual_seed(SEED + frames))
-            pictures += made[:12]
-            print(name, json.dumps(results[name], indent=1), flush=True)
+    about = dict(date=options.date, device=f"cpu ({platform.machine()})", threads=options.threads, torch=torch.__version__)
+    about |= dict(python=platform.python_version(), steps=sampling.STEPS, cfg=sampling.CFG, shift=sampling.SHIFT)
+    results: dict[str, Any] = {"about": about}
+    results["autoencoder"] = {
+        name: {"mean_db": round(mean, 3), "lowest_db": round(least, 3), "samples": many}
+        for name, frames, many in (("pictures", 1, 24), ("clips", 9, 8))
+        for mean, least in [held_out(networks[0], frames, many)]
+    }
+    made: list[tuple[str, sampling.Decoded]] = []
+    for what, many, frames in (("pictures", options.layouts, 1), ("clips", options.clips, 9)):
+        for layers in (options.layers or [None]) if many else []:
+            name = what if layers is None else f"{what} of {layers} layers"
+            results[name], some = evaluate(networks, many, frames, torch.Generator().manual_seed(SEED + frames), layers)
+            made += some[:12]
+            print(name, json.dumps({key: value for key, value in results[name].items() if key != "rows"}, indent=1), flush=True)
     if options.sheet:
-        sheet(pictures, options.sheet)
+        sheet(made, options.sheet)
     if options.out:
         Path(options.out).write_text(json.dumps(results, indent=1) + "\n")
 
