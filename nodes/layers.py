@@ -309,7 +309,7 @@ class SaveLayers(io.ComfyNode):
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, output, document.width, document.height)
         target = Path(folder) / f"{name}_{counter:05}_{'' if format == 'png' else '.' + format}"
         picture = composite(document, on_layer=progress())
-        files.write(document, target, picture)
+        files.write(document, target, picture, progress())
         saved = {"filename": target.name, "subfolder": subfolder, "type": "output"}
         line = f"{target.name} in {subfolder or 'the output folder'}"
         return io.NodeOutput(layers, ui=shown(cls, document, all_layers(document), [line], picture) | {"tessera_files": (saved,)})

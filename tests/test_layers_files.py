@@ -425,6 +425,22 @@ def test_sixteen_bits_in_a_folder_are_read_as_eight(tmp_path):
     assert torch.equal(found.layers[0].mask, torch.full((3, 2), 0x40 / 255)) and notes == [f"{mask.name}: its 16 bits a channel are read as 8"]
 
 
+@pytest.mark.parametrize("name", ["a.psd", "a.ora", "a"])
+def test_layers_are_announced_while_they_are_written(tmp_path, name):
+    before, announced = document(), []
+    count = len(list(before.walk()))
+    write(before, tmp_path / name, None, lambda *given: announced.append(given))
+    assert announced == [(done, count) for done in range(count)]
+
+    def stop(done: int, total: int) -> None:
+        if done == 1:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        write(before, tmp_path / f"b{name[1:]}", None, stop)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
 def test_a_folder_does_not_take_the_place_of_a_file(tmp_path, monkeypatch):
     (tmp_path / "f").write_text("x")
     monkeypatch.setattr(png, "composite", lambda *_: pytest.fail("work was begun"))

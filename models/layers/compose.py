@@ -15,7 +15,13 @@ from .document import Box, Document, Layer, Node
 _SQUARE = 512  # side of dissolve's pattern, in pixels
 
 OnLayer = Callable[[int, int], None]
-"""(done, total) in layers, before each one that is drawn, those in groups too; what it raises ends the work."""
+"""(done, total) in layers, before each one that is drawn or written, those in groups too; what it raises ends the work."""
+
+
+def announcer(on_layer: OnLayer | None, total: int) -> Callable[[], None]:
+    """To be called before each of `total` layers."""
+    done = count()
+    return (lambda: None) if on_layer is None else (lambda: on_layer(next(done), total))
 
 
 def composite(document: Document, *, linear: bool = False, device: torch.device | None = None, on_layer: OnLayer | None = None) -> Tensor:
@@ -26,13 +32,7 @@ def composite(document: Document, *, linear: bool = False, device: torch.device 
     """
     canvas = torch.zeros(document.height, document.width, 4, device=device)
     seen = [layer for groups, layer in document.walk() if all(map(_shows, groups)) and _shows(layer) and _clipped(layer.bounds, canvas, (0, 0))]
-    done = count()
-
-    def before() -> None:
-        if on_layer is not None:
-            on_layer(next(done), len(seen))
-
-    _draw(canvas, (0, 0), document.layers, linear, before)
+    _draw(canvas, (0, 0), document.layers, linear, announcer(on_layer, len(seen)))
     out = straight(canvas)
     if linear:
         out[..., :3] = to_srgb(out[..., :3])

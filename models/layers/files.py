@@ -20,6 +20,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
+from .compose import OnLayer, announcer
 from .document import Document
 
 MAX_PIXELS = 2**29
@@ -100,20 +101,18 @@ def finished(target: Path) -> Iterator[Path]:
 FORMATS = ("psd", "ora", "png")
 
 
-def write(document: Document, target: Path, merged: Tensor | None = None) -> None:
+def write(document: Document, target: Path, merged: Tensor | None = None, on_layer: OnLayer | None = None) -> None:
     """To PSD or OpenRaster by the ending .psd or .ora, else to a folder of PNG files with `layers.json`.
 
-    merged: its composite on sRGB values, if it is made already. Raises ValueError, OSError.
+    merged: its composite on sRGB values, if it is made already. on_layer: what it raises leaves no file. Raises ValueError, OSError.
     """
     from . import ora, png, psd
 
+    writers: dict[str, Callable[..., None]] = {".psd": psd.write, ".ora": ora.write, "": png.write}
     ending = target.suffix.lower()
-    if ending in (".psd", ".ora"):
-        (psd.write if ending == ".psd" else ora.write)(document, target, merged)
-    elif ending:
+    if ending not in writers:
         raise ValueError(f"{target.name} ends in {ending}; use .psd, .ora, or no ending for a folder of PNG files")
-    else:
-        png.write(document, target, merged)
+    writers[ending](document, target, merged, announcer(on_layer, len(list(document.walk()))))
 
 
 def read(source: Path) -> tuple[Document, list[str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 from xml.etree import ElementTree
@@ -40,8 +41,11 @@ _MODES = {operator: mode for mode, operator in OPERATORS.items()} | {"svg:exclus
 _MASK, _WHOLE = "tessera-mask", "tessera-unmasked"  # attributes of a layer that other readers ignore
 
 
-def write(document: Document, file: Path, merged: Tensor | None = None) -> None:
-    """merged: its composite, if it is made already. Raises ValueError for a pass-through group with an opacity, which OpenRaster has not."""
+def write(document: Document, file: Path, merged: Tensor | None, before: Callable[[], None]) -> None:
+    """merged: its composite, if it is made already. before: called for each layer.
+
+    Raises ValueError for a pass-through group with an opacity, which OpenRaster has not.
+    """
     image = ElementTree.Element("image", version="0.0.6", w=str(document.width), h=str(document.height), xres="72", yres="72")
     pictures: dict[str, np.ndarray] = {}
     _add(ElementTree.SubElement(image, "stack"), document.layers, pictures)
@@ -53,6 +57,8 @@ def write(document: Document, file: Path, merged: Tensor | None = None) -> None:
         archive.writestr("mimetype", MIMETYPE)  # first and stored, so that it stands at a fixed place in the file
         archive.writestr("stack.xml", ElementTree.tostring(image, "UTF-8", xml_declaration=True), zipfile.ZIP_DEFLATED)
         for name, picture in pictures.items():
+            if name.count("/") == 1 and name.startswith("data/"):  # a layer's own, not its mask's
+                before()
             archive.writestr(name, _png(picture))
 
 

@@ -6,6 +6,7 @@ The only format that keeps transforms. 8 bits a channel.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,26 +22,30 @@ INDEX = "layers.json"
 MERGED = "merged.png"
 
 
-def write(document: Document, folder: Path, merged: Tensor | None = None) -> None:
-    """merged: its composite, if it is made already. Raises ValueError where the folder, or a file of its name, exists."""
+def write(document: Document, folder: Path, merged: Tensor | None, before: Callable[[], None]) -> None:
+    """merged: its composite, if it is made already. before: called for each layer.
+
+    Raises ValueError where the folder, or a file of its name, exists.
+    """
     if folder.is_file():
         raise ValueError(f"{folder} is a file that exists; choose another name, or remove it")
     with finished(folder) as unfinished:
         unfinished.mkdir()
         Image.fromarray(eight_bit(composite(document) if merged is None else merged)).save(unfinished / MERGED)
-        layers = _described(document.layers, unfinished)
+        layers = _described(document.layers, unfinished, before)
         index = {"version": 1, "width": document.width, "height": document.height, "merged": MERGED, "layers": layers}
         (unfinished / INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def _described(nodes: tuple[Node, ...], folder: Path) -> list[dict[str, Any]]:
+def _described(nodes: tuple[Node, ...], folder: Path, before: Callable[[], None]) -> list[dict[str, Any]]:
     """Bottom to top, with pictures written to the folder."""
     entries: list[dict[str, Any]] = []
     for node in nodes:
         entry: dict[str, Any] = {"name": node.name, "opacity": node.opacity, "blend_mode": node.blend_mode, "visible": node.visible}
         if isinstance(node, Group):
-            entries.append(entry | {"layers": _described(node.layers, folder)})
+            entries.append(entry | {"layers": _described(node.layers, folder, before)})
             continue
+        before()
         entry |= {"x": node.x, "y": node.y, **asdict(node.transform)}
         for kind, ending, picture in (("image", ".png", node.image), ("mask", "_mask.png", node.mask)):
             if picture is not None:

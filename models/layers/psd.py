@@ -6,7 +6,7 @@ Written with 8 bits a channel. Transforms become pixels: PSD has them for smart 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,11 @@ def _psd_tools() -> Any:
     return psd_tools
 
 
-def write(document: Document, file: Path, merged: Tensor | None = None) -> None:
-    """merged: its composite, if it is made already. Raises ValueError for a blend mode or size that PSD has not, before anything is written."""
+def write(document: Document, file: Path, merged: Tensor | None, before: Callable[[], None]) -> None:
+    """merged: its composite, if it is made already. before: called for each layer.
+
+    Raises ValueError for a blend mode or size that PSD has not, before anything is written.
+    """
     _psd_tools()
     from psd_tools.constants import Compression
     from psd_tools.psd import PSD, ChannelImageData, GlobalLayerMaskInfo, LayerInfo, LayerRecords
@@ -54,7 +57,7 @@ def write(document: Document, file: Path, merged: Tensor | None = None) -> None:
     _check(document.layers)
     header = FileHeader(width=document.width, height=document.height, channels=4)
     # Records, not psd-tools' layer objects: those take quadratic time, and compose the merged picture by themselves.
-    records = [record for node in document.layers for record in _records(node)]
+    records = [record for node in document.layers for record in _records(node, before)]
     layers = LayerInfo(
         -len(records),  # negative: the fourth channel of the merged picture is transparency
         LayerRecords(record for record, _ in records),
@@ -82,7 +85,7 @@ def _check(nodes: tuple[Node, ...]) -> None:
             raise ValueError(f"{node.name!r} is {width} x {height} pixels, and PSD holds {MAX_SIDE} a side; make it smaller, or save as .ora")
 
 
-def _records(node: Node) -> Iterator[tuple[Any, Any]]:
+def _records(node: Node, before: Callable[[], None]) -> Iterator[tuple[Any, Any]]:
     """Record and channels of each layer, bottom to top. A group is its layers between two dividers, the upper one with its properties."""
     from psd_tools.constants import SectionDivider, Tag
 
@@ -91,10 +94,11 @@ def _records(node: Node) -> Iterator[tuple[Any, Any]]:
         below.tagged_blocks.set_data(Tag.SECTION_DIVIDER_SETTING, SectionDivider.BOUNDING_SECTION_DIVIDER)
         yield below, channels
         for inner in node.layers:
-            yield from _records(inner)
+            yield from _records(inner, before)
         record, channels = _record(node.name, 0, 0, {})
         record.tagged_blocks.set_data(Tag.SECTION_DIVIDER_SETTING, SectionDivider.OPEN_FOLDER, b"8BIM", KEYS[node.blend_mode])
     else:
+        before()
         layer = node.baked()
         pixels = eight_bit(layer.image)
         planes = {-1: pixels[..., 3], **{channel: pixels[..., channel] for channel in range(3)}}
