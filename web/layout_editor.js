@@ -13,7 +13,7 @@ const HANDLES = ["nw", "n", "ne", "e", "se", "s", "sw", "w"];
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
 const STYLE = `
-.tessera-layout { display: flex; flex-direction: column; gap: 4px; min-height: 300px; box-sizing: border-box; font: 12px sans-serif;
+.tessera-layout { display: flex; flex-direction: column; gap: 4px; min-height: 280px; box-sizing: border-box; font: 12px sans-serif;
   color: var(--input-text, #ddd); }
 .tessera-layout .bar { display: flex; gap: 2px; }
 .tessera-layout :is(select, button, input) { font: inherit; color: inherit; background: var(--comfy-input-bg, #222);
