@@ -59,7 +59,7 @@ class Layout(io.ComfyNode):
         document, notes = arranged(replace(from_core(layers), width=width, height=height), [box for _, box in named], fit)
         names = iter(name for name, _ in named)
         document = document.map(lambda layer: replace(layer, name=next(names, "") or layer.name))
-        count = sum(1 for _ in document.walk())
+        count = len(all_layers(document))
         notes += [f"{name or f'box {number}'}: there is no layer for it" for number, (name, _) in enumerate(named[count:], count + 1)]
         return io.NodeOutput(to_core(document), "\n".join(notes), ui=said(cls, "\n".join([summary(document), *notes])))
 
@@ -106,7 +106,7 @@ class AutoLayout(io.ComfyNode):
         if kind == "caption":
             document, notes = from_caption(layout["caption"], document, fit)
         else:
-            count = max(sum(1 for _ in document.walk()) - layout["background"], 0)
+            count = max(len(all_layers(document)) - layout["background"], 0)
             if kind == "grid":
                 boxes = grid(count, *canvas, layout["columns"], layout["gap"])
             else:

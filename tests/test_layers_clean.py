@@ -278,3 +278,15 @@ def test_thumbnails_shrink_each_layer_once_and_announce_it(monkeypatch):
     called: list[tuple[int, int]] = []
     thumbnails(Document(60, 30, (layers[0], Group("g", (layers[1],)))), layers, side=30, on_layer=lambda *at: called.append(at))
     assert called == [(0, 2), (1, 2)] and shrunk == [(30, 15), (10, 5)]
+
+
+def test_thumbnails_of_large_layers_are_where_the_layers_are():
+    """A disc of 1000 pixels a side, with a mask over its left half, against the mean of the pixels that each thumbnail's pixel covers."""
+    y, x = torch.meshgrid(*[torch.arange(1000) / 1000] * 2, indexing="ij")
+    disc = torch.stack([x, y, 1 - x, ((x - 0.5) ** 2 + (y - 0.4) ** 2 < 0.09).float()], -1)
+    layer = Layer("disc", disc, mask=(x >= 0.5).float())
+    (shown,) = thumbnails(Document(1000, 1000, (layer,)), (), side=50)
+    alpha = disc[..., 3:] * (x >= 0.5)[..., None]
+    whole = torch.cat([disc[..., :3] * alpha, alpha], -1).unflatten(0, (50, 20)).unflatten(2, (50, 20)).mean((1, 3))
+    expected = on_checkerboard(torch.cat([whole[..., :3] / whole[..., 3:].clamp_min(1e-6), whole[..., 3:]], -1))
+    assert (shown - expected).abs().mean() < 0.01 and (shown - expected).abs().max() < 0.25, "only edges differ"

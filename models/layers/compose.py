@@ -141,7 +141,11 @@ def thumbnails(document: Document, layers: Sequence[Layer], side: int = 256, *, 
             on_layer(done, len(every))
         width, height = (max(round(pixels * scale), 1) for pixels in layer.size)
         x, y = round(layer.x * scale), round(layer.y * scale)
-        small[id(layer)] = replace(layer, x=x, y=y, transform=replace(layer.transform, width=width, height=height)).baked()
+        # Four pixels a side for one are enough to shrink from, and a large picture takes a tenth of the time.
+        thin = slice(None, None, max(min(layer.image.shape[0] // height, layer.image.shape[1] // width) // 4, 1))
+        image, mask = layer.image[thin, thin], None if layer.mask is None else layer.mask[thin, thin]
+        transform = replace(layer.transform, width=width, height=height)
+        small[id(layer)] = replace(layer, image=image, mask=mask, x=x, y=y, transform=transform).baked()
     canvas = replace(document, width=max(round(document.width * scale), 1), height=max(round(document.height * scale), 1))
     alone = [replace(canvas, layers=(replace(small[id(layer)], visible=True),)) for layer in layers]
     return torch.stack([on_checkerboard(composite(one)) for one in (canvas.map(lambda layer: small[id(layer)]), *alone)])
