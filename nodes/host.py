@@ -80,7 +80,8 @@ class _AttentionHost:
         layout = layout_of(network, latent_shape, kwargs)
         if layout is not None and BOXES in transformer_options:
             layout = replace(layout, boxes=transformer_options[BOXES])
-        branch = tuple(transformer_options.get("uuids", ()))
+        window = transformer_options.get("context_window")
+        branch = (tuple(transformer_options.get("uuids", ())), None if window is None else tuple(window.index_list))
         sigma = float(t.flatten()[0])
 
         def forward(call: ModelCall):
@@ -88,7 +89,7 @@ class _AttentionHost:
             options = {**transformer_options, KEY: call, OVERRIDE: self._override(transformer_options.get(OVERRIDE))}
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
-        call = ModelCall(layout, sigma, branch)
+        call = ModelCall(layout, sigma, branch, x.device)
         self.patch.begin(call)
         out = forward(call)
         if self.patch.finish(call):
@@ -138,12 +139,8 @@ class _AttentionHost:
             def to_host(out: Tensor) -> Tensor:
                 return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
-            key_bias, unsupported = _key_bias(mask, k.shape[0], k.shape[2] if skip_reshape else k.shape[1], q.dtype)
-            if not skip_reshape:
-                head_dim = q.shape[-1] // heads
-                q4, k4, v4 = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (q, k, v))
-            else:
-                q4, k4, v4 = q, k, v
+            q4, k4, v4 = (q, k, v) if skip_reshape else _split_heads(q, k, v, heads, kwargs.get("enable_gqa", False))
+            key_bias, unsupported = _key_bias(mask, k4.shape[0], k4.shape[-2])
             return self.patch.attend(
                 call,
                 q4,
@@ -161,7 +158,20 @@ class _AttentionHost:
         return override
 
 
-def _key_bias(mask: Tensor | None, batch: int, k_len: int, dtype: torch.dtype) -> tuple[Tensor | None, str | None]:
+def _split_heads(q: Tensor, k: Tensor, v: Tensor, heads: int, grouped: bool) -> list[Tensor]:
+    """q `(batch, tokens, heads * head_dim)` and k, v of any shape of whole tokens (core's SD 3.5 hands v with its heads apart) as
+    `(batch, heads, tokens, head_dim)`; what cannot be read so comes back as it is. grouped: k and v have heads of their own number."""
+    batch, head_dim = q.shape[0], q.shape[-1] // heads
+    split = []
+    for x in (q, k, v):
+        count = x.shape[-1] // head_dim if grouped and head_dim else heads
+        token = batch * count * head_dim
+        whole = x.shape[0] == batch and token and x.numel() % token == 0
+        split.append(x.reshape(batch, -1, count, head_dim).transpose(1, 2) if whole else x)
+    return split
+
+
+def _key_bias(mask: Tensor | None, batch: int, k_len: int) -> tuple[Tensor | None, str | None]:
     """(bias `(batch, k_len)`, None) where a mask only hides or weighs keys; (None, reason) where it differs between queries."""
     if mask is None:
         return None, None
@@ -171,5 +181,5 @@ def _key_bias(mask: Tensor | None, batch: int, k_len: int, dtype: torch.dtype) -
         return None, "attention mask that differs between queries"
     bias = mask.reshape(-1, k_len)
     if bias.dtype == torch.bool:
-        bias = torch.zeros(bias.shape, dtype=dtype, device=bias.device).masked_fill_(~bias, float("-inf"))
-    return bias.expand(batch, k_len), None
+        bias = torch.zeros(bias.shape, device=bias.device).masked_fill_(~bias, float("-inf"))
+    return bias.float().expand(batch, k_len), None

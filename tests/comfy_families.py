@@ -177,10 +177,15 @@ def run(make, cond, shape):
 
     everything = sparse(model, density=1.0)
     result["density_1_bitwise"] = torch.equal(sample(everything, cond, shape), stock)
+    counts, hooked = hook(model)
+    sample(hooked, cond, shape)
+    result["hooked"] = {"stock": counts["self"]}
     for method in ("rainfusion2", "draft", "sparge"):
-        patched = sparse(model, method={"method": method})
+        counts, hooked = hook(model)
+        patched = sparse(hooked, method={"method": method})
         out = sample(patched, cond, shape)
         report = last_report(patched)
+        result["hooked"][method] = counts["self"]
         result[method] = {"finite": bool(out.isfinite().all()), "error": relative_error(out, stock), "report": report}
     whole = sparse(model, method={"method": "sparge", "similarity": 0.999})  # nothing is that alike: every block is kept, by our own kernel
     result["all_blocks_error"] = relative_error(sample(whole, cond, shape), stock)
@@ -194,9 +199,45 @@ def run(make, cond, shape):
     result["nan_recovers"], result["nan_report"] = poisoned(model, cond, shape, stock)
     result["other_override_seen"] = other_override(model, cond, shape, stock)
     result["interrupt"] = interrupted(model, cond, shape)
+    if make is wan and shape == VIDEO:
+        result["windows_share_nothing"] = windows(model, cond)
     result["bypass_bitwise"] = torch.equal(sample(model, cond, shape), stock)
     result["model_untouched"] = repr(model.model_options) == options
     return result
+
+
+def hook(model):
+    """(counts, a clone whose attention counts the calls with as many queries as keys that the host computes)."""
+    counts = {"self": 0}
+
+    def count(func, q, k, *arguments, skip_reshape=False, **keywords):
+        counts["self"] += q.shape[-2] == k.shape[-2] if skip_reshape else q.shape[1] == k.shape[1]
+        return func(q, k, *arguments, skip_reshape=skip_reshape, **keywords)
+
+    hooked = model.clone()
+    hooked.model_options["transformer_options"]["optimized_attention_override"] = count
+    return counts, hooked
+
+
+def windows(model, cond):
+    """One step in context windows: masks that serve several steps must not pass from window to window."""
+    from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
+
+    outs = []
+    for refresh in (1, 5):
+        patched = WanContextWindowsManualNode.execute(
+            model=sparse(model, mask_refresh=refresh),
+            context_length=17,
+            context_overlap=1,
+            context_schedule="standard_static",
+            context_stride=1,
+            closed_loop=False,
+            fuse_method="pyramid",
+            freenoise=True,
+        ).args[0]
+        outs.append(sample(patched, cond, (1, 16, 15, 16, 12), steps=1))
+        assert last_report(patched)["self_attention_calls"] > 2 * 3, "more than one window ran"
+    return torch.equal(*outs)
 
 
 def poisoned(model, cond, shape, stock):

@@ -13,7 +13,7 @@ from tessera.models.families import TokenLayout
 from tessera.models.families.qwen_image import QWEN_IMAGE
 from tessera.models.patchers import attention as patcher
 from tessera.models.patchers.attention import AttentionPatch, AttentionSettings, ModelCall, auto_block, percent_of
-from tessera.models.patchers.report import heat_map, summary
+from tessera.models.patchers.report import summary
 
 LAYOUT = TokenLayout(5, 8, 8)  # 320 tokens
 
@@ -78,15 +78,70 @@ def test_density_1_is_the_hosts_own_result():
     assert patch.report.reasons == {"density 1": 1}
 
 
-@pytest.mark.parametrize(("k_len", "reason"), [(20, "cross-attention"), (None, "not the video's self-attention")], ids=["cross", "other"])
-def test_other_attention_stays_with_the_host(k_len, reason):
+def test_cross_attention_is_no_self_attention_call():
     patch = AttentionPatch(settings())
     call = ModelCall(LAYOUT, 0.5)
     patch.begin(call)
-    _, host = attend(patch, call, *qkv(tokens=320 if k_len else 300, k_len=k_len))
+    _, host = attend(patch, call, *qkv(k_len=20))
     assert host
-    assert patch.report.reasons == {reason: 1}
-    assert not patch.report.records
+    report = patch.report.as_dict()
+    assert report["reasons"] == {"cross-attention": 1}
+    assert report["self_attention_calls"] == 0
+    assert summary(report) == "rainfusion2: not accelerated, no self-attention call reached the patch: cross-attention (1)"
+
+
+def test_calls_of_another_length_are_counted_and_named():
+    """2 calls of the grid's length, the first in a dense block, and 40 that are a token longer: a family that moved its text."""
+    patch = AttentionPatch(settings(dense_blocks=frozenset({0})))
+    patch.start(flow(), SIGMAS)
+    call = ModelCall(LAYOUT, 0.5)
+    patch.begin(call)
+    hosts = [attend(patch, call, *qkv(tokens=tokens))[1] for tokens in (320, 320, *[321] * 40)]
+    assert hosts == [True, False, *[True] * 40]
+    report = patch.report.as_dict()
+    assert report["self_attention_calls"] == 42
+    assert report["calls"] == {"host": 41, "sparse": 1}
+    assert report["reasons"] == {"dense block": 1, "another length than the video's": 40}
+    assert report["sparse_share_in_window"] == 1 / 41
+    assert [len(row) for row in report["density_by_step_and_layer"]] == [2]
+    assert "1 of 42 self-attention calls sparse" in summary(report)
+    assert summary(report).endswith(" · another length than the video's (40)")
+
+
+ODD_SHAPES = {
+    "3-D": dict(q=(1, 320, 32), k=(1, 320, 32), v=(1, 320, 32)),
+    "4-D v among 3-D": dict(q=(1, 320, 32), k=(1, 320, 32), v=(1, 320, 2, 16)),
+    "v of other head_dim": dict(q=(1, 2, 320, 16), k=(1, 2, 320, 16), v=(1, 2, 320, 8)),
+    "k of other batch": dict(q=(2, 2, 320, 16), k=(1, 2, 320, 16), v=(1, 2, 320, 16)),
+    "heads that do not divide": dict(q=(1, 3, 320, 16), k=(1, 2, 320, 16), v=(1, 2, 320, 16)),
+    "five dimensions": dict(q=(1, 1, 2, 320, 16), k=(1, 1, 2, 320, 16), v=(1, 1, 2, 320, 16)),
+    "no tokens": dict(q=(1, 2, 0, 16), k=(1, 2, 0, 16), v=(1, 2, 0, 16)),
+}
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, None], ids=["family", "unknown"])
+@pytest.mark.parametrize("shapes", ODD_SHAPES.values(), ids=ODD_SHAPES)
+def test_shapes_that_are_not_understood_go_to_the_host(shapes, layout):
+    patch = AttentionPatch(settings(method="sparge", precision="auto"))
+    patch.start(flow(), SIGMAS)
+    call = ModelCall(layout, 0.5)
+    patch.begin(call)
+    q, k, v = (torch.randn(shape) for shape in shapes.values())
+    marker = torch.zeros(1)
+    assert patch.attend(call, q, k, v, lambda: marker, lambda out: out) is marker
+    assert not patch.finish(call)
+    (reason,) = patch.report.reasons
+    assert "expected" in reason or "do not fit" in reason
+
+
+def test_operands_of_different_dtypes_go_to_the_host():
+    patch = AttentionPatch(settings())
+    call = ModelCall(LAYOUT, 0.5)
+    patch.begin(call)
+    q, k, v = qkv()
+    marker = torch.zeros(1)
+    assert patch.attend(call, q, k, v.to(torch.bfloat16), lambda: marker, lambda out: out) is marker
+    assert sum(patch.report.reasons.values()) == 1
 
 
 def test_short_sequences_stay_with_the_host():
@@ -224,6 +279,54 @@ def test_mask_refresh_reuses_masks_per_layer_and_branch(monkeypatch):
     assert len(made) == 24
 
 
+@pytest.mark.parametrize("branches", [("a", "a"), (("a", (0, 1)), ("a", (1, 2)))], ids=["guidance passes", "context windows"])
+def test_masks_are_not_shared_within_a_step(branches):
+    """With one step there is nothing to reuse: a mask that serves several steps gives what a fresh one gives."""
+    inputs = [tuple(qkv()) for _ in range(2)]
+
+    def step(refresh):
+        patch = AttentionPatch(settings(mask_refresh=refresh))
+        patch.start(flow(), SIGMAS)
+        outs = []
+        for branch, tensors in zip(branches, inputs, strict=True):
+            call = ModelCall(LAYOUT, 0.5, branch)
+            patch.begin(call)
+            outs.append(attend(patch, call, *tensors)[0])
+        return outs
+
+    for shared, fresh in zip(step(5), step(1), strict=True):
+        assert torch.equal(shared, fresh)
+
+
+def test_masks_are_chosen_anew_when_the_noise_rises_again():
+    """Restart samplers and a second pass go back to a sigma that was there before."""
+    patch = AttentionPatch(settings(mask_refresh=50))
+    patch.start(flow(), SIGMAS)
+    first, later = (tuple(qkv()) for _ in range(2))
+    for sigma, tensors in ((0.9, first), (0.5, first)):
+        call = ModelCall(LAYOUT, sigma)
+        patch.begin(call)
+        attend(patch, call, *tensors)
+    call = ModelCall(LAYOUT, 0.9)
+    patch.begin(call)
+    out, _ = attend(patch, call, *later)
+    fresh = AttentionPatch(settings())
+    fresh.start(flow(), SIGMAS)
+    call = ModelCall(LAYOUT, 0.9)
+    fresh.begin(call)
+    assert torch.equal(out, attend(fresh, call, *later)[0])
+
+
+def test_masks_of_windows_that_are_gone_are_forgotten():
+    patch = AttentionPatch(settings(mask_refresh=2))
+    patch.start(flow(), SIGMAS)
+    for number, sigma in enumerate(SIGMAS[:-1]):
+        call = ModelCall(LAYOUT, sigma, ("cond", number))
+        patch.begin(call)
+        attend(patch, call, *qkv())
+    assert len(patch._masks) == 2
+
+
 def test_dense_quantized_where_the_gpu_has_it(monkeypatch):
     """With an INT8 backend that takes the call, short sequences run dense through it; at native precision the host keeps them."""
     calls = []
@@ -281,12 +384,3 @@ def test_key_bias_hides_keys_in_every_method(method):
         patch.begin(call)
         outs.append(attend(patch, call, q, k, values, key_bias=bias)[0])
     assert torch.equal(*outs)
-
-
-def test_heat_map_shows_density():
-    report = run(AttentionPatch(settings(start_percent=0.5)), SIGMAS)
-    picture = heat_map(report, cell=14)
-    assert picture.shape[0] == 1 and picture.shape[3] == 3
-    assert picture.amin() >= 0 and picture.amax() <= 1
-    dense, sparse = picture[0, 34 + 5, 44 + 5], picture[0, 34 + 14 * 8 + 5, 44 + 5]
-    assert dense.sum() > sparse.sum()

@@ -56,11 +56,28 @@ def test_every_call_in_the_window_is_sparse(result, method):
     assert run["finite"]
     assert run["report"]["family"] == FAMILY[result["case"].split()[0]]
     assert run["report"]["sparse_share_in_window"] == 1.0
-    assert run["report"]["calls"] == {"sparse": run["report"]["self_attention_calls"]}
+    assert run["report"]["calls"]["sparse"] == run["report"]["calls_in_window"]
+    assert set(run["report"]["reasons"]) <= {"cross-attention", "another length than the video's"}
     # Half of random-weight attention dropped: different from stock, and far from unrelated (two unrelated outputs differ by about 1.4).
     assert 1e-4 < run["error"] < 0.3
     # Text, references and the first frame are forced; on these short sequences they take up to a tenth more than was asked for.
     assert 0.4 < run["report"]["density"] < 0.65
+
+
+@pytest.mark.parametrize("method", ["rainfusion2", "draft", "sparge"])
+def test_the_calls_of_the_report_are_those_that_another_hook_counts(result, method):
+    """A hook of the test's own sees every call of a stock run, and in a patched run those that the host still computes."""
+    total, left = result["hooked"]["stock"], result["hooked"][method]
+    report = result[method]["report"]
+    assert report["self_attention_calls"] == total > 0
+    assert report["calls"]["sparse"] == total - left
+    assert report["calls"].get("host", 0) == left
+
+
+def test_masks_are_not_shared_between_context_windows(result):
+    """In the one step of this run there is nothing to reuse."""
+    assert result.get("windows_share_nothing", True)
+    assert ("windows_share_nothing" in result) == (result["case"] == "wan t2v")
 
 
 def test_all_blocks_through_our_kernel_equal_stock(result):

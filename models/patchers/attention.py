@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from ...kernels import dispatch
 from ...kernels.block_mask import BlockMask, num_blocks
 from ...kernels.sparsity import Layout, TokenGrid, get, prepare, sparse_attention
 from ..families import TokenLayout
-from .report import HOST, QUANTIZED, SPARSE, AttentionReport, CallRecord, clock
+from .report import HOST, QUANTIZED, SPARSE, AttentionReport, CallRecord, ModelCallRecord, clock
 
 MIN_TOKENS = 12288
 """Below about this length dense quantized attention is at least as fast (SpargeAttn #107, WanVideoWrapper #852; core's own default)."""
@@ -40,7 +41,7 @@ class AttentionSettings:
     dense_blocks: transformer blocks, counted in the order of execution, that stay dense.
     min_tokens: shorter sequences stay dense.
     block: tokens in a block, or None for the largest of 128, 64, 32, 16 that leaves 16 blocks.
-    mask_refresh: model steps that share one block mask (per layer and per conditioning branch).
+    mask_refresh: steps that share one block mask (of one layer, in calls of one conditioning, window and place in the step).
     """
 
     method: str = "rainfusion2"
@@ -107,21 +108,29 @@ def percent_of(sigma: float, percent_to_sigma: Callable[[float], float]) -> floa
     return high if high > 1e-3 else 0.0
 
 
+CPU = torch.device("cpu")
+
+
+@dataclass(eq=False)
 class ModelCall:
     """One forward of the network: what is known before its first attention call.
 
-    layout: None for an unknown family. sigma: noise level of this call. branch: identifies the conditioning (cond, uncond, ...).
+    layout: None for an unknown family. sigma: noise level of this call. branch: identifies the conditioning (cond, uncond, ...) and, where
+    a host cuts the latent, the window. device: where the network runs. The rest is the patch's own.
     """
 
-    def __init__(self, layout: TokenLayout | None, sigma: float, branch: Hashable = None):
-        self.layout = layout
-        self.sigma = sigma
-        self.branch = branch
-        self.step = 0
-        self.layer = 0
-        self.force_dense = False
-        self.before: tuple[int, Counter[str], Counter[str]] = (0, Counter(), Counter())  # the report when this call began
-        self.checks: list[tuple[int, str, Tensor]] = []
+    layout: TokenLayout | None
+    sigma: float
+    branch: Hashable = None
+    device: torch.device = CPU
+    step: int = 0
+    turn: int = 0  # how often sigma has changed in this run
+    place: Hashable = None  # what tells this call from the others of its step
+    layer: int = 0
+    force_dense: bool = False
+    start: Any = None
+    before: tuple[int, Counter[str]] = (0, Counter())  # the report when this call began
+    checks: list[tuple[int | None, str, Tensor]] = field(default_factory=list)
 
 
 class AttentionPatch:
@@ -146,10 +155,13 @@ class AttentionPatch:
         self._sigma_window = (0.0, math.inf)
         self.report = AttentionReport(settings.method, settings.precision)
         self._sigmas: list[float] = []
+        self._turn = 0
+        self._sigma: float | None = None
+        self._places: Counter[Hashable] = Counter()
         self._layouts: dict[tuple, Layout] = {}
         self._masks: dict[tuple, tuple[int, BlockMask]] = {}
         self._choices: dict[tuple, tuple[str | None, str]] = {}
-        self._disabled: set[tuple[int, str]] = set()
+        self._disabled: set[tuple[int | None, str]] = set()
         if percent_to_sigma is not None:
             start = settings.start_percent
             if settings.gentle_few_steps and len(sigmas) > 1:
@@ -173,16 +185,29 @@ class AttentionPatch:
         """Announce a model call. Steps are counted by distinct sigma, so that any sampler and any split of CFG counts alike."""
         if call.sigma not in self._sigmas:
             self._sigmas.append(call.sigma)
-        call.step = self._sigmas.index(call.sigma)
-        call.before = (len(self.report.records), self.report.reasons.copy(), self.report.backends.copy())
+        if call.sigma != self._sigma:
+            if self._sigma is not None and call.sigma > self._sigma:
+                self._masks.clear()  # noise was added again: what was chosen for less of it is stale
+            self._sigma = call.sigma
+            self._turn += 1
+            self._places.clear()
+            self._masks = {key: kept for key, kept in self._masks.items() if self._turn - kept[0] < self.settings.mask_refresh}
+        call.step, call.turn = self._sigmas.index(call.sigma), self._turn
+        # Guidance passes may share a conditioning: they are told apart by their order in the step.
+        call.place = (call.branch, self._places[call.branch])
+        self._places[call.branch] += 1
+        self._open(call)
+
+    def _open(self, call: ModelCall) -> None:
+        call.before = (len(self.report.records), self.report.other.copy())
+        call.start = clock(call.device)
 
     def again(self, call: ModelCall) -> ModelCall:
         """The call that repeats `call` dense. What `call` recorded is struck from the report."""
-        first, self.report.reasons, self.report.backends = call.before
+        first, self.report.other = call.before
         del self.report.records[first:]
-        repeat = ModelCall(call.layout, call.sigma, call.branch)
-        repeat.force_dense = True
-        self.begin(repeat)
+        repeat = replace(call, layer=0, force_dense=True, checks=[])
+        self._open(repeat)
         return repeat
 
     def finish(self, call: ModelCall) -> bool:
@@ -190,18 +215,18 @@ class AttentionPatch:
 
         The one device read of a model call. Layers that produced the value are disabled at that precision for the run.
         """
-        if not call.checks:
-            return False
-        # A sum is finite exactly where all its terms are, at a tenth of the cost of looking at each.
-        finite = torch.stack([total for _, _, total in call.checks]).isfinite().tolist()
-        bad = [(layer, precision) for (layer, precision, _), ok in zip(call.checks, finite, strict=True) if not ok]
-        if not bad:
-            return False
-        self._disabled.update(bad)
-        layer, precision = bad[0]
-        self.report.repeated += 1
-        self.report.notes[f"non-finite output at layer {layer} ({precision}): the model call was done again dense"] += 1
-        return True
+        if call.checks:
+            # A sum is finite exactly where all its terms are, at a tenth of the cost of looking at each.
+            finite = torch.stack([total for _, _, total in call.checks]).isfinite().tolist()
+            bad = [(layer, precision) for (layer, precision, _), ok in zip(call.checks, finite, strict=True) if not ok]
+            if bad:
+                self._disabled.update(bad)
+                layer, precision = bad[0]
+                self.report.repeated += 1
+                self.report.notes[f"non-finite output at layer {layer} ({precision}): the model call was done again dense"] += 1
+                return True
+        self.report.model_calls.append(ModelCallRecord(call.start, clock(call.device), self.report.records[call.before[0] :]))
+        return False
 
     def attend(
         self,
@@ -217,39 +242,42 @@ class AttentionPatch:
         quantize: bool = True,
         scale: float | None = None,
     ) -> Tensor:
-        """Compute one attention call and count it.
+        """Compute one attention call and count it. Whatever a model passes: what is not understood runs dense, with its reason.
 
         q, k, v: `(batch, heads, tokens, head_dim)`. dense(): the host's own attention, in the host's shape; it is what runs, untouched,
         whenever the call is not accelerated. to_host: brings a `(batch, heads, tokens, head_dim)` result into the host's shape.
         key_bias: `(batch, k_len)` or None. unsupported: why the host knows that this call must stay dense. quantize: False forbids
         quantized operands (some models ask for it).
         """
-        q_len, k_len = q.shape[2], k.shape[2]
-        grid = None
-        if call.layout is not None:
-            grid = call.layout.grid(q_len, k_len)
-        if grid is None and (call.layout is not None or q_len != k_len):
-            self.report.reasons["cross-attention" if q_len != k_len else "not the video's self-attention"] += 1
+        try:
+            problem = kernel.describe(q, k, v, key_bias=key_bias)
+        except ValueError as error:
+            self.report.other[str(error)] += 1
+            return dense()
+        if problem.q_len != problem.k_len and (call.layout is None or call.layout.grid(problem.q_len, problem.k_len) is None):
+            self.report.other["cross-attention"] += 1
             return dense()
 
-        layer = call.layer
-        call.layer += 1
-        outcome, reason = self._decide(call, layer, q_len, grid, unsupported)
-        in_window = outcome == SPARSE
-        precision = None
-        if in_window and grid is None and self.recipe.needs_grid:
-            outcome, reason = HOST, f"unknown model family: {self.recipe.name} needs the token grid, sparge does not"
+        grid = None if call.layout is None else call.layout.grid(problem.q_len, problem.k_len)
+        layer = None
+        if call.layout is None or grid is not None:
+            layer = call.layer
+            call.layer += 1
+        else:
+            unsupported = "another length than the video's"
+        outcome, reason, in_window = self._decide(call, layer, problem.q_len, grid, unsupported)
+        precision = name = None
         if outcome != HOST:
-            blocks = (self._block(q_len),) * 2 if outcome == SPARSE else None
-            precision, refusal = self._precision(q, k, blocks, key_bias is not None, quantize, layer)
+            if outcome == SPARSE:
+                problem = replace(problem, blocks=(self._block(problem.q_len),) * 2)
+            precision, name = self._precision(problem, quantize, layer)
             if precision is None:
-                outcome, reason = HOST, refusal if outcome == SPARSE else reason
-        if reason is not None:
-            self.report.reasons[reason] += 1
+                reason = name if outcome == SPARSE else reason
+                outcome, name = HOST, None
 
         kept, pairs = None, 1
         start = clock(q.device)
-        if outcome == HOST or precision is None:
+        if precision is None:
             out = dense()
         else:
             if outcome == SPARSE:
@@ -257,53 +285,47 @@ class AttentionPatch:
             else:
                 result = kernel.attention(q, k, v, key_bias=key_bias, precision=precision, scale=scale)
             with self._keep():
-                call.checks.append((layer, precision, result.sum(dtype=torch.float32)))
+                call.checks.append((layer, precision, result.detach().sum(dtype=torch.float32)))
             out = to_host(result)
-        self.report.records.append(CallRecord(call.step, layer, q_len, outcome, start, clock(q.device), kept, pairs, in_window))
+        shape = (q.shape[0], problem.num_heads, problem.num_kv_heads, problem.q_len, problem.head_dim)
+        self.report.records.append(CallRecord(call.step, layer, shape, outcome, start, clock(q.device), kept, pairs, in_window, reason, name))
         return out
 
-    def _decide(self, call: ModelCall, layer: int, tokens: int, grid: TokenGrid | None, unsupported: str | None) -> tuple[str, str | None]:
-        """(outcome, reason why it is not sparse)."""
+    def _decide(self, call: ModelCall, layer: int | None, tokens: int, grid: TokenGrid | None, refusal: str | None) -> tuple[str, str | None, bool]:
+        """(outcome, why it is not sparse, whether it could have been: long enough, and in a step and block that may be)."""
         settings = self.settings
         if call.force_dense:
-            return HOST, "repeated after non-finite output"
-        if unsupported is not None:
-            return HOST, unsupported
-        if tokens < max(settings.min_tokens, 2 * self._block(tokens)):
-            return (
-                QUANTIZED,
-                f"{tokens} tokens, fewer than min_tokens {settings.min_tokens}" if tokens < settings.min_tokens else f"only {tokens} tokens",
-            )
+            return HOST, "repeated after non-finite output", False
+        alternative = QUANTIZED if refusal is None else HOST
+        if tokens < settings.min_tokens:
+            return alternative, refusal or f"{tokens} tokens, fewer than min_tokens {settings.min_tokens}", False
+        if tokens < 2 * self._block(tokens):
+            return alternative, refusal or f"only {tokens} tokens", False
         if self.density >= 1.0:
-            return QUANTIZED, "density 1"
+            return alternative, refusal or "density 1", False
         lowest, highest = self._sigma_window
         if not lowest <= call.sigma <= highest or call.step < self._dense_steps:
-            return HOST, "outside the sparse steps"
+            return HOST, "outside the sparse steps", False
         if layer in settings.dense_blocks:
-            return HOST, "dense block"
-        return SPARSE, None
+            return HOST, "dense block", False
+        if refusal is None and grid is None and self.recipe.needs_grid:
+            refusal = f"unknown model family: {self.recipe.name} needs the token grid, sparge does not"
+        return (SPARSE, None, True) if refusal is None else (HOST, refusal, True)
 
     def _block(self, tokens: int) -> int:
         return self.settings.block or auto_block(tokens)
 
-    def _precision(self, q: Tensor, k: Tensor, blocks: tuple[int, int] | None, bias: bool, quantize: bool, layer: int) -> tuple[str | None, str]:
-        """The precision to run at, or None and the reason. Dense calls gain nothing from us at native precision: the host keeps them."""
+    def _precision(self, problem: dispatch.Problem, quantize: bool, layer: int | None) -> tuple[str | None, str]:
+        """(precision, implementation name) or (None, reason). Dense calls gain nothing from us at native precision: the host keeps them."""
         wanted = self.settings.precision if quantize else "native"
-        key = (q.shape, k.shape, q.dtype, q.device, blocks, bias, wanted)
-        found = self._choices.get(key)
+        found = self._choices.get((problem, wanted))
         if found is None:
-            found = self._choices[key] = self._choose(q, k, blocks, bias, wanted)
-        precision, reason = found
-        if precision is not None and (layer, precision) in self._disabled:
-            return None, f"{precision} disabled at this layer after non-finite output"
-        if precision is not None:
-            self.report.backends[reason] += 1
-            return precision, ""
-        return None, reason
+            found = self._choices[problem, wanted] = self._choose(problem, wanted)
+        if found[0] is not None and (layer, found[0]) in self._disabled:
+            return None, f"{found[0]} disabled at this layer after non-finite output"
+        return found
 
-    def _choose(self, q: Tensor, k: Tensor, blocks: tuple[int, int] | None, bias: bool, wanted: str) -> tuple[str | None, str]:
-        """(precision, implementation name) or (None, reason)."""
-        problem = dispatch.Problem(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], blocks, bias)
+    def _choose(self, problem: dispatch.Problem, wanted: str) -> tuple[str | None, str]:
         choice = kernel.explain(problem, wanted)
         if choice.implementation is None and wanted not in ("auto", "native"):
             self.report.notes[f"{wanted} is not available here, native precision used: {_first_reason(choice)}"] += 1
@@ -313,16 +335,15 @@ class AttentionPatch:
         found = choice.implementation
         if found is None:
             return None, _first_reason(choice)
-        if blocks is None and found.precision == "native":
+        if problem.blocks is None and found.precision == "native":
             return None, "native precision"
         return found.precision, found.name
 
     def _sparse(self, call, layer, grid, q, k, v, precision, key_bias, scale) -> tuple[Tensor, Tensor, int]:
         block = self._block(q.shape[2])
         layout = self._layout(grid, q, block)
-        key = (layer, call.branch, q.shape)
-        kept = self._masks.get(key) if self.settings.mask_refresh > 1 else None
-        mask = kept[1] if kept is not None and call.step - kept[0] < self.settings.mask_refresh else None
+        key = (layer, call.place, grid, q.shape)
+        mask = self._masks[key][1] if key in self._masks else None
         out, used = sparse_attention(
             self.recipe,
             layout,
@@ -338,7 +359,7 @@ class AttentionPatch:
         )
         with self._keep():
             if self.settings.mask_refresh > 1 and mask is None:
-                self._masks[key] = (call.step, replace(used, indices=used.indices.clone(), counts=used.counts.clone()))
+                self._masks[key] = (call.turn, replace(used, indices=used.indices.clone(), counts=used.counts.clone()))
             pairs = q.shape[0] * q.shape[1] * used.counts.shape[2] * num_blocks(k.shape[2], used.block_n)
             return out, used.counts.expand(*q.shape[:2], -1).sum(), pairs
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import textwrap
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
@@ -16,26 +18,56 @@ SPARSE = "sparse"
 QUANTIZED = "dense quantized"
 HOST = "host"
 
+MOST_NOTES = 3
+"""That the line on the node shows; the report has all."""
+
+LINE = 14
+LEFT = 44
+"""Pixels of the heat map: a line of text, and where its first column begins."""
+
 
 @dataclass(slots=True)
 class CallRecord:
     """One self-attention call. kept: the number of kept block pairs, a 0-dim tensor because reading it would wait for the device."""
 
     step: int
-    layer: int
-    tokens: int
+    layer: int | None  # None: a call of another length than the video's, which is not one of the network's blocks
+    shape: tuple[int, int, int, int, int]  # batch, heads, kv heads, tokens, head_dim
     outcome: str  # SPARSE, QUANTIZED or HOST
     start: Any
     end: Any
     kept: Tensor | None = None  # None: all
     pairs: int = 1  # all block pairs of all heads
     in_window: bool = False  # long enough, and in a step and block that may be sparse
+    reason: str | None = None  # why it is not sparse
+    backend: str | None = None  # name of the implementation; None: the host's attention
+
+    @property
+    def work(self) -> float:
+        """Of a dense call, in query-key pairs."""
+        batch, heads, _, tokens, _ = self.shape
+        return float(batch * heads * tokens**2)
 
     @property
     def seconds(self) -> float:
-        if isinstance(self.start, float):
-            return self.end - self.start
-        return self.start.elapsed_time(self.end) / 1e3
+        return _seconds(self.start, self.end)
+
+
+@dataclass(slots=True)
+class ModelCallRecord:
+    """One forward of the network and its self-attention calls."""
+
+    start: Any
+    end: Any
+    calls: list[CallRecord]
+
+    @property
+    def seconds(self) -> float:
+        return _seconds(self.start, self.end)
+
+
+def _seconds(start: Any, end: Any) -> float:
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
 
 
 def clock(device: torch.device) -> Any:
@@ -55,24 +87,35 @@ class AttentionReport:
     precision: str
     density: float = 1.0  # asked for
     family: str | None = None
-    backends: Counter[str] = field(default_factory=Counter)  # implementation name -> calls
     refusals: dict[str, str] = field(default_factory=dict)  # implementation name -> why it was not used
-    reasons: Counter[str] = field(default_factory=Counter)  # why calls stayed with the host -> calls
     notes: Counter[str] = field(default_factory=Counter)  # what else a user should know -> times
     repeated: int = 0
     records: list[CallRecord] = field(default_factory=list)
+    other: Counter[str] = field(default_factory=Counter)  # what is no self-attention, or of no known shape -> calls
+    model_calls: list[ModelCallRecord] = field(default_factory=list)
+
+    @property
+    def backends(self) -> Counter[str]:
+        """Implementation name -> calls."""
+        return Counter(record.backend for record in self.records if record.backend is not None)
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """Why calls were not sparse -> calls."""
+        return Counter(record.reason for record in self.records if record.reason is not None) + self.other
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, ready for JSON. Shares and densities are None where there was no call to take them from."""
         records = self.records
-        if records and not isinstance(records[-1].start, float):
-            records[-1].end.synchronize()
+        for end in [part.end for part in records[-1:]] + [part.end for part in self.model_calls[-1:]]:
+            if not isinstance(end, float):
+                end.synchronize()
         densities = _densities(records)
         sparse = [record.outcome == SPARSE for record in records]
-        work = [float(record.tokens) ** 2 for record in records]
-        seconds = [record.seconds for record in records]
+        work = [record.work for record in records]
         counts = Counter(record.outcome for record in records)
         in_window = sum(record.in_window for record in records)
+        call, model_call = _speedups(self.model_calls)
         return {
             "method": self.method,
             "family": self.family,
@@ -87,63 +130,86 @@ class AttentionReport:
             "backends": dict(self.backends),
             "refusals": self.refusals,
             "reasons": dict(self.reasons),
+            "main_reason": self._main_reason(),
             "notes": dict(self.notes),
             "repeated_model_calls": self.repeated,
-            "attention_seconds": sum(seconds),
-            "speedup_per_call": _speedup(records, seconds),
+            "attention_seconds": sum(record.seconds for record in records),
+            "speedup_per_call": call,
+            "speedup_per_model_call": model_call,
             "density_by_step_and_layer": self._heat_map(densities),
         }
 
+    def _main_reason(self) -> str | None:
+        """The reason, with its number of calls, that kept most calls from being sparse: of those that could have been, else of all."""
+        missed = [record for record in self.records if record.reason is not None]
+        decisive = [record for record in missed if record.in_window] or missed
+        counted = Counter(record.reason for record in decisive) if self.records else self.other
+        return "".join(f"{reason} ({calls})" for reason, calls in counted.most_common(1)) or None
+
     def _heat_map(self, densities: list[float]) -> list[list[float | None]]:
         """Mean density, rows = steps, columns = layers in the order of execution."""
-        if not self.records:
+        placed = [(record, record.layer, density) for record, density in zip(self.records, densities, strict=True) if record.layer is not None]
+        if not placed:
             return []
-        steps = max(record.step for record in self.records) + 1
-        layers = max(record.layer for record in self.records) + 1
+        steps = max(record.step for record, _, _ in placed) + 1
+        layers = max(layer for _, layer, _ in placed) + 1
         cells: list[list[list[float]]] = [[[] for _ in range(layers)] for _ in range(steps)]
-        for record, density in zip(self.records, densities, strict=True):
-            cells[record.step][record.layer].append(density)
+        for record, layer, density in placed:
+            cells[record.step][layer].append(density)
         return [[sum(cell) / len(cell) if cell else None for cell in row] for row in cells]
 
 
 def summary(report: dict[str, Any]) -> str:
     """One line for the node, from `AttentionReport.as_dict`."""
-    total = report["self_attention_calls"]
+    total, reason = report["self_attention_calls"], report["main_reason"]
     if not total:
-        return (
-            f"{report['method']}: no self-attention call reached the patch ({_first(report['reasons']) or 'this model does not pass its calls on'})"
-        )
+        return f"{report['method']}: not accelerated, no self-attention call reached the patch: {reason or 'this model does not pass its calls on'}"
     calls = report["calls"]
-    used = ", ".join(report["backends"]) or "host attention"
-    parts = [f"{report['method']} on {used}", f"{calls.get(SPARSE, 0)} of {total} self-attention calls sparse"]
+    parts = [f"{report['method']} on {', '.join(report['backends'])}" if report["backends"] else f"{report['method']}: not accelerated"]
+    parts.append(f"{calls.get(SPARSE, 0)} of {total} self-attention calls sparse")
     if report["density"] is not None:
         parts.append(f"density {report['density']:.2f} (overall {report['overall_density']:.2f})")
     if calls.get(QUANTIZED):
         parts.append(f"{calls[QUANTIZED]} dense quantized")
-    if report["speedup_per_call"] is not None:
-        parts.append(f"sparse call {report['speedup_per_call']:.2f}x as fast as a dense one")
-    for counter in ("notes", "reasons"):
-        if report[counter]:
-            parts.append(_first(report[counter]))
+    call, model_call = report["speedup_per_call"], report["speedup_per_model_call"]
+    if model_call is not None and model_call >= 1:
+        parts.append(f"model call {model_call:.2f}x as fast as dense (sparse attention call {call:.2f}x)")
+    elif model_call is not None:
+        parts.append(f"no gain in time: model call {model_call:.2f}x as fast as dense")
+    parts.extend(list(report["notes"])[:MOST_NOTES])
+    if reason is not None:
+        parts.append(reason)
     return " · ".join(parts)
 
 
 def heat_map(report: dict[str, Any], cell: int = 14) -> Tensor:
-    """Picture of `density_by_step_and_layer`: `(1, height, width, 3)` float32 in 0..1. Rows steps, columns layers, dense bright, grey no call."""
-    rows = report["density_by_step_and_layer"] or [[None]]
-    cells = [[_colour(density) for density in row] for row in rows]
-    left, top, bottom = 44, 34, 8
-    width = max(left + cell * len(rows[0]) + 8, 330)
-    picture = Image.new("RGB", (width, top + cell * len(rows) + bottom), (24, 24, 28))
-    draw = ImageDraw.Draw(picture)
+    """Picture of `density_by_step_and_layer`: `(1, height, width, 3)` float32 in 0..1. Rows steps, columns layers, dense bright, grey no call.
+
+    Above the map: the method, its density, and why most of the other calls stayed dense; below it the legend.
+    """
+    rows = report["density_by_step_and_layer"]
     density = "none" if report["density"] is None else f"{report['density']:.2f} ({report['overall_density']:.2f} overall)"
-    draw.text((6, 2), f"{report['method']}   density of sparse calls: {density}", fill=(230, 230, 230))
-    draw.text((6, 16), "step     layer 0 ...", fill=(170, 170, 170))
-    for y, row in enumerate(cells):
+    reason = report["main_reason"]
+    lines = [f"{report['method']}   density of sparse calls: {density}"]
+    lines += textwrap.wrap(f"not sparse: {reason}" if reason is not None else "every call was sparse" if rows else "no call", 52)
+    top = 6 + LINE * (len(lines) + 1)
+    bottom = top + cell * len(rows) + 6
+    width = max(LEFT + cell * max(map(len, rows), default=0) + 8, 330)
+    picture = Image.new("RGB", (width, bottom + LINE + 6), (24, 24, 28))
+    draw = ImageDraw.Draw(picture)
+    for number, line in enumerate(lines):
+        draw.text((6, 2 + LINE * number), line, fill=(230, 230, 230))
+    draw.text((6, top - LINE), "step" if not rows else "step     layer 0 ...", fill=(170, 170, 170))
+    for y, row in enumerate(rows):
         draw.text((6, top + cell * y), str(y), fill=(170, 170, 170))
-        for x, colour in enumerate(row):
-            corner = (left + cell * x, top + cell * y)
-            draw.rectangle((*corner, corner[0] + cell - 2, corner[1] + cell - 2), fill=colour)
+        for x, value in enumerate(row):
+            corner = (LEFT + cell * x, top + cell * y)
+            draw.rectangle((*corner, corner[0] + cell - 2, corner[1] + cell - 2), fill=_colour(value))
+    x = 6
+    for value, label in ((0.0, "0"), (0.25, "0.25"), (0.5, "0.5"), (0.75, "0.75"), (1.0, "1 dense"), (None, "no call")):
+        draw.rectangle((x, bottom, x + 11, bottom + 11), fill=_colour(value))
+        draw.text((x + 16, bottom), label, fill=(170, 170, 170))
+        x += 22 + round(draw.textlength(label))
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     return pixels.view(1, picture.height, picture.width, 3).float() / 255
 
@@ -159,10 +225,6 @@ def _colour(density: float | None) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _first(counter: dict[str, int]) -> str:
-    return next((f"{reason} ({times})" for reason, times in counter.items()), "")
-
-
 def _densities(records: list[CallRecord]) -> list[float]:
     """Kept / all block pairs of every call, read from the device in one transfer."""
     kept = iter(torch.stack(tensors).tolist() if (tensors := [record.kept for record in records if record.kept is not None]) else ())
@@ -176,16 +238,20 @@ def _mean(values: list[float], weights: list[float], use: list[bool]) -> float |
     return math.fsum(value * weight for value, weight, keep in zip(values, weights, use, strict=True) if keep) / total
 
 
-def _speedup(records: list[CallRecord], seconds: list[float]) -> float | None:
-    """Median time of the host's dense calls / median time of sparse calls, over lengths that had both."""
-    times: dict[tuple[int, str], list[float]] = {}
-    for record, second in zip(records, seconds, strict=True):
-        times.setdefault((record.tokens, record.outcome), []).append(second)
-    ratios = [
-        _median(host) / _median(times[tokens, SPARSE]) for (tokens, outcome), host in times.items() if outcome == HOST and (tokens, SPARSE) in times
-    ]
-    return _median(ratios) if ratios else None
+def _speedups(model_calls: list[ModelCallRecord]) -> tuple[float | None, float | None]:
+    """How many times as fast as a dense one a sparse attention call and a model call with sparse calls were: medians, of equal shapes only.
 
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
+    The run's first model call, which loads and compiles, is left out. None where the run had not both kinds.
+    """
+    calls: dict[tuple, dict[bool, list[float]]] = {}
+    models: dict[tuple, dict[bool, list[float]]] = {}
+    for model_call in model_calls[1:]:
+        outcomes = {record.outcome for record in model_call.calls}
+        for record in model_call.calls:
+            if record.outcome != QUANTIZED:
+                calls.setdefault(record.shape, {}).setdefault(record.outcome == SPARSE, []).append(record.seconds)
+        if SPARSE in outcomes or outcomes == {HOST}:
+            shapes = tuple(sorted(record.shape for record in model_call.calls))
+            models.setdefault(shapes, {}).setdefault(SPARSE in outcomes, []).append(model_call.seconds)
+    call, model = ([median(times[False]) / median(times[True]) for times in groups.values() if len(times) == 2] for groups in (calls, models))
+    return (median(call) if call else None, median(model) if model else None)

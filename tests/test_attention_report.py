@@ -1,0 +1,231 @@
+"""The report of an attention patch, from literal records: every figure is worked out by hand here, every line is an exact string."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from tessera.models.patchers.report import (
+    HOST,
+    LEFT,
+    LINE,
+    QUANTIZED,
+    SPARSE,
+    AttentionReport,
+    CallRecord,
+    ModelCallRecord,
+    heat_map,
+    summary,
+)
+
+SHAPE = (1, 2, 2, 100, 16)
+
+
+def record(outcome, *, step=0, layer=0, shape=SHAPE, start=0.0, seconds=1.0, kept=None, pairs=1, in_window=None, reason=None, backend=None):
+    kept = None if kept is None else torch.tensor(kept)
+    in_window = outcome == SPARSE if in_window is None else in_window
+    backend = "torch/native" if outcome == SPARSE and backend is None else backend
+    return CallRecord(step, layer, shape, outcome, start, start + seconds, kept, pairs, in_window, reason, backend)
+
+
+def report_of(*records, model_calls=(), **fields):
+    return AttentionReport(
+        fields.pop("method", "sparge"), fields.pop("precision", "native"), records=list(records), model_calls=list(model_calls), **fields
+    )
+
+
+def dense(**changes):
+    return record(HOST, **{"reason": "outside the sparse steps", **changes})
+
+
+def sparse(**changes):
+    return record(SPARSE, **{"kept": 30, "pairs": 100, **changes})
+
+
+def model_call(seconds, *calls):
+    return ModelCallRecord(10.0, 10.0 + seconds, list(calls))
+
+
+def test_every_figure_of_a_run():
+    records = [
+        dense(seconds=4.0),
+        dense(layer=1, seconds=2.0, reason="dense block"),
+        sparse(step=1, seconds=0.5, kept=30, pairs=100),
+        sparse(step=1, layer=1, seconds=1.5, kept=10, pairs=40, shape=(2, 2, 1, 200, 16), backend="triton/int8"),
+        record(QUANTIZED, step=2, layer=1, seconds=0.25, reason="only 20 tokens", shape=(1, 2, 2, 20, 16), backend="triton/int8"),
+        dense(step=2, layer=None, seconds=0.75, reason="another length than the video's", in_window=True, shape=(1, 2, 2, 50, 16)),
+    ]
+    report = report_of(
+        *records,
+        density=0.3,
+        family="Wan",
+        refusals={"triton/fp16": "no GPU"},
+        notes=Counter({"4 steps": 1}),
+        repeated=2,
+        other=Counter({"cross-attention": 6}),
+    )
+    work = [2 * 100**2, 2 * 100**2, 2 * 100**2, 4 * 200**2, 2 * 20**2, 2 * 50**2]  # batch x heads x tokens squared
+    densities = [1, 1, 0.3, 0.25, 1, 1]
+    assert report.as_dict() == {
+        "method": "sparge",
+        "family": "Wan",
+        "asked_density": 0.3,
+        "precision": "native",
+        "self_attention_calls": 6,
+        "calls": {HOST: 3, SPARSE: 2, QUANTIZED: 1},
+        "calls_in_window": 3,
+        "sparse_share_in_window": pytest.approx(2 / 3),
+        "density": pytest.approx((0.3 * work[2] + 0.25 * work[3]) / (work[2] + work[3])),
+        "overall_density": pytest.approx(sum(d * w for d, w in zip(densities, work, strict=True)) / sum(work)),
+        "backends": {"torch/native": 1, "triton/int8": 2},
+        "refusals": {"triton/fp16": "no GPU"},
+        "reasons": {"outside the sparse steps": 1, "dense block": 1, "only 20 tokens": 1, "another length than the video's": 1, "cross-attention": 6},
+        "main_reason": "another length than the video's (1)",
+        "notes": {"4 steps": 1},
+        "repeated_model_calls": 2,
+        "attention_seconds": 9.0,
+        "speedup_per_call": None,
+        "speedup_per_model_call": None,
+        "density_by_step_and_layer": [[1.0, 1.0], [pytest.approx(0.3), 0.25], [None, 1.0]],
+    }
+
+
+def test_cells_of_the_map_are_means_over_the_calls_of_a_step_and_layer():
+    report = report_of(sparse(kept=20), sparse(kept=40), dense(layer=2))
+    assert report.as_dict()["density_by_step_and_layer"] == [[pytest.approx(0.3), None, 1.0]]
+
+
+@pytest.mark.parametrize("density", [0.0, 0.004, 0.996, 1.0])
+def test_density_is_not_rounded_or_capped(density):
+    assert report_of(sparse(kept=round(density * 1000), pairs=1000)).as_dict()["density"] == pytest.approx(density)
+
+
+def test_an_empty_run_has_no_shares():
+    report = report_of().as_dict()
+    assert (report["density"], report["overall_density"], report["sparse_share_in_window"], report["main_reason"]) == (None,) * 4
+    assert report["density_by_step_and_layer"] == []
+    assert report["calls"] == {}
+
+
+# The line
+
+WARM_UP = model_call(100.0, dense(seconds=50.0))
+LINES = {
+    "nothing reached the patch": (
+        report_of(other=Counter({"cross-attention": 9, "attention: v has shape (1, 2)": 2})),
+        "sparge: not accelerated, no self-attention call reached the patch: cross-attention (9)",
+    ),
+    "nothing at all": (report_of(), "sparge: not accelerated, no self-attention call reached the patch: this model does not pass its calls on"),
+    "nothing was sparse": (
+        report_of(dense(), dense(), dense(reason="dense block")),
+        "sparge: not accelerated · 0 of 3 self-attention calls sparse · outside the sparse steps (2)",
+    ),
+    "only dense quantized": (
+        report_of(record(QUANTIZED, reason="density 1", backend="triton/int8"), record(QUANTIZED, reason="density 1", backend="triton/int8")),
+        "sparge on triton/int8 · 0 of 2 self-attention calls sparse · 2 dense quantized · density 1 (2)",
+    ),
+    "all sparse": (report_of(sparse(kept=25)), "sparge on torch/native · 1 of 1 self-attention calls sparse · density 0.25 (overall 0.25)"),
+    "two backends": (
+        report_of(sparse(kept=20), sparse(kept=20, backend="triton/int8"), sparse(kept=20), dense()),
+        "sparge on torch/native, triton/int8 · 3 of 4 self-attention calls sparse · density 0.20 (overall 0.40) · outside the sparse steps (1)",
+    ),
+    "the reason that kept most of those that could have been": (
+        report_of(
+            *[dense()] * 6,
+            *[dense(in_window=True, reason="attention mask that differs between queries")] * 3,
+            *[dense(in_window=True, reason="unknown model family")] * 4,
+        ),
+        "sparge: not accelerated · 0 of 13 self-attention calls sparse · unknown model family (4)",
+    ),
+    "a gain": (
+        report_of(sparse(), model_calls=[WARM_UP, model_call(6.0, dense(seconds=3.0)), model_call(4.0, sparse(seconds=1.0))]),
+        "sparge on torch/native · 1 of 1 self-attention calls sparse · density 0.30 (overall 0.30) · "
+        "model call 1.50x as fast as dense (sparse attention call 3.00x)",
+    ),
+    "a loss": (
+        report_of(sparse(), model_calls=[WARM_UP, model_call(4.0, dense(seconds=3.0)), model_call(5.0, sparse(seconds=1.0))]),
+        "sparge on torch/native · 1 of 1 self-attention calls sparse · density 0.30 (overall 0.30) · "
+        "no gain in time: model call 0.80x as fast as dense",
+    ),
+    "three notes of four": (
+        report_of(sparse(), notes=Counter(["4 steps", "int8 is not available here", "non-finite output", "another"])),
+        "sparge on torch/native · 1 of 1 self-attention calls sparse · density 0.30 (overall 0.30) · "
+        "4 steps · int8 is not available here · non-finite output",
+    ),
+}
+
+
+@pytest.mark.parametrize(("report", "line"), LINES.values(), ids=LINES)
+def test_the_line_on_the_node(report, line):
+    assert summary(report.as_dict()) == line
+
+
+# Times
+
+DOUBLE = (2, 2, 2, 100, 16)
+
+
+def speedups(*model_calls):
+    report = report_of(*(call for part in model_calls for call in part.calls), model_calls=model_calls).as_dict()
+    return report["speedup_per_call"], report["speedup_per_model_call"]
+
+
+def test_calls_are_compared_with_calls_of_their_own_shape():
+    """The dense steps ran with guidance in one batch of two, the sparse ones without: there is nothing to compare."""
+    batch_2 = model_call(4.0, dense(shape=DOUBLE, seconds=2.0))
+    batch_1 = model_call(2.0, sparse(seconds=1.0))
+    assert speedups(WARM_UP, batch_2, batch_2, batch_1, batch_1) == (None, None)
+    assert speedups(WARM_UP, batch_2, batch_1, model_call(1.0, dense(seconds=0.5))) == (0.5, 0.5)
+
+
+def test_medians_are_compared_and_the_first_model_call_is_left_out():
+    dense_calls = [model_call(seconds, dense(seconds=seconds / 2), dense(layer=1, seconds=seconds / 2)) for seconds in (8.0, 4.0, 90.0)]
+    sparse_calls = [model_call(seconds, sparse(seconds=seconds / 4), sparse(layer=1, seconds=seconds / 4)) for seconds in (2.0, 70.0, 1.0)]
+    assert speedups(*dense_calls[:1], *sparse_calls) == (None, None)
+    assert speedups(WARM_UP, *dense_calls, *sparse_calls) == (8.0, 4.0)
+
+
+def test_shapes_that_had_both_kinds_share_one_median():
+    calls = [dense(seconds=2.0), sparse(seconds=1.0), dense(shape=DOUBLE, seconds=9.0), sparse(shape=DOUBLE, seconds=3.0)]
+    assert speedups(WARM_UP, model_call(5.0, *calls)) == (2.5, None)
+
+
+def test_a_model_call_is_dense_only_if_all_of_it_was_the_hosts():
+    mixed = model_call(9.0, dense(), record(QUANTIZED, seconds=1.0, backend="triton/int8"))
+    half = model_call(2.0, dense(seconds=1.0), sparse(layer=1, seconds=0.5))
+    assert speedups(WARM_UP, mixed, half) == (2.0, None)
+    assert speedups(WARM_UP, model_call(3.0, dense(seconds=1.0), dense(layer=1, seconds=1.0)), half) == (2.0, 1.5)
+
+
+# The picture
+
+BRIGHT, DARK, GREY = (252, 236, 170), (20, 28, 84), (70, 70, 74)
+
+
+def colour(picture, x, y):
+    return tuple(round(value * 255) for value in picture[0, y, x].tolist())
+
+
+def test_the_picture_shows_density_reason_and_legend():
+    run = report_of(dense(), sparse(layer=1, kept=0), sparse(step=1, kept=50))
+    picture = heat_map(run.as_dict(), cell=14)
+    top = 6 + LINE * 3  # two lines of text above the row that names the axes
+    assert picture.dtype == torch.float32
+    assert picture.shape == (1, top + 2 * 14 + 6 + LINE + 6, 330, 3)
+    cells = [[colour(picture, LEFT + 14 * layer + 5, top + 14 * step + 5) for layer in (0, 1)] for step in (0, 1)]
+    assert cells == [[BRIGHT, DARK], [(190, 74, 62), GREY]]
+    legend = picture[0, top + 2 * 14 + 6 + 5]
+    shown = {tuple(round(value * 255) for value in pixel.tolist()) for pixel in legend}
+    assert {DARK, BRIGHT, GREY, (190, 74, 62)} <= shown
+    without = heat_map({**run.as_dict(), "main_reason": None}, cell=14)
+    assert not torch.equal(picture[:, :top], without[:, :top]), "the reason is in the picture"
+
+
+@pytest.mark.parametrize("run", [report_of(), report_of(other=Counter({"cross-attention": 3}))], ids=["nothing", "cross-attention"])
+def test_the_picture_of_a_run_without_calls_says_so(run):
+    picture = heat_map(run.as_dict())
+    assert picture.shape == (1, 6 + LINE * 3 + 6 + LINE + 6, 330, 3)
+    header = picture[0, LINE : 2 * LINE]
+    assert (header > 0.5).any(), "there is a line that says why"
