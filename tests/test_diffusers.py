@@ -103,6 +103,65 @@ def test_non_finite_output_is_repeated_dense(model, monkeypatch):
     assert patch.report.repeated > 0
 
 
+@pytest.fixture
+def pipeline(model):
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=RUN["shift"])
+    return WanPipeline(tokenizer=None, text_encoder=None, vae=model.vae, scheduler=scheduler, transformer=model.transformer)
+
+
+def call_pipeline(pipeline, steps):
+    texts = dict(prompt_embeds=encode("red disc moving right"), negative_prompt_embeds=encode(""))
+    run = dict(height=64, width=64, num_frames=9, num_inference_steps=steps, guidance_scale=3.0, output_type="latent")
+    return pipeline(**texts, **run, generator=torch.Generator().manual_seed(1)).frames
+
+
+def test_a_pipeline_keeps_its_first_steps_dense(pipeline):
+    """Two calls a step for guidance, two layers a call: 3 of 10 steps lie before 30 % of the schedule, and the run after it is one of its own."""
+    patch = AttentionPatch(settings(start_percent=0.3, dense_blocks=frozenset()))
+    with host.accelerated(pipeline.transformer, patch, pipeline.scheduler):
+        for steps, dense in ((10, 3), (20, 6)):
+            call_pipeline(pipeline, steps)
+            report = patch.report.as_dict()
+            assert report["calls"] == {"host": dense * 4, "sparse": (steps - dense) * 4}
+            assert report["reasons"]["outside the sparse steps"] == dense * 4
+
+
+def test_a_pipelines_few_steps_are_noticed(pipeline):
+    patch = AttentionPatch(settings(density=0.2, gentle_few_steps=True))
+    with host.accelerated(pipeline.transformer, patch, pipeline.scheduler):
+        call_pipeline(pipeline, 4)
+    report = patch.report.as_dict()
+    assert report["calls"] == {"host": 4, "sparse": 12}
+    assert report["asked_density"] == 0.5
+
+
+@pytest.mark.parametrize("changes", [{}, dict(start_percent=0.0, end_percent=0.9), dict(start_percent=0.0, gentle_few_steps=True)])
+def test_a_schedule_that_is_needed_and_not_known_is_refused(pipeline, changes):
+    patch = AttentionPatch(settings(**changes))
+    with pytest.raises(ValueError, match="pass the pipeline's scheduler"), host.accelerated(pipeline.transformer, patch):
+        call_pipeline(pipeline, 2)
+    assert "forward" not in vars(pipeline.transformer)
+
+
+def test_without_a_schedule_all_steps_may_be_sparse(pipeline):
+    patch = AttentionPatch(settings(start_percent=0.0))
+    with host.accelerated(pipeline.transformer, patch):
+        call_pipeline(pipeline, 2)
+    assert patch.report.as_dict()["calls"] == {"sparse": 8}
+
+
+def test_another_model_is_refused_by_name():
+    from diffusers import FluxTransformer2DModel
+
+    sizes = dict(num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, in_channels=16, joint_attention_dim=32)
+    flux = FluxTransformer2DModel(**sizes, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6))
+    with pytest.raises(ValueError, match="transformer is a FluxTransformer2DModel"), host.accelerated(flux, AttentionPatch(settings())):
+        pass
+    assert "forward" not in vars(flux)
+
+
 def test_decode_gives_a_clip(model):
     clip = host.decode(model, sample(model, steps=1))
     assert clip.shape == (SIZE["frames"], SIZE["height"], SIZE["width"], 3)

@@ -151,6 +151,7 @@ class AttentionPatch:
         """
         settings = self.settings
         self.density = settings.density
+        self._scheduled = percent_to_sigma is not None
         self._dense_steps = 0
         self._sigma_window = (0.0, math.inf)
         self.report = AttentionReport(settings.method, settings.precision)
@@ -175,6 +176,13 @@ class AttentionPatch:
                     self.report.notes[f"{whole} steps: one dense step, density at least 0.5"] += 1
             self._sigma_window = (percent_to_sigma(settings.end_percent), percent_to_sigma(start) if start > 0.0 else math.inf)
         self.report.density = self.density
+
+    @property
+    def knows_its_schedule(self) -> bool:
+        """Whether the settings that depend on the noise schedule can be followed: `start` was given it, or no setting asks for it."""
+        settings = self.settings
+        asks = settings.start_percent > 0.0 or settings.end_percent < 1.0 or settings.gentle_few_steps
+        return self._scheduled or not asks
 
     def release(self) -> None:
         """Drop the tensors; the report stays."""

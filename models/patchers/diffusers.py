@@ -1,9 +1,9 @@
-"""The attention patch in Hugging Face diffusers: the other host besides ComfyUI. Covers Wan text-to-video.
+"""The attention patch in Hugging Face diffusers: the other host besides ComfyUI. Covers Wan.
 
-    model = load(diffusion_model_file, vae_file)
-    with accelerated(model.transformer, AttentionPatch(AttentionSettings(density=0.3))) as patch:
-        latents = sample(model, positive, negative, patch=patch, ...)
-    report = patch.report.as_dict()
+    pipe = WanPipeline.from_pretrained(...)
+    with accelerated(pipe.transformer, AttentionPatch(AttentionSettings(density=0.3)), pipe.scheduler) as patch:
+        frames = pipe(prompt=..., ...).frames
+    print(summary(patch.report.as_dict()))
 
 diffusers is imported only when these functions run.
 """
@@ -76,19 +76,37 @@ def load(diffusion_model: Path, vae: Path, device: torch.device | str = "cpu", d
 
 
 @contextmanager
-def accelerated(transformer: Any, patch: AttentionPatch) -> Iterator[AttentionPatch]:
-    """Give the self-attention of a Wan transformer to `patch` inside the `with` block; afterwards the module is as it was.
+def accelerated(transformer: Any, patch: AttentionPatch, scheduler: Any = None) -> Iterator[AttentionPatch]:
+    """Give the self-attention of a WanTransformer3DModel to `patch` inside the `with` block; afterwards the module is as it was.
 
-    `patch.start` begins a run (`sample` does it). No forward is copied: diffusers' default attention processor ends in torch's
-    scaled_dot_product_attention, and that one call is intercepted while this transformer runs.
+    scheduler: the pipeline's, whose schedule says which steps lie between start_percent and end_percent; every run over it (a new
+    `set_timesteps`) begins a new report. Without one, begin each run with `patch.start`, as `sample` does. No forward is copied:
+    diffusers' default attention processor ends in torch's scaled_dot_product_attention, and that one call is intercepted while this
+    transformer runs.
+
+    Raises ValueError for another class of model, and at its first call where the schedule is needed and not known.
     """
+    classes = [cls.__name__ for cls in type(transformer).__mro__]
+    if "WanTransformer3DModel" not in classes:
+        raise ValueError(f"accelerated: transformer is a {classes[0]}; only WanTransformer3DModel of diffusers is supported, others in ComfyUI")
     original = transformer.forward
+    timesteps = None
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal timesteps
         arguments = dict(zip(("hidden_states", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
         latents, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
+        if scheduler is not None and timesteps is not scheduler.timesteps:
+            timesteps = scheduler.timesteps
+            patch.start(*_schedule(timesteps))
+        if not patch.knows_its_schedule:
+            raise ValueError(
+                "accelerated: start_percent, end_percent and gentle_few_steps need the noise schedule; pass the pipeline's scheduler, "
+                "call patch.start before the run, or set them to 0, 1 and False"
+            )
         layout = WAN.layout(SimpleNamespace(patch_size=transformer.config.patch_size), tuple(latents.shape), {})
-        call = ModelCall(layout, float(arguments["timestep"].flatten()[0]) / TRAIN_TIMESTEPS, text.data_ptr())
+        # Wan 2.2 5B gives a timestep for each token, 0 for what is given already.
+        call = ModelCall(layout, float(arguments["timestep"].max()) / TRAIN_TIMESTEPS, text.data_ptr(), latents.device)
         patch.begin(call)
         patch.report.family = WAN.name
         with _Intercept(patch, call):
@@ -104,6 +122,18 @@ def accelerated(transformer: Any, patch: AttentionPatch) -> Iterator[AttentionPa
     finally:
         del transformer.forward  # the class's own shows again
         patch.release()
+
+
+def _schedule(timesteps: Tensor) -> tuple[Callable[[float], float], list[float]]:
+    """(percent_to_sigma, sigmas) of a scheduler's decreasing timesteps: a step is an equal part of sampling, and the last one ends at 0."""
+    sigmas = [*(float(timestep) / TRAIN_TIMESTEPS for timestep in timesteps), 0.0]
+
+    def percent_to_sigma(percent: float) -> float:
+        place = percent * (len(sigmas) - 1)
+        step = min(int(place), len(sigmas) - 2)
+        return sigmas[step] + (place - step) * (sigmas[step + 1] - sigmas[step])
+
+    return percent_to_sigma, sigmas
 
 
 @torch.inference_mode()
