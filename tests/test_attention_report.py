@@ -162,6 +162,14 @@ def test_the_line_on_the_node(report, line):
     assert summary(report.as_dict()) == line
 
 
+@pytest.mark.parametrize("page", ["TesseraAccelerate", "TesseraSparseAttention"])
+def test_the_help_pages_example_is_a_line_of_ours(root, page):
+    times = [WARM_UP, model_call(1.31, dense(seconds=2.08)), model_call(1.0, sparse(seconds=1.0))]
+    report = report_of(*[sparse(kept=31)] * 24, *[dense()] * 16, model_calls=times)
+    line = summary(report.as_dict())
+    assert f"`{line}`" in (root / "web" / "docs" / f"{page}.md").read_text().replace("\n", " ")
+
+
 # Times
 
 DOUBLE = (2, 2, 2, 100, 16)
