@@ -4,6 +4,7 @@
 #   make gpu    kernel checks and speed on a CUDA GPU
 #   make lint   linters and types only
 #   make bench  the CPU benchmarks: kernels, and the patch's own cost
+#   make mutants  planted faults that the tests must find: hours; MODULES="path ..." for some
 
 SHELL := /bin/bash
 SYSTEM_PYTHON ?= python3
@@ -20,7 +21,7 @@ export PYTHONPATH := $(CURDIR)/.pkg
 # A machine that brings torch and triton (a bare GPU box without network) is used as it is.
 SYSTEM_READY = $(SYSTEM_PYTHON) -c "import torch, triton" 2>/dev/null
 
-.PHONY: demo test lint gpu bench clean
+.PHONY: demo test lint gpu bench mutants clean
 
 demo: $(VENV)
 	.venv/bin/python -m tessera demo
@@ -46,6 +47,10 @@ gpu: $(PACKAGE)
 bench: $(VENV)
 	.venv/bin/python bench/cpu_attention.py
 	.venv/bin/python bench/patch_overhead.py
+
+mutants: $(VENV)
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check cosmic-ray==8.7.0
+	.venv/bin/python bench/mutants.py $(MODULES)
 
 $(PACKAGE):
 	mkdir -p .pkg && ln -sfn .. $@

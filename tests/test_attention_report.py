@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
 
 from tessera.models.patchers.report import (
     HOST,
-    LEFT,
     LINE,
     QUANTIZED,
     SPARSE,
     AttentionReport,
     CallRecord,
     ModelCallRecord,
+    clock,
     heat_map,
     summary,
 )
@@ -209,31 +211,63 @@ def test_a_model_call_is_dense_only_if_all_of_it_was_the_hosts():
 
 # The picture
 
-BRIGHT, DARK, GREY = (252, 236, 170), (20, 28, 84), (70, 70, 74)
 
-
-def colour(picture, x, y):
-    return tuple(round(value * 255) for value in picture[0, y, x].tolist())
-
-
-def test_the_picture_shows_density_reason_and_legend():
+def test_the_picture():
+    """Drawn again here, from numbers: text, a row for each step, a column for each layer, the legend."""
     run = report_of(dense(), sparse(layer=1, kept=0), sparse(step=1, kept=50))
-    picture = heat_map(run.as_dict(), cell=14)
-    top = 6 + LINE * 3  # two lines of text above the row that names the axes
-    assert picture.dtype == torch.float32
-    assert picture.shape == (1, top + 2 * 14 + 6 + LINE + 6, 330, 3)
-    cells = [[colour(picture, LEFT + 14 * layer + 5, top + 14 * step + 5) for layer in (0, 1)] for step in (0, 1)]
-    assert cells == [[BRIGHT, DARK], [(190, 74, 62), GREY]]
-    legend = picture[0, top + 2 * 14 + 6 + 5]
-    shown = {tuple(round(value * 255) for value in pixel.tolist()) for pixel in legend}
-    assert {DARK, BRIGHT, GREY, (190, 74, 62)} <= shown
-    without = heat_map({**run.as_dict(), "main_reason": None}, cell=14)
-    assert not torch.equal(picture[:, :top], without[:, :top]), "the reason is in the picture"
-
-
-@pytest.mark.parametrize("run", [report_of(), report_of(other=Counter({"cross-attention": 3}))], ids=["nothing", "cross-attention"])
-def test_the_picture_of_a_run_without_calls_says_so(run):
+    expected = Image.new("RGB", (330, 102), (24, 24, 28))
+    draw = ImageDraw.Draw(expected)
+    white, dim = (230, 230, 230), (170, 170, 170)
+    draw.text((6, 2), "sparge   density of sparse calls: 0.25 (0.50 overall)", fill=white)
+    draw.text((6, 16), "not sparse: outside the sparse steps (1)", fill=white)
+    draw.text((6, 34), "step     layer 0 ...", fill=dim)
+    draw.text((6, 48), "0", fill=dim)
+    draw.text((6, 62), "1", fill=dim)
+    for corner, colour in (((44, 48), (252, 236, 170)), ((58, 48), (20, 28, 84)), ((44, 62), (190, 74, 62)), ((58, 62), (70, 70, 74))):
+        draw.rectangle((*corner, corner[0] + 12, corner[1] + 12), fill=colour)
+    x = 6
+    legend = {
+        "0": (20, 28, 84),
+        "0.25": (105, 51, 73),
+        "0.5": (190, 74, 62),
+        "0.75": (221, 155, 116),
+        "1 dense": (252, 236, 170),
+        "no call": (70, 70, 74),
+    }
+    for label, colour in legend.items():
+        draw.rectangle((x, 82, x + 11, 93), fill=colour)
+        draw.text((x + 16, 82), label, fill=dim)
+        x += 22 + round(draw.textlength(label))
     picture = heat_map(run.as_dict())
-    assert picture.shape == (1, 6 + LINE * 3 + 6 + LINE + 6, 330, 3)
-    header = picture[0, LINE : 2 * LINE]
-    assert (header > 0.5).any(), "there is a line that says why"
+    assert picture.dtype == torch.float32
+    assert torch.equal(picture, torch.from_numpy(np.asarray(expected) / np.float32(255))[None])
+
+
+@pytest.mark.parametrize(("columns", "width"), [(19, 330), (20, 332), (40, 612)])
+def test_the_picture_is_as_wide_as_its_columns(columns, width):
+    report = report_of(*(sparse(layer=layer) for layer in range(columns))).as_dict()
+    assert heat_map(report).shape == (1, 6 + 14 * 3 + 14 + 6 + 20, width, 3)
+    assert heat_map(report, cell=7).shape == (1, 6 + 14 * 3 + 7 + 6 + 20, max(330, 52 + 7 * columns), 3)
+
+
+@pytest.mark.parametrize(
+    ("run", "line"),
+    [
+        (report_of(), "no call"),
+        (report_of(sparse()), "every call was sparse"),
+        (report_of(other=Counter({"cross-attention": 3})), "not sparse: cross-attention (3)"),
+        (report_of(dense(reason="a reason that is longer than what one line can hold")), "not sparse: a reason that is longer than what one"),
+    ],
+    ids=["nothing", "all", "cross-attention", "long"],
+)
+def test_the_picture_says_what_was_not_sparse(run, line):
+    picture = heat_map(run.as_dict())
+    expected = Image.new("RGB", (330, 14), (24, 24, 28))
+    ImageDraw.Draw(expected).text((6, 2), line, fill=(230, 230, 230))
+    assert torch.equal(picture[0, LINE : 2 * LINE, 6:], torch.from_numpy(np.asarray(expected) / np.float32(255))[:, 6:])
+
+
+def test_the_clock_of_a_cpu_counts_seconds():
+    first, second = clock(torch.device("cpu")), clock(torch.device("cpu"))
+    assert 0 <= second - first < 1
+    assert record(HOST, start=first, seconds=2.0).seconds == pytest.approx(2.0)

@@ -1,0 +1,211 @@
+"""Mutation testing: small faults are planted one at a time in a module, and its tests must fail for each.
+
+    make mutants                                     all modules of MODULES: hours
+    python bench/mutants.py models/patchers/report.py ...   these
+    python bench/mutants.py --most 200 ...           a fixed random choice of so many faults a module
+
+cosmic-ray plants the faults, in a copy of the tracked files. torch is imported once: a server forks for each fault. Writes
+bench/results/mutants.json and, beside it, the table as Markdown. Survivors that cannot be killed, since they change nothing that
+anybody could see, are explained in EQUIVALENT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import datetime
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+PACK = Path(__file__).resolve().parent.parent
+RESULTS = PACK / "bench" / "results" / "mutants.json"
+
+MODULES = {
+    "models/patchers/report.py": ["test_attention_report.py"],
+    "models/patchers/attention.py": ["test_attention_patch.py", "test_attention_report.py"],
+    "models/offload/schedule.py": ["test_offload_schedule.py", "test_offload.py"],
+    "kernels/sparsity/select.py": ["test_sparsity.py"],
+    "kernels/sparsity/estimate.py": ["test_sparsity.py"],
+    "kernels/sparsity/permute.py": ["test_sparsity.py"],
+    "kernels/sparsity/plan.py": ["test_sparsity.py"],
+    "kernels/sparsity/grid.py": ["test_sparsity.py"],
+    "kernels/dispatch.py": ["test_dispatch.py"],
+    "kernels/selftest.py": ["test_dispatch.py"],
+    "kernels/block_mask.py": ["test_block_mask.py"],
+    "kernels/attention.py": ["test_torch_backend.py", "test_dispatch.py", "test_compile.py"],
+    "kernels/quantize.py": ["test_quantize.py"],
+    "kernels/torch_backend/block_sparse.py": ["test_torch_backend.py"],
+    "kernels/torch_backend/dense.py": ["test_torch_backend.py"],
+}
+
+# Sums for differences and quotients for products are faults that people make; bits for sums are not.
+OPERATORS = re.compile(
+    r"core/(ReplaceBinaryOperator_(Add_Sub|Sub_Add|Mul_Div|Div_Mul|FloorDiv_Mul|Mod_Mul|Pow_Mul|BitOr_BitAnd|BitAnd_BitOr)"
+    r"|ReplaceComparisonOperator_.*|ReplaceUnaryOperator_.*|AddNot|Number.*|ReplaceTrueWithFalse|ReplaceFalseWithTrue"
+    r"|ReplaceAndWithOr|ReplaceOrWithAnd|ReplaceBreakWithContinue|ReplaceContinueWithBreak|RemoveDecorator|ExceptionReplacer|ZeroIterationForLoop)$"
+)
+
+EQUIVALENT: dict[tuple[str, str, str], str] = {}
+"""(module, the line as it stands, operator) -> why no test can see the fault."""
+
+TIMEOUT_S = 120
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("modules", nargs="*", default=list(MODULES), help="paths of MODULES (default: all)")
+    parser.add_argument("--most", type=int, help="faults of each module, chosen at random with a fixed seed (default: all)")
+    options = parser.parse_args()
+    if unknown := [module for module in options.modules if module not in MODULES]:
+        sys.exit(f"bench/mutants.py: {unknown[0]} is not in its table MODULES")
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        for module in options.modules:
+            results[module] = test_module(Path(folder) / module.replace("/", "_"), module, options.most)
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            RESULTS.with_suffix(".md").write_text(markdown(results))
+            print(markdown({module: results[module]}), flush=True)
+
+
+def test_module(copy: Path, module: str, most: int | None) -> dict:
+    """Plant the faults of one module in a copy of the checkout; its row of the table."""
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=PACK, capture_output=True, check=True, text=True).stdout
+    for file in filter(None, files.split("\0")):
+        (copy / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(PACK / file, copy / file)
+    tests = [f"tests/{test}" for test in MODULES[module]]
+    server = Server(copy, tests)
+    try:
+        if not server.passes():
+            raise SystemExit(f"bench/mutants.py: {' '.join(tests)} fail without any fault")
+        (copy / "mutants.toml").write_text(
+            f'[cosmic-ray]\nmodule-path = "{module}"\ntimeout = {TIMEOUT_S}\nexcluded-modules = []\n'
+            f'test-command = "{sys.executable} {Path(__file__).resolve()} --ask {server.address}"\n[cosmic-ray.distributor]\nname = "local"\n'
+        )
+        cosmic_ray = [str(Path(sys.executable).parent / "cosmic-ray")]
+        subprocess.run([*cosmic_ray, "init", "mutants.toml", "mutants.sqlite"], cwd=copy, check=True)
+        choose(copy / "mutants.sqlite", (PACK / module).read_text(), most)
+        subprocess.run([*cosmic_ray, "exec", "mutants.toml", "mutants.sqlite"], cwd=copy, check=True)
+        dump = subprocess.run([*cosmic_ray, "dump", "mutants.sqlite"], cwd=copy, capture_output=True, text=True, check=True).stdout
+    finally:
+        server.stop()
+    lines = (PACK / module).read_text().splitlines()
+    killed, survivors = 0, []
+    for job, result in map(json.loads, dump.splitlines()):
+        (mutation,) = job["mutations"]
+        if result["test_outcome"] != "survived":
+            killed += 1
+            continue
+        number, operator = mutation["start_pos"][0], mutation["operator_name"].removeprefix("core/")
+        line = lines[number - 1].strip()
+        added = [text[1:].strip() for text in (result["diff"] or "").splitlines() if text.startswith("+") and not text.startswith("+++")]
+        reason = EQUIVALENT.get((module, line, operator))
+        survivors.append({"line": number, "source": line, "operator": operator, "fault": " ".join(added), "equivalent": reason})
+    return {
+        "date": datetime.date.today().isoformat(),
+        "tests": MODULES[module],
+        "faults": killed + len(survivors),
+        "killed": killed,
+        "survivors": survivors,
+    }
+
+
+def choose(session: Path, source: str, most: int | None) -> None:
+    """Leave the faults that people make and that run (an annotation does not), and of those `most`."""
+    annotations = [
+        (part.lineno, part.col_offset, part.end_col_offset or 0)
+        for node in ast.walk(ast.parse(source))
+        for part in (getattr(node, "annotation", None), getattr(node, "returns", None))
+        if part is not None
+    ]
+    with sqlite3.connect(session) as database:
+        rows = database.execute("select job_id, operator_name, start_pos_row, start_pos_col from mutation_specs order by job_id").fetchall()
+        kept = sorted(
+            job
+            for job, operator, row, column in rows
+            if OPERATORS.match(operator) and not any(line == row and first <= column < last for line, first, last in annotations)
+        )
+        kept = sorted(random.Random(0).sample(kept, min(most or len(kept), len(kept))))
+        for table in ("mutation_specs", "work_items"):
+            database.execute(f"delete from {table} where job_id not in ({','.join('?' * len(kept))})", kept)
+
+
+def markdown(results: dict) -> str:
+    lines = ["# Planted faults", "", "`make mutants` (bench/mutants.py): faults planted one at a time, and how many of them the tests find.", ""]
+    lines += ["| module | faults | killed | equivalent | not killed | date |", "|---|---|---|---|---|---|"]
+    for module, row in results.items():
+        equivalent = sum(survivor["equivalent"] is not None for survivor in row["survivors"])
+        left = len(row["survivors"]) - equivalent
+        lines.append(
+            f"| {module} | {row['faults']} | {row['killed']} ({row['killed'] / row['faults']:.0%}) | {equivalent} | {left} | {row['date']} |"
+        )
+    for module, row in results.items():
+        if row["survivors"]:
+            lines += ["", f"## Survivors in {module}", ""]
+        for survivor in row["survivors"]:
+            lines.append(f"- {survivor['line']}: `{survivor['source']}` -> `{survivor['fault']}`: {survivor['equivalent'] or 'not killed'}")
+    return "\n".join(lines) + "\n"
+
+
+class Server:
+    """A process that has imported what tests need, and forks to run them on the files as they are."""
+
+    def __init__(self, copy: Path, tests: list[str]):
+        self.address = str(copy / "tests.socket")
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(self.address)
+        self.listener.listen()
+        self.process = os.fork()
+        if not self.process:
+            os.chdir(copy)
+            serve(self.listener, tests)
+
+    def passes(self) -> bool:
+        return ask(self.address)
+
+    def stop(self) -> None:
+        os.kill(self.process, signal.SIGTERM)
+        os.waitpid(self.process, 0)
+
+
+def serve(listener: socket.socket, tests: list[str]) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import hypothesis  # noqa: F401
+    import pytest
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        connection, _ = listener.accept()
+        if not os.fork():
+            signal.alarm(TIMEOUT_S)  # a fault that never ends is found out, too
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+                status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
+            connection.sendall(bytes([int(status)]))
+            os._exit(0)
+        connection.close()
+
+
+def ask(address: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(address)
+        return connection.recv(1) == b"\0"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--ask"]:
+        sys.exit(not ask(sys.argv[2]))
+    main()
