@@ -101,6 +101,7 @@ def calls_for(grid: TokenGrid, heads: int, q: Tensor, k: Tensor, v: Tensor) -> l
         calls.append(Call(f"dense {precision}", lambda precision=precision: ours(precision, None), selftest.TOLERANCE[precision]))
     recipe = get(RECIPE)
     layout = prepare(recipe, grid, CUDA)
+    forced = layout.forced.pairs.float().mean().item()
     for density in DENSITIES:
         masks = {blocks: random_mask(heads, grid.seq_len, density, blocks) for blocks in ((128, 128), (128, 64))}
         for precision in PRECISIONS:
@@ -109,8 +110,9 @@ def calls_for(grid: TokenGrid, heads: int, q: Tensor, k: Tensor, v: Tensor) -> l
                 name = f"sparse {precision} {blocks[0]}x{blocks[1]}"
                 calls.append(Call(name, lambda precision=precision, mask=mask: ours(precision, mask), tolerance, density))
 
-            def whole(precision: str = precision, density: float = density) -> tuple[Tensor, BlockMask]:
-                return sparse_attention(recipe, layout, q, k, v, density=density, precision=precision)
+            # Of all pairs `density` are kept, those that the recipe keeps anyway among them.
+            def whole(precision: str = precision, own: float = max((density - forced) / (1 - forced), 0.0)) -> tuple[Tensor, BlockMask]:
+                return sparse_attention(recipe, layout, q, k, v, density=own, precision=precision)
 
             calls.append(Call(f"whole call {precision} {RECIPE}", whole, tolerance, density, layout.order))
     return calls

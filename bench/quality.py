@@ -119,7 +119,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['clips']} clips of {FRAMES} frames, {SIZE} x {SIZE} ({result['tokens']} tokens, blocks of {result['block']}), "
         f"{result['steps']} steps, the first {result['start_percent']:.0%} of the schedule and blocks {dense} (of 6) dense.",
         f"Mean over prompts and seeds whose dense clip shows its caption ({result['clips']} of {result['tried']} tried). "
-        "Density counts forced blocks. *random* keeps random blocks; *another seed* compares two dense runs.",
+        "Density counts forced blocks, which come on top of what is asked. *random* keeps random blocks; *another seed* compares two dense runs.",
         "",
         "| method | asked | density | overall | PSNR dB (worst) | latent error | sparse calls in the window |",
         "|---|---|---|---|---|---|---|",

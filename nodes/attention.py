@@ -38,7 +38,8 @@ class Accelerate(io.ComfyNode):
                     "mode",
                     options=list(MODES),
                     default="balanced",
-                    tooltip="Share of the attention that is computed after the dense first steps: quality 50 %, balanced 30 %, fast 20 %. "
+                    tooltip="Share of the blocks that is chosen after the dense first steps: quality 50 %, balanced 30 %, fast 20 %. "
+                    "Text and first frame are kept in any case and come on top. "
                     "Models that sample in 8 steps or fewer keep one dense step and at least 50 %.",
                 ),
                 io.Int.Input("min_tokens", default=MIN_TOKENS, min=0, max=1 << 24, tooltip=_MIN_TOKENS_TIP, advanced=True),
@@ -85,8 +86,9 @@ class SparseAttention(io.ComfyNode):
                     min=0.01,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of (query block, key block) pairs that is computed, forced ones included. Lower is faster. 1 = dense: "
-                    "with native precision the result is then exactly that of ComfyUI alone.",
+                    tooltip="Share of the blocks that the method chooses. What it always keeps (text, first frame, a block's own) comes on top; "
+                    "the density on the node's line counts both. Lower is faster. 1 = dense: with native precision the result is then "
+                    "exactly that of ComfyUI alone.",
                 ),
                 io.Combo.Input(
                     "precision",

@@ -60,8 +60,8 @@ def test_every_call_in_the_window_is_sparse(result, method):
     assert set(run["report"]["reasons"]) <= {"cross-attention", "another length than the video's"}
     # Half of random-weight attention dropped: different from stock, and far from unrelated (two unrelated outputs differ by about 1.4).
     assert 1e-4 < run["error"] < 0.3
-    # Text, references and the first frame are forced; on these short sequences they take up to a tenth more than was asked for.
-    assert 0.4 < run["report"]["density"] < 0.65
+    # Half of what is open to choice; text, references and the first frame come on top and are much of these short sequences.
+    assert 0.5 < run["report"]["density"] < 0.8
 
 
 @pytest.mark.parametrize("method", ["rainfusion2", "draft", "sparge"])
@@ -86,7 +86,7 @@ def test_all_blocks_through_our_kernel_equal_stock(result):
 
 
 def test_patch_replaces_an_earlier_one(result):
-    assert result["applied_twice"]["density"] < 0.65
+    assert result["applied_twice"]["density"] == result["rainfusion2"]["report"]["density"]
     assert result["applied_twice"]["calls"] == result["draft"]["report"]["self_attention_calls"]
 
 

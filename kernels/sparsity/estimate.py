@@ -1,7 +1,8 @@
 """estimate: a cheap score for each (head, query block, key block).
 
-An estimator is `f(q, k, block, scale, settings) -> scores`: q, k `(batch, heads, tokens, head_dim)` in permuted order (k may have
-fewer heads), scores float32 `(batch, heads, query blocks, key blocks)`. A score of +inf means "must be kept".
+An estimator is `f(q, k, block, scale, settings) -> (scores, must)`: q, k `(batch, heads, tokens, head_dim)` in permuted order (k may have
+fewer heads), scores float32 `(batch, heads, query blocks, key blocks)`, and must, bool of that shape, the pairs that it insists on, or None
+where there can be none.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..block_mask import num_blocks
 
-Estimator = Callable[[Tensor, Tensor, int, float, Mapping[str, float]], Tensor]
+Estimator = Callable[[Tensor, Tensor, int, float, Mapping[str, float]], "tuple[Tensor, Tensor | None]"]
 ESTIMATORS: dict[str, Estimator] = {}
 
 
@@ -23,13 +24,13 @@ def estimator(function: Estimator) -> Estimator:
 
 
 @estimator
-def pooled(q: Tensor, k: Tensor, block: int, scale: float, settings: Mapping[str, float]) -> Tensor:
+def pooled(q: Tensor, k: Tensor, block: int, scale: float, settings: Mapping[str, float]) -> tuple[Tensor, Tensor | None]:
     """softmax of block means of q against block means of k: RainFusion2.0, DraftAttention, SpargeAttn."""
-    return torch.softmax(_pooled_logits(q, k, block, scale), -1)
+    return torch.softmax(_pooled_logits(q, k, block, scale), -1), None
 
 
 @estimator
-def pooled_similarity(q: Tensor, k: Tensor, block: int, scale: float, settings: Mapping[str, float]) -> Tensor:
+def pooled_similarity(q: Tensor, k: Tensor, block: int, scale: float, settings: Mapping[str, float]) -> tuple[Tensor, Tensor | None]:
     """`pooled` with SpargeAttn's guard: blocks whose tokens disagree are not judged by their mean but kept.
 
     Self-similarity of a block is the squared norm of its mean unit vector, in 0..1; at or below `similarity` it does not count as
@@ -38,19 +39,19 @@ def pooled_similarity(q: Tensor, k: Tensor, block: int, scale: float, settings: 
     logits = _pooled_logits(q, k, block, scale)
     threshold = settings["similarity"]
     if threshold <= 0:
-        return torch.softmax(logits, -1)
+        return torch.softmax(logits, -1), None
     loose_q = _self_similarity(q, block) <= threshold
     loose_k = _heads_like(_self_similarity(k - k.mean(2, keepdim=True), block), q)[:, :, None] <= threshold
     # Columns that the guard keeps anyway take no part in the softmax of the others (SpargeAttn's order of steps).
     scores = torch.softmax(logits.masked_fill(loose_k, float("-inf")), -1)
-    return scores.masked_fill(loose_k | loose_q[..., None], float("inf"))
+    return scores, loose_k | loose_q[..., None]
 
 
 @estimator
-def random(q: Tensor, k: Tensor, block: int, scale: float, settings: Mapping[str, float]) -> Tensor:
+def random(q: Tensor, k: Tensor, block: int, scale: float, settings: Mapping[str, float]) -> tuple[Tensor, Tensor | None]:
     """Noise, the same for every call: what a selection is worth is measured against it."""
     shape = (*q.shape[:2], num_blocks(q.shape[2], block), num_blocks(k.shape[2], block))
-    return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(q.device)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(q.device), None
 
 
 def block_mean(x: Tensor, block: int) -> Tensor:

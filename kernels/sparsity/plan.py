@@ -57,9 +57,7 @@ def prepare(recipe: Recipe, grid: TokenGrid | None, device: torch.device, *, blo
     pairs = protected_blocks[:, None] | protected_blocks[None, :]
     if recipe.protect_own_block:
         pairs = pairs | torch.eye(blocks, dtype=torch.bool)
-    free = (~protected_blocks).nonzero()[:, 0]
-    widest = int(pairs[free].sum(1).amax()) if len(free) else 0
-    forced = Forced(pairs.to(device), protected_blocks.nonzero()[:, 0].to(device), free.to(device), widest)
+    forced = Forced.of(pairs, device)
     if order is None:
         return Layout(None, None, forced, block)
     if hidden is None:
@@ -84,8 +82,10 @@ def sparse_attention(
 ) -> tuple[Tensor, BlockMask]:
     """Self-attention of q `(batch, heads, tokens, head_dim)` and k, v `(batch, kv_heads, tokens, head_dim)` as `recipe` does it.
 
-    density: share of block pairs to keep, in (0, 1]. key_bias: `(batch, tokens)`. settings: the method's own numbers, where they differ
-    from its defaults. mask: reuse this mask instead of choosing one. Returns the output in the tokens' own order, and the mask used.
+    density: share to choose, in (0, 1], of the block pairs that the recipe does not keep anyway. What it keeps anyway (text, first frame, own
+    block, what the estimator insists on) comes on top: `BlockMask.density` of the mask says how much that is of all pairs. key_bias:
+    `(batch, tokens)`. settings: the method's own numbers, where they differ from its defaults. mask: reuse this mask instead of choosing one.
+    Returns the output in the tokens' own order, and the mask used.
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5
@@ -97,7 +97,7 @@ def sparse_attention(
         bias = q.new_zeros(q.shape[0], len(layout.hidden)) if key_bias is None else key_bias
         key_bias = bias.masked_fill(layout.hidden, float("-inf"))
     if mask is None:
-        scores = ESTIMATORS[recipe.estimate](q, k, layout.block, scale, values)
-        mask = SELECTORS[recipe.select](scores, layout.forced, density, layout.block, values)
+        scores, must = ESTIMATORS[recipe.estimate](q, k, layout.block, scale, values)
+        mask = SELECTORS[recipe.select](scores, layout.forced, density, layout.block, values, must)
     out = COMPENSATORS[recipe.compensate](q, k, v, mask, key_bias, precision, scale)
     return (out if layout.inverse is None else out.index_select(2, layout.inverse)), mask

@@ -46,7 +46,11 @@ class Recipe:
 
 _SIMILARITY = {
     "similarity": Setting(
-        0.0, 0.0, 1.0, 0.05, "Blocks whose tokens are less alike than this are kept whole. 0: guard off (the authors' -0.1). 0.3: careful."
+        0.0,
+        0.0,
+        1.0,
+        0.05,
+        "Blocks whose tokens are less alike than this are kept whole, on top of the density. 0: guard off (the authors' -0.1). 0.3: careful.",
     )
 }
 

@@ -1,8 +1,9 @@
 """select: which blocks to keep.
 
-A selector is `f(scores, forced, density, block, settings) -> BlockMask`: scores `(batch, heads, query blocks, key blocks)`, +inf
-where the estimator insists; forced, the pairs that are kept whatever their score; density, the share of all pairs to keep, forced
-ones included. Where the forced pairs alone are more than that, they are kept and nothing else.
+A selector is `f(scores, forced, density, block, settings, must) -> BlockMask`: scores `(batch, heads, query blocks, key blocks)`; forced,
+the pairs that the layout always keeps; must, bool like scores, the pairs that the estimator insists on, or None where it never does;
+density, the share of the pairs outside `forced` to choose, best first. What is forced or insisted on comes on top of that choice and never
+takes its place, as in the authors' codes (RainFusion2.0, DraftAttention, SpargeAttn), so that more is kept than `density` of all pairs.
 """
 
 from __future__ import annotations
@@ -18,50 +19,54 @@ from ..block_mask import BlockMask
 
 @dataclass(frozen=True)
 class RowCounts:
-    """How many key blocks each query block keeps at one density. A free row keeps `width` or, where `short`, one fewer."""
+    """How many key blocks each query block keeps at one density."""
 
-    counts: Tensor  # int32 (query blocks,)
-    width: int
-    short: Tensor | None  # bool (free rows,); None where no row is
+    own: Tensor  # int64 (query blocks, 1): of its own choice
+    widest_own: int
+    counts: Tensor  # int32 (query blocks,): with the forced ones
+    width: int  # most that a free row keeps
+    even: bool  # all free rows keep that many
 
 
 @dataclass(frozen=True, eq=False)
 class Forced:
-    """Pairs that are always kept: bool `(query blocks, key blocks)`.
+    """Pairs that are always kept: bool `(query blocks, key blocks)`, on the device of the calls.
 
-    dense_rows: int64 ids of the query blocks that read everything; free_rows: the others. Row counts follow from these and the density
+    dense_rows: int64 ids of the query blocks that read everything; free_rows: the others. Row counts follow from the pairs and the density
     alone, so they are worked out on the host, once a density, and no call waits for the device.
     """
 
     pairs: Tensor
     dense_rows: Tensor
     free_rows: Tensor
-    widest_free_row: int  # most forced pairs in a free row
+    open: Tensor  # int64 (query blocks,), on the host: pairs of each row that are not forced
     _counts: dict[float, RowCounts] = field(default_factory=dict, repr=False)
 
+    @classmethod
+    def of(cls, pairs: Tensor, device: torch.device) -> Forced:
+        """From pairs on the host, for calls on `device`."""
+        dense = pairs.all(1)
+        return cls(pairs.to(device), dense.nonzero()[:, 0].to(device), (~dense).nonzero()[:, 0].to(device), (~pairs).sum(1))
+
     def row_counts(self, density: float) -> RowCounts:
-        """Counts that differ by at most one between free rows and whose mean is nearest to `density`."""
+        """Own choices that are `density` of what each row may choose from, to within a block, and of all open pairs to within a pair."""
         found = self._counts.get(density)
         if found is None:
             found = self._counts[density] = self._row_counts(density)
         return found
 
     def _row_counts(self, density: float) -> RowCounts:
-        query_blocks, key_blocks = self.pairs.shape
-        free = len(self.free_rows)
-        budget = round(density * query_blocks * key_blocks) - len(self.dense_rows) * key_blocks
-        budget = min(max(budget, free * max(self.widest_free_row, 1)), free * key_blocks)
-        counts = torch.full((query_blocks,), key_blocks, dtype=torch.int32)
-        # Bresenham's rule spreads the longer rows evenly.
-        steps = torch.arange(free + 1) * budget // max(free, 1)
-        rows = steps.diff()
-        counts[self.free_rows.cpu()] = rows.to(torch.int32)
-        width = int(rows.amax()) if free else 0
-        short = (rows < width).to(self.pairs.device) if free and budget % free else None
-        return RowCounts(counts.to(self.pairs.device), width, short)
+        # Rounding the running total spreads the longer rows evenly.
+        total = torch.nn.functional.pad(self.open.cumsum(0).double() * density, (1, 0)).round().long()
+        own = total.diff()
+        counts = self.pairs.shape[1] - self.open + own
+        free = counts[self.open > 0]
+        width = int(free.amax()) if len(free) else 0
+        device = self.pairs.device
+        return RowCounts(own[:, None].to(device), int(own.amax()), counts.to(device, torch.int32), width, bool((free == width).all()))
 
 
-Selector = Callable[[Tensor, Forced, float, int, Mapping[str, float]], BlockMask]
+Selector = Callable[[Tensor, Forced, float, int, Mapping[str, float], "Tensor | None"], BlockMask]
 SELECTORS: dict[str, Selector] = {}
 
 
@@ -71,17 +76,19 @@ def selector(function: Selector) -> Selector:
 
 
 @selector
-def topk(scores: Tensor, forced: Forced, density: float, block: int, settings: Mapping[str, float]) -> BlockMask:
+def topk(scores: Tensor, forced: Forced, density: float, block: int, settings: Mapping[str, float], must: Tensor | None = None) -> BlockMask:
     """The same number of blocks in every free row: even work, and no read from the device (RainFusion2.0, SpargeAttn top-k)."""
     batch, heads, query_blocks, key_blocks = scores.shape
     rows = forced.row_counts(density)
+    if must is not None:
+        best = scores.masked_fill(forced.pairs | must, float("-inf")).topk(rows.widest_own, -1).indices
+        best = best.masked_fill(torch.arange(rows.widest_own, device=scores.device) >= rows.own, key_blocks)
+        chosen = scores.new_zeros((*scores.shape[:3], key_blocks + 1), dtype=torch.bool).scatter_(-1, best, True)[..., :-1]
+        return _mask(chosen, forced, must, block)
     best = scores.masked_fill(forced.pairs, float("inf")).index_select(2, forced.free_rows).topk(rows.width, -1).indices
-    if rows.short is not None:
-        best[..., -1].masked_fill_(rows.short, key_blocks)  # sorts behind every block
-    if settings.get("similarity", 0.0) > 0:  # the estimator may insist on more than a row's share
-        kept = scores.new_zeros((*best.shape[:3], key_blocks + 1), dtype=torch.bool).scatter_(-1, best, True)[..., :-1]
-        must = forced.pairs | scores.isinf()
-        return _mask(must.index_copy(2, forced.free_rows, kept) | must, forced, block)
+    if not rows.even:  # what a row does not keep sorts behind every block
+        short = torch.arange(rows.width, device=scores.device) >= rows.counts[forced.free_rows, None]
+        best = best.masked_fill(short, key_blocks)
     best = best.sort(-1).values.clamp_(max=key_blocks - 1).to(torch.int32)
     counts = rows.counts.expand(batch, heads, query_blocks).contiguous()
     if len(forced.dense_rows):
@@ -92,31 +99,38 @@ def topk(scores: Tensor, forced: Forced, density: float, block: int, settings: M
 
 
 @selector
-def global_quantile(scores: Tensor, forced: Forced, density: float, block: int, settings: Mapping[str, float]) -> BlockMask:
+def global_quantile(
+    scores: Tensor, forced: Forced, density: float, block: int, settings: Mapping[str, float], must: Tensor | None = None
+) -> BlockMask:
     """One threshold a head over all its pairs: rows that need more get more (DraftAttention)."""
-    return _mask(_best_of_head(scores, scores, forced, density), forced, block)
+    return _mask(_best_of_head(scores, forced, must, density), forced, must, block)
 
 
 @selector
-def top_p(scores: Tensor, forced: Forced, density: float, block: int, settings: Mapping[str, float]) -> BlockMask:
+def top_p(scores: Tensor, forced: Forced, density: float, block: int, settings: Mapping[str, float], must: Tensor | None = None) -> BlockMask:
     """In every row the fewest best blocks that hold the share p of its attention; p is solved for, a head, so that the density is met.
 
     SpargeAttn's cumulative rule (cdfthreshd) under a density. Scores are 0..1 and sum to 1 in a row.
     """
-    ordered, ids = scores.masked_fill(scores.isinf(), 0.0).sort(-1, descending=True)
+    ordered, ids = scores.sort(-1, descending=True)
     before = torch.empty_like(scores).scatter_(-1, ids, ordered.cumsum(-1) - ordered)
-    return _mask(_best_of_head(-before, scores, forced, density), forced, block)
+    return _mask(_best_of_head(-before, forced, must, density), forced, must, block)
 
 
-def _best_of_head(rank: Tensor, scores: Tensor, forced: Forced, density: float) -> Tensor:
-    """Bool like scores: per head the pairs of highest rank, as many as the density asks for, with those that must be kept among them."""
-    must = forced.pairs | scores.isinf()
-    flat = rank.masked_fill(must, float("inf")).flatten(2)
-    keep = min(max(round(density * flat.shape[-1]), 1), flat.shape[-1])
+def _best_of_head(rank: Tensor, forced: Forced, must: Tensor | None, density: float) -> Tensor:
+    """Bool like rank: per head the open pairs of highest rank, as many as the density asks for."""
+    flat = rank.masked_fill(forced.pairs if must is None else forced.pairs | must, float("-inf")).flatten(2)
+    keep = round(density * int(forced.open.sum()))
     # By index and not by comparison with a threshold: equal scores (many are 0 where attention is sharp) would all pass it.
-    return torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, flat.topk(keep, -1).indices, True).view_as(scores) | must
+    return torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, flat.topk(keep, -1).indices, True).view_as(rank)
 
 
-def _mask(kept: Tensor, forced: Forced, block: int) -> BlockMask:
-    """The BlockMask of a bool mask. The longest row is known without asking the device where some row is dense."""
+def _mask(chosen: Tensor, forced: Forced, must: Tensor | None, block: int) -> BlockMask:
+    """The BlockMask of a choice, with what comes on top. The longest row is known without asking the device where some row is dense.
+
+    Where fewer pairs than were asked for are open to choice, `chosen` has some that are kept anyway.
+    """
+    kept = chosen | forced.pairs
+    if must is not None:
+        kept |= must
     return BlockMask.from_dense(kept, block, block, width=kept.shape[-1] if len(forced.dense_rows) else None)
