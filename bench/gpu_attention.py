@@ -95,17 +95,18 @@ def calls_for(grid: TokenGrid, heads: int, q: Tensor, k: Tensor, v: Tensor) -> l
     def ours(precision: str, mask: BlockMask | None) -> tuple[Tensor, BlockMask | None]:
         return attention(q, k, v, block_mask=mask, precision=precision), mask
 
+    tolerances = {implementation.precision: implementation.tolerance for implementation in IMPLEMENTATIONS}
     for name, backend in SDPA.items():
         calls.append(Call(f"torch {name}", lambda backend=backend: sdpa(backend), SDPA_TOLERANCE))
     for precision in PRECISIONS:
-        calls.append(Call(f"dense {precision}", lambda precision=precision: ours(precision, None), selftest.TOLERANCE[precision]))
+        calls.append(Call(f"dense {precision}", lambda precision=precision: ours(precision, None), tolerances[precision]))
     recipe = get(RECIPE)
     layout = prepare(recipe, grid, CUDA)
     forced = layout.forced.pairs.float().mean().item()
     for density in DENSITIES:
         masks = {blocks: random_mask(heads, grid.seq_len, density, blocks) for blocks in ((128, 128), (128, 64))}
         for precision in PRECISIONS:
-            tolerance = selftest.TOLERANCE[precision]
+            tolerance = tolerances[precision]
             for blocks, mask in masks.items():
                 name = f"sparse {precision} {blocks[0]}x{blocks[1]}"
                 calls.append(Call(name, lambda precision=precision, mask=mask: ours(precision, mask), tolerance, density))

@@ -27,6 +27,7 @@ def attention(
     precision: str = ...,
     scale: float | None = ...,
     return_lse: Literal[False] = ...,
+    choice: dispatch.Choice | None = ...,
 ) -> Tensor: ...
 @overload
 def attention(
@@ -39,6 +40,7 @@ def attention(
     precision: str = ...,
     scale: float | None = ...,
     return_lse: Literal[True],
+    choice: dispatch.Choice | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
@@ -50,6 +52,7 @@ def attention(
     precision: str = "auto",
     scale: float | None = None,
     return_lse: bool = False,
+    choice: dispatch.Choice | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(q k^T * scale + key_bias) v over the kept key blocks.
 
@@ -59,20 +62,26 @@ def attention(
     key_bias: float `(batch, k_len)`, added to every score of a key (-inf hides it).
     precision: "auto", "native", "fp16", "bf16" or "int8" (see `dispatch.PRECISIONS`).
     scale: defaults to head_dim ** -0.5.
+    choice: what `explain` answered for exactly this call (`describe`), in place of precision: the implementation that was named is the one
+        that runs.
     Returns `(batch, heads, q_len, head_dim)` in q's dtype, and with return_lse also the natural-log sum of exponentials,
     float32 `(batch, heads, q_len)`. A query that reads nothing yields zeros and an lse of -inf.
-    Raises ValueError on malformed input, `dispatch.NoBackendError` when no implementation takes it.
+    Raises ValueError on malformed input or a choice made for another call, `dispatch.NoBackendError` when no implementation takes it.
     """
     problem = describe(q, k, v, block_mask=block_mask, key_bias=key_bias)
+    if choice is not None and choice.problem != problem:
+        raise ValueError(f"attention: choice was made for {choice.problem}, but this call is {problem}; ask `explain` about `describe` of it")
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if torch.compiler.is_compiling():
         indices, counts, block_m, block_n = (
             (None, None, 0, 0) if block_mask is None else (block_mask.indices, block_mask.counts, block_mask.block_m, block_mask.block_n)
         )
-        out, lse = _attention_op(q, k, v, indices, counts, block_m, block_n, key_bias, precision, scale, return_lse)
+        name = "" if choice is None else choice.taken().name
+        out, lse = _attention_op(q, k, v, indices, counts, block_m, block_n, key_bias, precision, name, scale, return_lse)
     else:
-        out, lse = _run(problem, q, k, v, block_mask, key_bias, precision, scale, return_lse)
+        implementation = (choice or explain(problem, precision)).taken()
+        out, lse = implementation.load()(q, k, v, block_mask, key_bias, scale, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -88,8 +97,19 @@ def explain(problem: dispatch.Problem, precision: str = "auto") -> dispatch.Choi
             return choice
 
 
-def describe(q: Tensor, k: Tensor, v: Tensor, *, block_mask: BlockMask | None = None, key_bias: Tensor | None = None) -> dispatch.Problem:
-    """The `Problem` of a call. Raises ValueError, naming the input, when shapes or dtypes do not fit together."""
+def describe(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_mask: BlockMask | None = None,
+    blocks: tuple[int, int] | None = None,
+    key_bias: Tensor | None = None,
+) -> dispatch.Problem:
+    """The `Problem` of a call. Raises ValueError, naming the input, when shapes or dtypes do not fit together.
+
+    blocks: (block_m, block_n) of a mask that is yet to be chosen, in place of block_mask.
+    """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.ndim != 4:
             raise ValueError(f"attention: {name} has shape {tuple(tensor.shape)}; expected (batch, heads, tokens, head_dim)")
@@ -106,7 +126,6 @@ def describe(q: Tensor, k: Tensor, v: Tensor, *, block_mask: BlockMask | None = 
         )
     if key_bias is not None and key_bias.shape != (batch, k_len):
         raise ValueError(f"attention: key_bias has shape {tuple(key_bias.shape)}; expected (batch, k_len) = {(batch, k_len)}")
-    blocks = None
     if block_mask is not None:
         blocks = (block_mask.block_m, block_mask.block_n)
         mask_batch, mask_heads, query_blocks, _ = block_mask.indices.shape
@@ -129,14 +148,6 @@ def describe(q: Tensor, k: Tensor, v: Tensor, *, block_mask: BlockMask | None = 
     )
 
 
-def _run(problem, q, k, v, block_mask, key_bias, precision, scale, return_lse) -> tuple[Tensor, Tensor | None]:
-    choice = explain(problem, precision)
-    if choice.implementation is None:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.refusals.items()) or "none is registered for it"
-        raise dispatch.NoBackendError(f"attention: no backend takes this call at precision {precision!r} ({reasons})")
-    return choice.implementation.load()(q, k, v, block_mask, key_bias, scale, return_lse)
-
-
 @torch.library.custom_op("tessera::attention", mutates_args=())
 def _attention_op(
     q: Tensor,
@@ -148,16 +159,17 @@ def _attention_op(
     block_n: int,
     key_bias: Tensor | None,
     precision: str,
+    implementation: str,  # the name of one that was chosen before, or ""
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     mask = None if indices is None or counts is None else BlockMask(indices, counts, block_m, block_n)
-    problem = describe(q, k, v, block_mask=mask, key_bias=key_bias)
-    out, lse = _run(problem, q, k, v, mask, key_bias, precision, scale, return_lse)
+    chosen = dispatch.named(implementation) if implementation else explain(describe(q, k, v, block_mask=mask, key_bias=key_bias), precision).taken()
+    out, lse = chosen.load()(q, k, v, mask, key_bias, scale, return_lse)
     return out.contiguous(), q.new_empty(0, dtype=torch.float32) if lse is None else lse.contiguous()
 
 
 @_attention_op.register_fake
-def _(q, k, v, indices, counts, block_m, block_n, key_bias, precision, scale, return_lse):
+def _(q, k, v, indices, counts, block_m, block_n, key_bias, precision, implementation, scale, return_lse):
     lse_shape = q.shape[:3] if return_lse else (0,)
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(lse_shape, dtype=torch.float32)

@@ -46,12 +46,17 @@ class Implementation:
     """One way to compute attention: a backend at a precision.
 
     load: imports and returns `run(q, k, v, block_mask, key_bias, scale, return_lse) -> (out, lse or None)`. Called on first use.
+    tolerance: the largest sum |out - float64| / sum |float64| that its self-test takes for right, on a problem of self_test_dtype.
+    trusted: made of PyTorch operations, which PyTorch tests; it has no self-test.
     """
 
     backend: str
     precision: str
     limits: tuple[Limit, ...]
     load: Callable[[], Callable]
+    tolerance: float = 0.03
+    self_test_dtype: torch.dtype = torch.bfloat16
+    trusted: bool = False
 
     @property
     def name(self) -> str:
@@ -66,10 +71,19 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Choice:
-    """The outcome of `choose`. `refusals` maps the name of each implementation that was asked before to its reason."""
+    """The outcome of `choose` for `problem` at `precision`. `refusals`: the reason of each implementation that was asked before, by its name."""
 
+    problem: Problem
+    precision: str
     implementation: Implementation | None
     refusals: dict[str, str]
+
+    def taken(self) -> Implementation:
+        """The implementation. Raises NoBackendError with every reason where there is none."""
+        if self.implementation is None:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refusals.items()) or "none is registered for it"
+            raise NoBackendError(f"attention: no backend takes this call at precision {self.precision!r} ({reasons})")
+        return self.implementation
 
 
 class NoBackendError(RuntimeError):
@@ -89,6 +103,11 @@ def implementations() -> tuple[Implementation, ...]:
     return tuple(_implementations)
 
 
+def named(name: str) -> Implementation:
+    """The registered implementation of a name."""
+    return next(implementation for implementation in _implementations if implementation.name == name)
+
+
 def disable(name: str, gpu_name: str, reason: str) -> None:
     """Never choose implementation `name` on GPU `gpu_name` again in this process; `reason` is what users read."""
     _disabled[name, gpu_name] = reason
@@ -104,6 +123,6 @@ def choose(problem: Problem, precision: str = "auto") -> Choice:
             continue
         reason = implementation.refuse(problem)
         if reason is None:
-            return Choice(implementation, refusals)
+            return Choice(problem, precision, implementation, refusals)
         refusals[implementation.name] = reason
-    return Choice(None, refusals)
+    return Choice(problem, precision, None, refusals)

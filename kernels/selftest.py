@@ -7,18 +7,13 @@ purpose: odd lengths, ragged blocks, empty rows, a key bias, outlier channels, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from . import dispatch, gpu, reference
 from .block_mask import BlockMask, num_blocks
-
-TRUSTED_BACKENDS = frozenset({"torch", "sdpa"})
-"""Backends that are made of PyTorch operations, which PyTorch tests."""
-
-TOLERANCE = {"native": 0.01, "bf16": 0.02, "fp16": 0.01, "int8": 0.03}
-"""Largest sum |out - reference| / sum |reference|. bf16 rounds p and v to 8 bits, 0.2 % each; "bf16" rounds float32 q and k
-as well, and scores are exponentiated. INT8 with smoothed K: 1-2 % (SageAttention, arXiv:2410.02367)."""
 
 LSE_TOLERANCE = 0.1
 """Largest difference in natural-log units. INT8, the coarsest, stays below half of it here."""
@@ -32,7 +27,7 @@ def ensure(implementation: dispatch.Implementation, device: torch.device) -> boo
     The test runs once per (implementation, GPU architecture) in a process; from then on this is a dictionary lookup.
     During the capture of a CUDA graph nothing can be compared, so the answer is True and the test waits for the next call.
     """
-    if implementation.backend in TRUSTED_BACKENDS:
+    if implementation.trusted:
         return True
     key = (implementation.name, gpu.of(device).name)
     if key not in _passed:
@@ -50,7 +45,7 @@ def failure(implementation: dispatch.Implementation, device: torch.device) -> st
     try:
         run = implementation.load()
         for head_dim, blocks in ((128, (128, 64)), (64, None)):
-            reason = _compare(run, implementation.precision, device, head_dim, blocks)
+            reason = _compare(run, implementation, device, head_dim, blocks)
             if reason is not None:
                 return f"self-test failed on {gpu.of(device).name}: {reason}"
     except Exception as error:  # a compiler, a driver, a kernel: whatever fails must not take the user's run with it
@@ -58,8 +53,10 @@ def failure(implementation: dispatch.Implementation, device: torch.device) -> st
     return None
 
 
-def _compare(run, precision: str, device: torch.device, head_dim: int, blocks: tuple[int, int] | None) -> str | None:
-    q, k, v, key_bias = (tensor.to(device) for tensor in _problem(head_dim, torch.float32 if precision in ("fp16", "bf16") else torch.bfloat16))
+def _compare(
+    run: Callable, implementation: dispatch.Implementation, device: torch.device, head_dim: int, blocks: tuple[int, int] | None
+) -> str | None:
+    q, k, v, key_bias = (tensor.to(device) for tensor in _problem(head_dim, implementation.self_test_dtype))
     mask = None
     if blocks is not None:
         generator = torch.Generator("cpu").manual_seed(1)
@@ -76,8 +73,8 @@ def _compare(run, precision: str, device: torch.device, head_dim: int, blocks: t
     if bool((out[empty] != 0).any()) or not torch.equal(lse == -torch.inf, empty):
         return "queries that read nothing do not give zeros and an lse of -inf"
     error = float((out.double() - expected).abs().sum() / expected.abs().sum())
-    if not error <= TOLERANCE[precision]:
-        return f"relative error {error:.3f} against float64, head_dim {head_dim}, where {TOLERANCE[precision]} is allowed"
+    if not error <= implementation.tolerance:
+        return f"relative error {error:.3f} against float64, head_dim {head_dim}, where {implementation.tolerance} is allowed"
     lse_error = float((lse - expected_lse)[~empty].abs().max())
     if not lse_error <= LSE_TOLERANCE:
         return f"log-sum-exp is off by {lse_error:.3f} against float64, head_dim {head_dim}, where {LSE_TOLERANCE} is allowed"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessera.kernels import reference
-from tessera.kernels.attention import attention
+from tessera.kernels import dispatch, reference
+from tessera.kernels.attention import attention, describe, explain
 from tessera.kernels.block_mask import BlockMask
 
 
@@ -41,8 +41,17 @@ def test_compiled_equals_float64() -> None:
     torch.testing.assert_close(compiled(q, k, v), reference.attention(q, k, v)[0].float(), atol=1e-5, rtol=1e-4)
 
 
+def test_a_choice_is_what_runs_in_the_compiled_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.randn(1, 2, 50, 32) for _ in range(3))
+    choice = explain(describe(q, k, v), "native")
+    compiled = torch.compile(lambda *tensors: attention(*tensors, choice=choice), fullgraph=True, backend="aot_eager")
+    expected = reference.attention(q, k, v)[0].float()
+    monkeypatch.setattr(dispatch, "choose", None)
+    torch.testing.assert_close(compiled(q, k, v), expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("return_lse", [False, True])
 def test_the_op_is_what_torch_expects_of_one(return_lse: bool) -> None:
     """Schema, fake kernel and shapes, checked by torch itself."""
     q = torch.randn(1, 2, 40, 32).transpose(1, 2).contiguous().transpose(1, 2)
-    torch.library.opcheck(torch.ops.tessera.attention.default, (q, q, q, None, None, 0, 0, None, "native", 0.2, return_lse))
+    torch.library.opcheck(torch.ops.tessera.attention.default, (q, q, q, None, None, 0, 0, None, "native", "", 0.2, return_lse))

@@ -149,10 +149,11 @@ def test_no_backend_lists_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 class Fake:
     """An implementation in front of all others that computes `function` and counts its calls."""
 
-    def __init__(self, function) -> None:
+    def __init__(self, function, precision: str = "native", limits=(), **declared) -> None:
         self.calls = 0
         self.function = function
-        dispatch._implementations.insert(0, Implementation("fake", "native", (), lambda: self.run))
+        self.row = Implementation("fake", precision, limits, lambda: self.run, **declared)
+        dispatch._implementations.insert(0, self.row)
 
     def run(self, q, k, v, block_mask, key_bias, scale, return_lse):
         self.calls += 1
@@ -216,6 +217,88 @@ def test_a_wrong_implementation_is_disabled_and_named(function, said: str) -> No
     assert fake.calls == calls, "it is never called again"
     reason = explain(attention_module.describe(q, q, q)).refusals["fake/native"]
     assert reason.startswith("self-test failed on none: ") and said in reason
+
+
+def slightly_wrong(*arguments):
+    out, lse = exact(*arguments)
+    return out * 1.04, lse
+
+
+def test_a_new_precision_brings_its_own_tolerance() -> None:
+    """No table of the self-test has to know it: what is declared decides."""
+    cpu = torch.device("cpu")
+    assert selftest.failure(Fake(exact, "fp8").row, cpu) is None
+    assert selftest.failure(Fake(slightly_wrong, "fp8", tolerance=0.05).row, cpu) is None
+    assert "relative error 0.040 against float64" in selftest.failure(Fake(slightly_wrong, "fp8", tolerance=0.03).row, cpu)
+    assert "where 0.03 is allowed" in selftest.failure(Fake(slightly_wrong, "fp8").row, cpu), "what nobody declared is not taken for right"
+
+
+def test_a_trusted_implementation_is_not_tested() -> None:
+    fake = Fake(noise, trusted=True)
+    q = torch.randn(1, 1, 20, 16)
+    attention(q, q, q)
+    assert fake.calls == 1
+
+
+def test_the_self_test_runs_in_the_declared_dtype(on_gpu) -> None:
+    seen = []
+
+    def note(q, *rest):
+        seen.append(q.dtype)
+        return exact(q, *rest)
+
+    cpu = torch.device("cpu")
+    selftest.failure(Fake(note).row, cpu)
+    selftest.failure(Fake(note, self_test_dtype=torch.float32).row, cpu)
+    assert seen == [torch.bfloat16] * 2 + [torch.float32] * 2
+    on_gpu((9, 0))
+    for row in triton_backend.IMPLEMENTATIONS:
+        assert row.refuse(problem(dtype=row.self_test_dtype)) is None, "an implementation is tested on what it takes"
+
+
+def test_a_choice_is_what_runs() -> None:
+    """The probe and the call cannot differ: neither in what they describe nor in what is disabled between them."""
+    q, k, v = (torch.randn(1, 2, 40, 16) for _ in range(3))
+    fake = Fake(exact)
+    choice = explain(attention_module.describe(q, k, v))
+    assert choice.implementation is fake.row and choice.problem == attention_module.describe(q, k, v)
+    later = Fake(exact)
+    calls = fake.calls
+    out = attention(q, k, v, choice=choice)
+    assert fake.calls == calls + 1 and later.calls == 0
+    torch.testing.assert_close(out, reference.attention(q, k, v)[0].float())
+
+
+def no_gradients(p: Problem) -> str | None:
+    return "no gradients" if p.requires_grad else None
+
+
+def test_a_choice_for_another_call_is_refused() -> None:
+    Fake(exact, limits=(no_gradients,))
+    q = torch.randn(1, 2, 40, 16)
+    choice = explain(attention_module.describe(q, q, q))
+    with pytest.raises(ValueError, match="choice was made for"):
+        attention(q[:, :, :39], q, q, choice=choice)
+    with pytest.raises(ValueError, match="requires_grad=True"):
+        attention(q.clone().requires_grad_(), q, q, choice=choice)
+    with pytest.raises(ValueError, match="key_bias=True"):
+        attention(q, q, q, key_bias=torch.zeros(1, 40), choice=choice)
+
+
+def test_a_choice_without_an_implementation_lists_every_reason() -> None:
+    q = torch.randn(1, 1, 8, 16, requires_grad=True)
+    fake = Fake(exact, "int8", (no_gradients,))
+    choice = explain(attention_module.describe(q, q, q), "int8")
+    assert choice.implementation is None
+    with pytest.raises(dispatch.NoBackendError, match="at precision 'int8' \\(fake/int8: no gradients; triton/int8: "):
+        attention(q, q, q, choice=choice)
+    assert fake.calls == 0
+
+
+def test_the_problem_of_a_mask_that_is_yet_to_be_chosen() -> None:
+    q = torch.randn(1, 2, 40, 16)
+    mask = BlockMask.from_dense(torch.ones(1, 1, 3, 2, dtype=torch.bool), 16, 32)
+    assert attention_module.describe(q, q, q, blocks=(16, 32)) == attention_module.describe(q, q, q, block_mask=mask)
 
 
 def test_backends_made_of_torch_are_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:

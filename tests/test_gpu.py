@@ -12,7 +12,7 @@ from tessera.kernels.triton_backend import IMPLEMENTATIONS
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
-TOLERANCE = selftest.TOLERANCE
+TOLERANCE = {implementation.precision: implementation.tolerance for implementation in IMPLEMENTATIONS}
 
 
 def skip_without(gigabytes: float) -> None:

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from tessera.kernels import attention as kernel
 from tessera.kernels import reference
 from tessera.kernels.block_mask import num_blocks
-from tessera.kernels.sparsity import RECIPES, Layout, TokenGrid, get, prepare, sparse_attention
+from tessera.kernels.sparsity import RECIPES, Layout, TokenGrid, describe, get, prepare, sparse_attention
 from tessera.kernels.sparsity.compensate import COMPENSATORS
 from tessera.kernels.sparsity.estimate import ESTIMATORS, block_mean
 from tessera.kernels.sparsity.permute import PERMUTERS
@@ -26,6 +27,7 @@ region_grids = st.builds(
 )
 blocks = st.sampled_from([16, 32, 64, 128])
 methods = st.sampled_from(sorted(RECIPES))
+REGIONS = TokenGrid(1, 1, 3 * 5 + 7 * 9 + 2, before=5, after=3, boxes=((1, 3, 5), (1, 7, 9), (1, 1, 2)))
 
 
 def tensors(tokens, batch=1, heads=2, kv_heads=None, head_dim=16, seed=0):
@@ -417,6 +419,31 @@ def test_settings_reach_the_method():
     own_block, rest = 1 / 16, 15 / 16  # 0.25 of the rest
     assert run() == run(similarity=0.0) == pytest.approx(own_block + 0.25 * rest, abs=1 / 512)
     assert run(similarity=1.0) == 1.0
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("name, grid", [("sparge", None), ("rainfusion2", TokenGrid(3, 8, 9, before=4)), ("draft", REGIONS)])
+def test_describe_is_the_problem_that_the_kernel_gets(name, grid, with_bias, grad, monkeypatch):
+    """What a caller asks about beforehand is the call, with its padding and the bias that hides it; and the answer is what runs."""
+    tokens = 200 if grid is None else grid.seq_len
+    layout = prepare(get(name), grid, CPU, block=16, seq_len=tokens)
+    q, k, v = tensors(tokens)
+    q.requires_grad_(grad)
+    bias = torch.randn(1, tokens) if with_bias else None
+    asked = describe(layout, q, k, v, key_bias=bias)
+    choice = kernel.explain(asked, "native")
+    seen = []
+    original = kernel.describe
+
+    def note(*arguments, **keywords):
+        seen.append(original(*arguments, **keywords))
+        return seen[-1]
+
+    monkeypatch.setattr(kernel, "describe", note)
+    monkeypatch.setattr(kernel, "explain", None)
+    sparse_attention(get(name), layout, q, k, v, density=0.3, key_bias=bias, choice=choice)
+    assert seen == [asked] and asked.requires_grad == grad and asked.blocks == (16, 16)
 
 
 def smooth_video(grid, heads=2, head_dim=16):

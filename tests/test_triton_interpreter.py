@@ -27,6 +27,8 @@ inside = pytest.mark.skipif(not interpreting(), reason="test_in_the_interpreter 
 PRECISIONS = {"native": torch.float16, "bf16": torch.bfloat16, "fp16": torch.float32, "int8": torch.bfloat16}
 """The input dtype that each precision is tested with."""
 
+TOLERANCE = {implementation.precision: implementation.tolerance for implementation in IMPLEMENTATIONS}
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(interpreting(), reason="already inside")
@@ -93,7 +95,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, key_bias: Ten
     assert (out[empty] == 0).all()
     magnitude = expected.abs().sum()
     # The last terms: one number alone may be rounded this far, and there may be only one.
-    assert (out - expected).abs().sum() <= selftest.TOLERANCE[precision] * magnitude + 1e-3
+    assert (out - expected).abs().sum() <= TOLERANCE[precision] * magnitude + 1e-3
     assert not lse[~empty].numel() or (lse - expected_lse)[~empty].abs().max() <= selftest.LSE_TOLERANCE
 
 

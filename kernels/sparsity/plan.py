@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .. import attention as kernel
 from ..block_mask import BlockMask, num_blocks
+from ..dispatch import Choice, Problem
 from .compensate import COMPENSATORS
 from .estimate import ESTIMATORS
 from .grid import TokenGrid
@@ -66,6 +68,15 @@ def prepare(recipe: Recipe, grid: TokenGrid | None, device: torch.device, *, blo
     return Layout(order.to(device), shown[order[shown].argsort()].to(device), forced, block, hidden.to(device))
 
 
+def describe(layout: Layout, q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | None = None) -> Problem:
+    """The kernel's `Problem` of `sparse_attention` with these tensors: what to ask `kernels.attention.explain` about before the call."""
+    problem = kernel.describe(q, k, v, blocks=(layout.block, layout.block), key_bias=key_bias)
+    if layout.order is None:
+        return problem
+    positions = len(layout.order)
+    return replace(problem, q_len=positions, k_len=positions, key_bias=problem.key_bias or layout.hidden is not None)
+
+
 def sparse_attention(
     recipe: Recipe,
     layout: Layout,
@@ -79,12 +90,14 @@ def sparse_attention(
     key_bias: Tensor | None = None,
     settings: Mapping[str, float] | None = None,
     mask: BlockMask | None = None,
+    choice: Choice | None = None,
 ) -> tuple[Tensor, BlockMask]:
     """Self-attention of q `(batch, heads, tokens, head_dim)` and k, v `(batch, kv_heads, tokens, head_dim)` as `recipe` does it.
 
     density: share to choose, in (0, 1], of the block pairs that the recipe does not keep anyway. What it keeps anyway (text, first frame, own
     block, what the estimator insists on) comes on top: `BlockMask.density` of the mask says how much that is of all pairs. key_bias:
     `(batch, tokens)`. settings: the method's own numbers, where they differ from its defaults. mask: reuse this mask instead of choosing one.
+    choice: what `kernels.attention.explain` answered for `describe` of this call, in place of precision.
     Returns the output in the tokens' own order, and the mask used.
     """
     if scale is None:
@@ -99,5 +112,5 @@ def sparse_attention(
     if mask is None:
         scores, must = ESTIMATORS[recipe.estimate](q, k, layout.block, scale, values)
         mask = SELECTORS[recipe.select](scores, layout.forced, density, layout.block, values, must)
-    out = COMPENSATORS[recipe.compensate](q, k, v, mask, key_bias, precision, scale)
+    out = COMPENSATORS[recipe.compensate](q, k, v, mask, key_bias, precision, choice, scale)
     return (out if layout.inverse is None else out.index_select(2, layout.inverse)), mask

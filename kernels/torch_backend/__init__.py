@@ -30,6 +30,6 @@ def _only_sparse(problem: Problem) -> str | None:
 
 
 IMPLEMENTATIONS = (
-    Implementation("torch", "native", (_only_sparse,), _load_block_sparse),
-    Implementation("sdpa", "native", (_only_dense,), _load_dense),
+    Implementation("torch", "native", (_only_sparse,), _load_block_sparse, trusted=True),
+    Implementation("sdpa", "native", (_only_dense,), _load_dense, trusted=True),
 )

@@ -79,15 +79,25 @@ def _load(operand_dtype: torch.dtype | None, int8: bool) -> Callable:
     return partial(_module().attention, operand_dtype=operand_dtype, int8=int8)
 
 
-def _implementation(precision: str, dtypes: tuple[torch.dtype, ...], advice: str, operand_dtype: torch.dtype | None = None) -> Implementation:
+def _implementation(
+    precision: str,
+    dtypes: tuple[torch.dtype, ...],
+    advice: str,
+    tolerance: float,
+    operand_dtype: torch.dtype | None = None,
+) -> Implementation:
     limits = (_device, _forward_only, partial(_dtype, taken=dtypes, advice=advice), _head_dim, _blocks, _triton)
-    return Implementation("triton", precision, limits, partial(_load, operand_dtype, precision == "int8"))
+    # Those that cast are tested on what they cast.
+    dtype = torch.bfloat16 if operand_dtype is None else torch.float32
+    return Implementation("triton", precision, limits, partial(_load, operand_dtype, precision == "int8"), tolerance, dtype)
 
 
 # INT8 first: it is what "auto" is for. float16 last: of the casts, the one that can overflow.
+# Tolerances: bfloat16 rounds p and v to 8 bits, 0.2 % each; the bf16 row rounds float32 q and k as well, and scores are exponentiated. INT8
+# with smoothed K: 1-2 % (SageAttention, arXiv:2410.02367).
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    _implementation("int8", _FLOATS, "use float16, bfloat16 or float32"),
-    _implementation("native", _HALVES, "tensor cores have no such type; use precision bf16, fp16 or int8"),
-    _implementation("bf16", _FLOATS, "use float16, bfloat16 or float32", torch.bfloat16),
-    _implementation("fp16", (torch.float16, torch.float32), "its values may overflow in float16; use native, bf16 or int8", torch.float16),
+    _implementation("int8", _FLOATS, "use float16, bfloat16 or float32", 0.03),
+    _implementation("native", _HALVES, "tensor cores have no such type; use precision bf16, fp16 or int8", 0.01),
+    _implementation("bf16", _FLOATS, "use float16, bfloat16 or float32", 0.02, torch.bfloat16),
+    _implementation("fp16", (torch.float16, torch.float32), "its values may overflow in float16; use native, bf16 or int8", 0.01, torch.float16),
 )
