@@ -1,13 +1,11 @@
 """What sparsity costs in quality: every recipe against the dense run of the same seed, in real ComfyUI, on the default weights.
 
-    python bench/quality.py [--prompts 8] [--seeds 2] [--steps 20] [--start-percent 0.3] [--dense-blocks 0 3] [--workers 2] [--out FILE]
+    python bench/quality.py [--prompts 8] [--seeds 2] [--steps 20] [--workers 2] [--out FILE]
+    python bench/quality.py --start-percent 0.3 --dense-blocks 0 3 --out FILE    with other guards than the node's
 
-Needs ComfyUI (COMFYUI_PATH, else ~/comfy/ComfyUI). PSNR between decoded videos, latent error relative to the dense latent's norm.
-Only prompts and seeds whose dense clip shows what was asked for are used. Writes JSON and, beside it, the same table as Markdown.
-
-Blocks 0 and 3 are dense by default: the first, as papers do, and one of the two of this model whose sparsity costs most. That was found
-on other noise: `--methods sparge --densities 0.2 --first-seed 101 --seeds 1 --dense-blocks 0 N` gave 23.7 dB without a second dense block
-and 23.8, 24.1, 24.8, 25.1, 23.2 dB with N = 1 to 5.
+Needs ComfyUI (COMFYUI_PATH, else ~/comfy/ComfyUI). The settings are those of *Accelerate* in each of its modes, with each method in the
+place of its own. PSNR between decoded videos, latent error relative to the dense latent's norm. Only prompts and seeds whose dense clip
+shows what was asked for are used. Writes JSON and, beside it, the same table as Markdown.
 """
 
 from __future__ import annotations
@@ -25,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 PACK = Path(__file__).resolve().parent.parent
-DENSITIES = (0.6, 0.4, 0.2)
-METHODS = ("rainfusion2", "draft", "sparge", "random")
+METHODS = ("rainfusion2", "draft", "sparge", "sparge_top_p", "random")
 PROMPTS = (
     "red disc right",
     "green square left",
@@ -51,11 +48,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--first-seed", type=int, default=1)
-    parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--methods", nargs="+", default=METHODS)
-    parser.add_argument("--start-percent", type=float, default=0.3)
-    parser.add_argument("--dense-blocks", type=int, nargs="*", default=[0, 3])
+    parser.add_argument("--start-percent", type=float, help="default: the node's")
+    parser.add_argument("--dense-blocks", type=int, nargs="*", help="default: the node's")
     parser.add_argument("--workers", type=int, default=2, help="processes, each with a share of the prompts")
     parser.add_argument("--date", default=datetime.date.today().isoformat())
     parser.add_argument("--out", type=Path, default=PACK / "bench" / "results" / "quality.json")
@@ -70,7 +66,7 @@ def main() -> None:
         parts = list(pool.map(lambda worker: run_worker(comfy, options, worker), range(options.workers)))
     heads, rows = [part[0] for part in parts], [row for part in parts for row in part[1:]]
     head = {**heads[0], **{name: sum(part[name] for part in heads) for name in ("clips", "tried")}}
-    head |= {"start_percent": options.start_percent, "dense_blocks": options.dense_blocks}
+    head["command"] = " ".join(["python bench/quality.py", *sys.argv[1:]])
     result = {"date": options.date, **head, "table": summarise(rows), "runs": rows}
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     text = markdown(result)
@@ -81,8 +77,8 @@ def main() -> None:
 def run_worker(comfy: Any, options: argparse.Namespace, worker: int) -> list[dict[str, Any]]:
     """One process with its share of the prompts. Small models use two cores better as two processes than as two threads."""
     job = {"prompts": options.prompts // options.workers, "seeds": options.seeds, "steps": options.steps}
-    job |= {"methods": list(options.methods), "start_percent": options.start_percent, "dense_blocks": options.dense_blocks}
-    job |= {"densities": list(options.densities), "first_seed": options.first_seed}
+    job |= {"methods": list(options.methods), "first_seed": options.first_seed}
+    job["guards"] = {name: value for name in ("start_percent", "dense_blocks") if (value := getattr(options, name)) is not None}
     job |= {"worker": worker, "workers": options.workers}
     command = [str(comfy.python), __file__, "--inside", str(comfy.path), str(PACK / ".pkg"), json.dumps(job)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -101,33 +97,33 @@ def run_worker(comfy: Any, options: argparse.Namespace, worker: int) -> list[dic
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over prompts and seeds, one row for each (method, density)."""
     table = []
-    keys = list(dict.fromkeys((row["method"], row["asked"]) for row in rows))
-    for method, asked in keys:
-        group = [row for row in rows if (row["method"], row["asked"]) == (method, asked)]
+    keys = list(dict.fromkeys((row["method"], row["mode"]) for row in rows))
+    for method, mode in keys:
+        group = [row for row in rows if (row["method"], row["mode"]) == (method, mode)]
         mean = {name: statistics.fmean(row[name] for row in group) for name in ("density", "overall_density", "psnr", "latent_error", "sparse_share")}
-        table.append({"method": method, "asked": asked, "runs": len(group), "psnr_min": min(row["psnr"] for row in group), **mean})
+        table.append({"method": method, "mode": mode, "runs": len(group), "psnr_min": min(row["psnr"] for row in group), **mean})
     return table
 
 
 def markdown(result: dict[str, Any]) -> str:
-    dense = " ".join(map(str, result["dense_blocks"]))
+    dense = " ".join(map(str, result["dense_blocks"])) or "none"
     lines = [
         "# Sparse against dense on the default weights",
         "",
-        f"`python bench/quality.py --steps {result['steps']} --start-percent {result['start_percent']} --dense-blocks {dense}`, "
-        f"{result['date']}: ComfyUI {result['comfyui']}, torch {result['torch']}, CPU. "
-        f"{result['clips']} clips of {FRAMES} frames, {SIZE} x {SIZE} ({result['tokens']} tokens, blocks of {result['block']}), "
-        f"{result['steps']} steps, the first {result['start_percent']:.0%} of the schedule and blocks {dense} (of 6) dense.",
-        f"Mean over prompts and seeds whose dense clip shows its caption ({result['clips']} of {result['tried']} tried). "
-        "Density counts forced blocks, which come on top of what is asked. *random* keeps random blocks; *another seed* compares two dense runs.",
+        f"`{result['command']}`, {result['date']}: ComfyUI {result['comfyui']}, torch {result['torch']}, CPU. "
+        f"{result['clips']} clips of {FRAMES} frames, {SIZE} x {SIZE} ({result['tokens']} tokens, blocks of {result['block']}), {result['steps']} "
+        f"steps. The settings of *Accelerate*: the first {result['start_percent']:.0%} of the schedule dense, dense blocks (of 6): {dense}.",
+        f"Mean over prompts and seeds whose dense clip shows its caption ({result['clips']} of {result['tried']} tried). Density is of the sparse "
+        "calls, with the blocks that are kept in any case; *overall* counts the dense calls. *random* keeps random blocks; *another seed* "
+        "compares two dense runs.",
         "",
-        "| method | asked | density | overall | PSNR dB (worst) | latent error | sparse calls in the window |",
+        "| method | mode | density | overall | PSNR dB (worst) | latent error | sparse calls in the window |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in result["table"]:
-        asked = "" if row["asked"] is None else row["asked"]
         lines.append(
-            f"| {row['method']} | {asked} | {row['density']:.2f} | {row['overall_density']:.2f} | {row['psnr']:.1f} ({row['psnr_min']:.1f}) "
+            f"| {row['method']} | {row['mode'] or ''} | {row['density']:.2f} | {row['overall_density']:.2f} "
+            f"| {row['psnr']:.1f} ({row['psnr_min']:.1f}) "
             f"| {row['latent_error']:.3f} | {row['sparse_share']:.0%} |"
         )
     return "\n".join(lines) + "\n"
@@ -151,13 +147,15 @@ def inside(comfyui: str, package_parent: str, job: dict[str, Any]) -> None:
 
     import nodes
     from tessera.models.default import clips, vocabulary
-    from tessera.models.patchers.attention import AttentionSettings
     from tessera.nodes import DEFAULT_WEIGHTS
+    from tessera.nodes.attention import MODES, accelerate_settings
     from tessera.nodes.host import last_report, patch_attention
 
     for folder in ("diffusion_models", "vae"):
         folder_paths.add_model_folder_path(folder, str(DEFAULT_WEIGHTS / folder))
     steps = job["steps"]
+    guards = job["guards"] | {"dense_blocks": frozenset(job["guards"]["dense_blocks"])} if "dense_blocks" in job["guards"] else job["guards"]
+    plain = accelerate_settings("quality", 0, **guards)
     if job["workers"] > 1:
         torch.set_num_threads(1)
 
@@ -202,29 +200,23 @@ def inside(comfyui: str, package_parent: str, job: dict[str, Any]) -> None:
             steps=steps,
             tokens=576,
             block=32,
+            start_percent=plain.start_percent,
+            dense_blocks=sorted(plain.dense_blocks),
         )
 
         def compare(run: tuple[torch.Tensor, torch.Tensor], base: tuple[torch.Tensor, torch.Tensor]) -> dict[str, float]:
             error = float((run[0] - base[0]).norm() / base[0].norm())
             return {"psnr": float(-10 * torch.log10((run[1] - base[1]).square().mean().clamp_min(1e-12))), "latent_error": error}
 
-        for density in job["densities"]:
+        for mode in MODES:
             for method in job["methods"]:
-                settings = AttentionSettings(
-                    method=method,
-                    density=density,
-                    precision="native",
-                    start_percent=job["start_percent"],
-                    dense_blocks=frozenset(job["dense_blocks"]),
-                    min_tokens=0,
-                )
-                patched = patch_attention(model, settings, None)
+                patched = patch_attention(model, accelerate_settings(mode, 0, method=method, **guards), None)
                 for (prompt, seed), base in dense.items():
                     run = sample(patched, prompt, seed)
                     report = last_report(patched)
                     emit(
                         method=method,
-                        asked=density,
+                        mode=mode,
                         prompt=prompt,
                         seed=seed,
                         density=report["density"],
@@ -236,7 +228,7 @@ def inside(comfyui: str, package_parent: str, job: dict[str, Any]) -> None:
             other = sample(model, prompt, seed + 1000)
             emit(
                 method="another seed (dense)",
-                asked=None,
+                mode=None,
                 prompt=prompt,
                 seed=seed,
                 density=1.0,

@@ -16,6 +16,12 @@ from .host import last_report, patch_attention
 CATEGORY = "Tessera/attention"
 MODES = {"quality": 0.5, "balanced": 0.3, "fast": 0.2}
 
+
+def accelerate_settings(mode: str, min_tokens: int, **changes) -> AttentionSettings:
+    """What *Accelerate* does in a mode; `bench/quality.py` measures it. changes: of other fields, to measure what else there could be."""
+    return AttentionSettings(**{"density": MODES[mode], "gentle_few_steps": True, "min_tokens": min_tokens, **changes})
+
+
 _MODEL_TIP = "Any diffusion model. It is cloned: the model that you connect stays as it was, and bypassing this node removes the patch."
 _MIN_TOKENS_TIP = (
     "Shorter sequences are not made sparse: below about 12k tokens dense attention is as fast. Count: frames x height x width in latent patches."
@@ -50,8 +56,7 @@ class Accelerate(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, mode, min_tokens) -> io.NodeOutput:
-        settings = AttentionSettings(density=MODES[mode], gentle_few_steps=True, min_tokens=min_tokens)
-        return io.NodeOutput(patch_attention(model, settings, cls.hidden.unique_id))
+        return io.NodeOutput(patch_attention(model, accelerate_settings(mode, min_tokens), cls.hidden.unique_id))
 
 
 def _setting_widget(name: str, setting) -> io.Input:

@@ -346,6 +346,34 @@ def test_dense_quantized_where_the_gpu_has_it(monkeypatch):
     assert run(AttentionPatch(settings(precision="auto", min_tokens=12288)), SIGMAS[:3], quantize=False)["calls"] == {"host": 6}
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["no gradients", "gradients"])
+def test_the_probe_asks_what_the_kernel_is_asked(monkeypatch, grad):
+    """Kernels without gradients refuse a call that needs some: the probe must know, or the call raises inside the run."""
+
+    def no_grad(problem):
+        return "the kernels compute no gradients" if problem.requires_grad else None
+
+    def run_int8(q, k, v, block_mask, key_bias, scale, return_lse):
+        out, lse = reference.attention(q, k, v, block_mask=block_mask, key_bias=key_bias, scale=scale)
+        return out.to(q.dtype), lse.float() if return_lse else None
+
+    patcher.kernel.explain(dispatch.Problem(torch.device("cpu"), torch.float32, 1, 1, 1, 1, 16))  # fills the registry
+    fake = dispatch.Implementation("like-triton", "int8", (no_grad,), lambda: run_int8)
+    monkeypatch.setattr(dispatch, "_implementations", [fake, *dispatch._implementations])
+    patch = AttentionPatch(settings(precision="auto"))
+    patch.start(flow(), SIGMAS)
+    call = ModelCall(LAYOUT, 0.5)
+    patch.begin(call)
+    q, k, v = qkv()
+    out, host = attend(patch, call, q.requires_grad_(grad), k, v)
+    assert not host
+    assert patch.report.backends == {"torch/native" if grad else "like-triton/int8": 1}
+    if grad:
+        out.sum().backward()
+        assert q.grad is not None and q.grad.abs().sum() > 0
+        assert patch.report.refusals == {"like-triton/int8": "the kernels compute no gradients", **patch.report.refusals}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

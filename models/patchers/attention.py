@@ -19,7 +19,7 @@ from torch import Tensor
 from ...kernels import attention as kernel
 from ...kernels import dispatch
 from ...kernels.block_mask import BlockMask, num_blocks
-from ...kernels.sparsity import Layout, TokenGrid, get, prepare, sparse_attention
+from ...kernels.sparsity import Layout, TokenGrid, describe, get, prepare, sparse_attention
 from ..families import TokenLayout
 from .report import HOST, QUANTIZED, SPARSE, AttentionReport, CallRecord, ModelCallRecord, clock
 
@@ -161,7 +161,7 @@ class AttentionPatch:
         self._places: Counter[Hashable] = Counter()
         self._layouts: dict[tuple, Layout] = {}
         self._masks: dict[tuple, tuple[int, BlockMask]] = {}
-        self._choices: dict[tuple, tuple[str | None, str]] = {}
+        self._choices: dict[tuple[dispatch.Problem, str], dispatch.Choice] = {}
         self._disabled: set[tuple[int | None, str]] = set()
         if percent_to_sigma is not None:
             start = settings.start_percent
@@ -274,28 +274,32 @@ class AttentionPatch:
         else:
             unsupported = "another length than the video's"
         outcome, reason, in_window = self._decide(call, layer, problem.q_len, grid, unsupported)
-        precision = name = None
+        shape = (q.shape[0], problem.num_heads, problem.num_kv_heads, problem.q_len, problem.head_dim)
+        implementation = layout = None
         if outcome != HOST:
             if outcome == SPARSE:
-                problem = replace(problem, blocks=(self._block(problem.q_len),) * 2)
-            precision, name = self._precision(problem, quantize, layer)
-            if precision is None:
-                reason = name if outcome == SPARSE else reason
-                outcome, name = HOST, None
+                layout = self._layout(grid, q)
+                problem = describe(layout, q, k, v, key_bias=key_bias)
+            choice, refusal = self._choice(problem, quantize, layer)
+            if choice is None:
+                reason = refusal if outcome == SPARSE else reason
+                outcome = HOST
+            else:
+                implementation = choice.taken()
 
         kept, pairs = None, 1
         start = clock(q.device)
-        if precision is None:
+        if implementation is None:
             out = dense()
         else:
-            if outcome == SPARSE:
-                result, kept, pairs = self._sparse(call, layer, grid, q, k, v, precision, key_bias, scale)
+            if layout is not None:
+                result, kept, pairs = self._sparse(call, layer, grid, layout, q, k, v, choice, key_bias, scale)
             else:
-                result = kernel.attention(q, k, v, key_bias=key_bias, precision=precision, scale=scale)
+                result = kernel.attention(q, k, v, key_bias=key_bias, choice=choice, scale=scale)
             with self._keep():
-                call.checks.append((layer, precision, result.detach().sum(dtype=torch.float32)))
+                call.checks.append((layer, implementation.precision, result.detach().sum(dtype=torch.float32)))
             out = to_host(result)
-        shape = (q.shape[0], problem.num_heads, problem.num_kv_heads, problem.q_len, problem.head_dim)
+        name = None if implementation is None else implementation.name
         self.report.records.append(CallRecord(call.step, layer, shape, outcome, start, clock(q.device), kept, pairs, in_window, reason, name))
         return out
 
@@ -323,33 +327,31 @@ class AttentionPatch:
     def _block(self, tokens: int) -> int:
         return self.settings.block or auto_block(tokens)
 
-    def _precision(self, problem: dispatch.Problem, quantize: bool, layer: int | None) -> tuple[str | None, str]:
-        """(precision, implementation name) or (None, reason). Dense calls gain nothing from us at native precision: the host keeps them."""
+    def _choice(self, problem: dispatch.Problem, quantize: bool, layer: int | None) -> tuple[dispatch.Choice | None, str]:
+        """(what computes the call, "") or (None, reason). Dense calls gain nothing from us at native precision: the host keeps them."""
         wanted = self.settings.precision if quantize else "native"
         found = self._choices.get((problem, wanted))
         if found is None:
             found = self._choices[problem, wanted] = self._choose(problem, wanted)
-        if found[0] is not None and (layer, found[0]) in self._disabled:
-            return None, f"{found[0]} disabled at this layer after non-finite output"
-        return found
+        if found.implementation is None:
+            return None, _first_reason(found)
+        precision = found.implementation.precision
+        if problem.blocks is None and precision == "native":
+            return None, "native precision"
+        if (layer, precision) in self._disabled:
+            return None, f"{precision} disabled at this layer after non-finite output"
+        return found, ""
 
-    def _choose(self, problem: dispatch.Problem, wanted: str) -> tuple[str | None, str]:
+    def _choose(self, problem: dispatch.Problem, wanted: str) -> dispatch.Choice:
         choice = kernel.explain(problem, wanted)
         if choice.implementation is None and wanted not in ("auto", "native"):
             self.report.notes[f"{wanted} is not available here, native precision used: {_first_reason(choice)}"] += 1
             self.report.refusals.update(choice.refusals)
             choice = kernel.explain(problem, "native")
         self.report.refusals.update(choice.refusals)
-        found = choice.implementation
-        if found is None:
-            return None, _first_reason(choice)
-        if problem.blocks is None and found.precision == "native":
-            return None, "native precision"
-        return found.precision, found.name
+        return choice
 
-    def _sparse(self, call, layer, grid, q, k, v, precision, key_bias, scale) -> tuple[Tensor, Tensor, int]:
-        block = self._block(q.shape[2])
-        layout = self._layout(grid, q, block)
+    def _sparse(self, call, layer, grid, layout, q, k, v, choice, key_bias, scale) -> tuple[Tensor, Tensor, int]:
         key = (layer, call.place, grid, q.shape)
         mask = self._masks[key][1] if key in self._masks else None
         out, used = sparse_attention(
@@ -359,7 +361,7 @@ class AttentionPatch:
             k,
             v,
             density=self.density,
-            precision=precision,
+            choice=choice,
             scale=scale,
             mask=mask,
             key_bias=key_bias,
@@ -371,7 +373,8 @@ class AttentionPatch:
             pairs = q.shape[0] * q.shape[1] * used.counts.shape[2] * num_blocks(k.shape[2], used.block_n)
             return out, used.counts.expand(*q.shape[:2], -1).sum(), pairs
 
-    def _layout(self, grid: TokenGrid | None, q: Tensor, block: int) -> Layout:
+    def _layout(self, grid: TokenGrid | None, q: Tensor) -> Layout:
+        block = self._block(q.shape[2])
         key = (grid, q.shape[2], q.device, block)
         layout = self._layouts.get(key)
         if layout is None:
