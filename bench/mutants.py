@@ -35,7 +35,7 @@ RESULTS = PACK / "bench" / "results" / "mutants.json"
 MODULES = {
     "models/patchers/report.py": ["test_attention_report.py"],
     "models/patchers/attention.py": ["test_attention_patch.py", "test_attention_report.py"],
-    "models/offload/schedule.py": ["test_offload_schedule.py", "test_offload.py"],
+    "models/offload/schedule.py": ["test_offload_plan.py"],
     "kernels/sparsity/select.py": ["test_sparsity.py"],
     "kernels/sparsity/estimate.py": ["test_sparsity.py"],
     "kernels/sparsity/permute.py": ["test_sparsity.py"],

@@ -109,6 +109,7 @@ def test_an_empty_run_has_no_shares():
     assert (report["density"], report["overall_density"], report["sparse_share_in_window"], report["main_reason"]) == (None,) * 4
     assert report["density_by_step_and_layer"] == []
     assert report["calls"] == {}
+    assert (report["asked_density"], report["repeated_model_calls"]) == (1.0, 0)
 
 
 # The line
@@ -145,6 +146,11 @@ LINES = {
         report_of(sparse(), model_calls=[WARM_UP, model_call(6.0, dense(seconds=3.0)), model_call(4.0, sparse(seconds=1.0))]),
         "sparge on torch/native · 1 of 1 self-attention calls sparse · density 0.30 (overall 0.30) · "
         "model call 1.50x as fast as dense (sparse attention call 3.00x)",
+    ),
+    "neither gain nor loss": (
+        report_of(sparse(), model_calls=[WARM_UP, model_call(4.0, dense(seconds=3.0)), model_call(4.0, sparse(seconds=1.0))]),
+        "sparge on torch/native · 1 of 1 self-attention calls sparse · density 0.30 (overall 0.30) · "
+        "model call 1.00x as fast as dense (sparse attention call 3.00x)",
     ),
     "a loss": (
         report_of(sparse(), model_calls=[WARM_UP, model_call(4.0, dense(seconds=3.0)), model_call(5.0, sparse(seconds=1.0))]),
@@ -209,6 +215,43 @@ def test_a_model_call_is_dense_only_if_all_of_it_was_the_hosts():
     assert speedups(WARM_UP, model_call(3.0, dense(seconds=1.0), dense(layer=1, seconds=1.0)), half) == (2.0, 1.5)
 
 
+class Event:
+    """A CUDA event: milliseconds on the device's time line, which may be read when it has been waited for."""
+
+    def __init__(self, enable_timing=False):
+        assert enable_timing
+        self.time, self.waited = None, False
+
+    def record(self):
+        self.time = 0.0
+
+    def at(self, milliseconds):
+        self.time = milliseconds
+        return self
+
+    def synchronize(self):
+        self.waited = True
+
+    def elapsed_time(self, other):
+        return other.time - self.time
+
+
+def test_times_on_a_gpu_are_events_that_are_waited_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    event = clock(torch.device("cuda", 0))
+    assert isinstance(event, Event) and event.time == 0.0
+    calls, model_calls = [], []
+    for seconds in (3.0, 2.0, 1.0):
+        call = record(HOST, reason="density 1")
+        call.start, call.end = event, Event(True).at(1e3 * seconds)
+        calls.append(call)
+        model_calls.append(ModelCallRecord(event, Event(True).at(2e3 * seconds), [call]))
+    assert report_of(*calls, model_calls=model_calls).as_dict()["attention_seconds"] == 6.0
+    assert model_calls[0].seconds == 6.0
+    # The last of a stream is the last of all.
+    assert [part.end.waited for part in (*calls, *model_calls)] == [False, False, True] * 2
+
+
 # The picture
 
 
@@ -257,8 +300,9 @@ def test_the_picture_is_as_wide_as_its_columns(columns, width):
         (report_of(sparse()), "every call was sparse"),
         (report_of(other=Counter({"cross-attention": 3})), "not sparse: cross-attention (3)"),
         (report_of(dense(reason="a reason that is longer than what one line can hold")), "not sparse: a reason that is longer than what one"),
+        (report_of(dense(reason="a reason as long as one line can be.")), "not sparse: a reason as long as one line can be. (1)"),
     ],
-    ids=["nothing", "all", "cross-attention", "long"],
+    ids=["nothing", "all", "cross-attention", "long", "52 characters"],
 )
 def test_the_picture_says_what_was_not_sparse(run, line):
     picture = heat_map(run.as_dict())

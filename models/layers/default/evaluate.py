@@ -1,18 +1,20 @@
 """The layered weights on held-out layouts: does the merged picture show the layers, and are the layers what the caption says?
 
-python -m tessera.models.layers.default.evaluate [--folder WHERE] [--layouts 100] [--clips 20] [--layers 2 52] [--out FILE] [--sheet FILE]
+python -m tessera.models.layers.default.evaluate [--folder WHERE] [--layouts 100] [--clips 20] [--layers 2 52] [--boxes scattered] [--out FILE]
 
 autoencoder: PSNR of held-out pictures and clips that the VAE alone encodes and decodes. merged: PSNR of the merged picture against the composite of
 ground and layers, and against the composite of another layout, on its canvas. iou: of a layer's alpha with the best-fitting object that the caption
 names, drawn into its box; box: the same of a filled box. named: share of layers whose colour and best-fitting shape the caption names together.
 rows: each layout. --layers: so many layouts with each of these numbers of layers, merged picture and ground counted, instead of the numbers that
-training has.
+training has. --boxes: other places than training has: scattered, of any size and place, over one another; whole, one box over the canvas;
+large, the layout four times as wide and high, its boxes with it. --sheet FILE: a picture of the first ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import platform
 from pathlib import Path
@@ -28,12 +30,15 @@ from ...default.clips import PALETTE
 from ...default.networks import build_vae
 from .. import transparent_vae
 from ..compose import on_checkerboard
+from ..document import Box
 from ..regions import WHOLE, Regions
 from . import dataset, drawn, export, sampling, vocabulary
 from .networks import LayeredTransformer
 from .train_vae import held_out, psnr
 
 SEED = 2 * 10**6
+LARGE = 4
+BOXES = ("drawn", "scattered", "whole", "large")
 
 
 def load(folder: Path) -> tuple[Any, LayeredTransformer, transparent_vae.TransparentDecoder]:
@@ -69,16 +74,33 @@ def read(layer: Tensor, kinds: list[vocabulary.Kind]) -> tuple[float, float, boo
     return fit, max(box for _, box, _ in named), any(kind.colour == colour and kind.shape == best.shape for kind in kinds)
 
 
+def placed(boxes: list[Box], where: str, generator: torch.Generator) -> list[Box]:
+    """Boxes in tokens, of canvas, ground and foregrounds, where training has none: see BOXES in the module's words."""
+    width, height = boxes[0][2:]
+
+    def below(n: int) -> int:
+        return int(torch.randint(n, (), generator=generator))
+
+    if where == "scattered":
+        sizes = [(1 + below(min(dataset.SIZES[-1], width)), 1 + below(min(dataset.SIZES[-1], height))) for _ in boxes[WHOLE:]]
+        return [*boxes[:WHOLE], *((below(width - w + 1), below(height - h + 1), w, h) for w, h in sizes)]
+    if where == "whole":
+        return [*boxes[:WHOLE], boxes[0]]
+    if where == "large":
+        return [(LARGE * x, LARGE * y, LARGE * w, LARGE * h) for x, y, w, h in boxes]
+    return boxes
+
+
 def evaluate(
-    networks: tuple, layouts: int, frames: int, generator: torch.Generator, layers: int | None = None
+    networks: tuple, layouts: int, frames: int, generator: torch.Generator, layers: int | None = None, where: str = "drawn"
 ) -> tuple[dict[str, Any], list[tuple[str, sampling.Decoded]]]:
-    """Figures, and what was made. layers: of each layout; None leaves it to `dataset.sample`."""
+    """Figures, and what was made. layers: of each layout; None leaves it to `dataset.sample`. where: one of BOXES."""
     vae, model, decoder = networks
     made: list[tuple[str, sampling.Decoded]] = []
     rows: list[dict[str, Any]] = []
     for number in range(layouts):
         found = dataset.sample(frames, generator, None if layers is None else layers - WHOLE)
-        boxes, caption = dataset.boxes_of(found), dataset.caption_of(found)
+        boxes, caption = placed(dataset.boxes_of(found), where, generator), dataset.caption_of(found)
         regions = Regions(*boxes[0][2:], tuple(boxes), (frames - 1) // 4 + 1)
         decoded = sampling.decode(vae, decoder, sampling.latents(model, regions, caption, number), regions)
         read_back = []
@@ -157,6 +179,7 @@ def main() -> None:
     parser.add_argument("--layouts", type=int, default=100)
     parser.add_argument("--clips", type=int, default=20)
     parser.add_argument("--layers", type=int, nargs="*", default=[])
+    parser.add_argument("--boxes", choices=BOXES, nargs="+", default=["drawn"])
     parser.add_argument("--out")
     parser.add_argument("--sheet")
     parser.add_argument("--threads", type=int, default=1)
@@ -174,9 +197,9 @@ def main() -> None:
     }
     made: list[tuple[str, sampling.Decoded]] = []
     for what, many, frames in (("pictures", options.layouts, 1), ("clips", options.clips, 9)):
-        for layers in (options.layers or [None]) if many else []:
-            name = what if layers is None else f"{what} of {layers} layers"
-            results[name], some = evaluate(networks, many, frames, torch.Generator().manual_seed(SEED + frames), layers)
+        for layers, where in itertools.product(options.layers or [None], options.boxes) if many else []:
+            name = (what if layers is None else f"{what} of {layers} layers") + ("" if where == "drawn" else f", {where} boxes")
+            results[name], some = evaluate(networks, many, frames, torch.Generator().manual_seed(SEED + frames), layers, where)
             made += some[:12]
             print(name, json.dumps({key: value for key, value in results[name].items() if key != "rows"}, indent=1), flush=True)
     if options.sheet:
