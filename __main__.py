@@ -3,57 +3,117 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+
+DEBUG = "TESSERA_DEBUG"
+EPILOG = f"{DEBUG}=1 in the environment shows where in the code an error happened."
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status. What is expected to go wrong ends in one message on stderr, not in a traceback."""
+    """Returns the exit status. Whatever goes wrong ends in one message on stderr; a traceback comes before it where TESSERA_DEBUG is set."""
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that a server that was started is stopped
-    from .cli import comfy_server, demo, doctor, offload_plan, run
-
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # unwinds, so that a server that was started is stopped
+            signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
     try:
-        if options.command == "demo":
-            demo.run_demo(options.output, options.models)
-        elif options.command == "run":
-            run.run_workflow(options.workflow, options.output, options.set)
-        elif options.command == "offload-plan":
-            for line in offload_plan.lines(options.model, options.gb, options.gpu, options.shape, options.tflops, options.gbps, options.passes):
-                print(line)
-        elif options.command == "hyperspectral":
-            from .cli import hyperspectral
-
-            for line in hyperspectral.run(options):
-                print(line, flush=True)
-        elif options.command == "layers":
-            from .cli import layers
-
-            for line in layers.convert(options.source, options.target):
-                print(line)
-        elif options.command == "upscale" and (options.diffusion is not None or options.servers is not None):
-            from .cli import diffusion_upscale
-
-            diffusion_upscale.run(options)
-        elif options.command == "upscale":
-            from .cli import upscale
-
-            upscale.run(options)
-        else:
-            for line in doctor.report():
-                print(line)
-    except (demo.DemoError, comfy_server.ServerStartError, comfy_server.PromptError, OSError, ValueError) as error:
-        print(f"tessera {options.command}: {error}", file=sys.stderr)
-        return 1
+        COMMANDS[options.command](options)
     except KeyboardInterrupt as error:
         print(f"tessera {options.command}: stopped", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 130
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            traceback.print_exc()
+        print(f"tessera {options.command}: {_sentence(error, options)}", file=sys.stderr)
+        return 1
     return 0
 
 
+def _sentence(error: Exception, options: argparse.Namespace) -> str:
+    """What went wrong, for a user."""
+    from .cli.comfy_server import ServerError
+
+    if isinstance(error, OSError) and error.strerror is not None:
+        files = [str(file) for file in (error.filename, error.filename2) if file is not None]
+        return f"{' and '.join(files)}: {error.strerror}" if files else error.strerror
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        return f"the Python package {error.name.partition('.')[0]} is not installed for {sys.executable}; install it with pip"
+    if isinstance(error, OSError | ValueError | ServerError):
+        return str(error)
+    files = [str(value) for value in vars(options).values() if isinstance(value, Path)]
+    work = f" at work on {' and '.join(files)}" if files else ""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+        return f"memory ran out{work}; close other programs, or ask for less at once"
+    return (
+        f"an error in Tessera itself{work}. Please report it, with the command and the file if you can give it away; "
+        f"{DEBUG}=1 before the command shows where it happened"
+    )
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from .cli import demo
+
+    demo.run_demo(options.output, options.models)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from .cli import run
+
+    run.run_workflow(options.workflow, options.output, options.set, options.overwrite)
+
+
+def _offload_plan(options: argparse.Namespace) -> None:
+    from .cli import offload_plan
+
+    for line in offload_plan.lines(options.model, options.gb, options.gpu, options.shape, options.tflops, options.gbps, options.passes):
+        print(line)
+
+
+def _hyperspectral(options: argparse.Namespace) -> None:
+    from .cli import hyperspectral
+
+    for line in hyperspectral.run(options):
+        print(line, flush=True)
+
+
+def _layers(options: argparse.Namespace) -> None:
+    from .cli import layers
+
+    for line in layers.convert(options.source, options.target):
+        print(line)
+
+
+def _upscale(options: argparse.Namespace) -> None:
+    from .cli import diffusion_upscale, upscale
+
+    diffusion = options.diffusion is not None or options.servers is not None
+    (diffusion_upscale if diffusion else upscale).run(options)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from .cli import doctor
+
+    for line in doctor.report():
+        print(line)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "demo": _demo,
+    "run": _run,
+    "offload-plan": _offload_plan,
+    "hyperspectral": _hyperspectral,
+    "layers": _layers,
+    "upscale": _upscale,
+    "doctor": _doctor,
+}
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tessera", description="Sparse and quantized attention for diffusion models.")
+    parser = argparse.ArgumentParser(prog="tessera", description="Sparse and quantized attention for diffusion models.", epilog=EPILOG)
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="the built-in text-to-video workflow, dense and accelerated, with all figures")
     demo.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for videos and pictures (default: %(default)s)")
@@ -62,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("workflow", type=Path)
     run.add_argument("--output", type=Path, default=Path("output"), help="folder for what the workflow makes (default: %(default)s)")
     run.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="change an input of the workflow; may be repeated")
+    run.add_argument("--overwrite", action="store_true", help="replace what has the same name (default: numbers go on from the highest there)")
     plan = commands.add_parser("offload-plan", help="what a memory budget costs on a GPU, predicted from a weight file")
     plan.add_argument("--model", type=Path, required=True, help="safetensors file of a diffusion model")
     plan.add_argument("--gb", type=float, required=True, help="GB (2**30 bytes) of weights that may be on the GPU at once")

@@ -33,7 +33,7 @@ WARM_UP_STEPS = 2
 Workflow = dict[str, dict[str, Any]]
 
 
-class DemoError(RuntimeError):
+class DemoError(ValueError):
     """The demo ran and what came out is wrong."""
 
 

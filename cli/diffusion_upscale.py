@@ -8,7 +8,6 @@ lie on the disk, so memory depends on neither the clip's length nor the number o
 from __future__ import annotations
 
 import argparse
-import json
 import secrets
 import shutil
 import time
@@ -17,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from http.client import HTTPException
 from math import ceil, inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,8 +34,19 @@ from ..models.upscale.video import upscale_video
 from ..models.upscale.video_reader import VideoFacts, VideoReader, inspect_video, open_video
 from ..models.upscale.video_writer import CONTAINERS, NO_SPACE
 from ..models.upscale.ycbcr import to_rgb
-from .comfy_server import HOW_TO_GET, ComfyClient, ComfyServer, PromptFailedError, PromptRefusedError, ServerStartError, find_comfy
+from .comfy_server import (
+    HOW_TO_GET,
+    ComfyClient,
+    ComfyServer,
+    PromptFailedError,
+    PromptRefusedError,
+    ServerError,
+    ServerGoneError,
+    ServerStartError,
+    find_comfy,
+)
 from .upscale import ProgressLine, find_jobs, wanted_size
+from .workflow_files import read_workflow
 
 NODE = "TesseraPatchUpscaleVideo"
 SAVE = "tessera_save"
@@ -149,13 +158,8 @@ class Workflow:
 
     @staticmethod
     def read(file: Path) -> Workflow:
-        """Raises ValueError that names the file and what it lacks."""
-        try:
-            graph = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file} is no JSON file ({error}); export the workflow again") from error
-        if not isinstance(graph, dict) or not all(isinstance(node, dict) and "class_type" in node and "inputs" in node for node in graph.values()):
-            raise ValueError(f"{file} is no workflow in API format; in ComfyUI use File > Export (API)")
+        """Raises FileError or ValueError that names the file and what it lacks."""
+        graph = read_workflow(file)
         nodes = [name for name, node in graph.items() if node["class_type"] == NODE]
         if len(nodes) != 1:
             raise ValueError(f"{file} has {len(nodes)} nodes of type {NODE} (Patch Upscale Video); it needs one, which gets the frames")
@@ -310,7 +314,7 @@ class Chunks:
             self._changed.notify_all()
             running = dict(self._running)
         for server, prompt_id in running.items():
-            with suppress(OSError, HTTPException, RuntimeError):
+            with suppress(ServerError):
                 server.cancel(prompt_id)
         for thread in self._threads:
             if thread.ident is not None:
@@ -391,7 +395,7 @@ class Chunks:
             while (chunk := self._take(server)) is not None:
                 try:
                     received = self._compute(server, chunk)
-                except (OSError, HTTPException, RuntimeError) as error:
+                except (OSError, RuntimeError) as error:
                     if getattr(error, "errno", None) in NO_SPACE:
                         raise
                     if isinstance(error, PromptFailedError) and error.body["exception_type"] in OF_THE_WORKFLOW:
@@ -473,9 +477,9 @@ class Chunks:
         try:
             if closed:
                 server.cancel(prompt_id)
-            pictures = server.wait(prompt_id, inf).outputs[SAVE]["images"]
-        except (OSError, HTTPException):
-            with suppress(OSError, HTTPException, RuntimeError):  # the server may have come back, and be at it still
+            pictures = server.wait(prompt_id, inf).outputs.get(SAVE, {}).get("images", [])
+        except ServerGoneError:
+            with suppress(ServerError):  # it may have come back, and be at it still
                 server.cancel(prompt_id)
             raise
         finally:
@@ -487,7 +491,7 @@ class Chunks:
         for index, picture in enumerate(pictures):
             received.append(chunk.folder / f"{index:05}.png")
             received[-1].write_bytes(server.fetch(picture))
-        with suppress(OSError, HTTPException, RuntimeError):
+        with suppress(ServerError):
             for file in (*there, *pictures):
                 server.upload(b"", file)  # ComfyUI has no way to remove a file, but an empty one takes no room
         return received

@@ -20,7 +20,7 @@ from ..models.layers.clean import Cleaning, colour, stacked
 from ..models.layers.compose import composite, on_checkerboard, thumbnails
 from ..models.layers.document import MAX_SIDE, Document, Layer, clean_name, from_core, rgba, to_core
 from ..models.layers.layout import chosen, restacked
-from .reporting import progress, said
+from .reporting import progress, said, saved_file
 
 CATEGORY = "Tessera/layers"
 Layers = io.Custom("LAYERS")  # io.Layers is newer than our oldest ComfyUI
@@ -310,9 +310,9 @@ class SaveLayers(io.ComfyNode):
         target = Path(folder) / f"{name}_{counter:05}_{'' if format == 'png' else '.' + format}"
         picture = composite(document, on_layer=progress())
         files.write(document, target, picture, progress())
-        saved = {"filename": target.name, "subfolder": subfolder, "type": "output"}
         line = f"{target.name} in {subfolder or 'the output folder'}"
-        return io.NodeOutput(layers, ui=shown(cls, document, all_layers(document), [line], picture) | {"tessera_files": (saved,)})
+        saved = {"tessera_files": (saved_file(target, subfolder),)}
+        return io.NodeOutput(layers, ui=shown(cls, document, all_layers(document), [line], picture) | saved)
 
 
 class LoadLayers(io.ComfyNode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
@@ -20,6 +21,14 @@ def said(cls: Any, text: str) -> dict[str, tuple[str]]:
     """Show text on the running node `cls`; returns the part of its `ui` that carries it to the history, which the front end does not draw."""
     say(cls.hidden.unique_id, text)
     return {"text": (text,)}
+
+
+def saved_file(target: Path, subfolder: str) -> dict[str, Any]:
+    """The entry of a file in the output folder for `tessera_files`; that of a folder has the names of its files, as /view gives out no folders."""
+    entry: dict[str, Any] = {"filename": target.name, "subfolder": subfolder, "type": "output"}
+    if target.is_dir():
+        entry["files"] = sorted(file.relative_to(target).as_posix() for file in target.rglob("*") if file.is_file())
+    return entry
 
 
 def progress() -> Callable[[int, int], None]:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from ..models.layers.document import rgba
 from .layers import CATEGORY
-from .reporting import said
+from .reporting import said, saved_file
 from .upscale_video import input_path
 
 # The library's formats; PyAV, which it needs, is imported when a node runs.
@@ -177,7 +177,7 @@ class SaveTransparentVideo(io.ComfyNode):
             preview = Path(folder_paths.get_temp_directory(), f"tessera_{secrets.token_hex(8)}.webm")
             save_preview(preview, followed(frames, bar), rate)
             shown = ui.SavedResult(preview.name, "", io.FolderType.temp)
-        return io.NodeOutput(images, ui={**ui.PreviewVideo([shown]).as_dict(), **said(cls, line), "tessera_files": (dict(entry),)})
+        return io.NodeOutput(images, ui={**ui.PreviewVideo([shown]).as_dict(), **said(cls, line), "tessera_files": (saved_file(target, subfolder),)})
 
 
 class LoadTransparentVideo(io.ComfyNode):

@@ -410,9 +410,9 @@ def server_with_gpu(request):
 
 def test_through_the_queue_on_a_gpu(server_with_gpu: ComfyServer):
     """Refused with the smallest limit that works; run with all weights on the device, with as few as work, and without the node: one result."""
-    with pytest.raises(PromptFailedError, match=r"KSampler \(node 5\) raised ValueError: Layer Offload: gb is 0.2, and .*use at least 0.4"):
+    with pytest.raises(PromptFailedError, match=r"KSampler \(node 5\): Layer Offload: gb is 0.2, and .*use at least 0.4"):
         server_with_gpu.run(graph(0.2), timeout=300)
-    with pytest.raises(PromptFailedError, match=r"TesseraLayerOffload \(node 2\) raised ValueError: gb is 17, and .* has 16.0 GB; use at most 16.0"):
+    with pytest.raises(PromptFailedError, match=r"TesseraLayerOffload \(node 2\): gb is 17, and .* has 16.0 GB; use at most 16.0"):
         server_with_gpu.run(graph(17.0), timeout=300)
 
     everything = server_with_gpu.run(graph(8.0), timeout=300)

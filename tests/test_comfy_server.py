@@ -56,6 +56,12 @@ def test_runs_and_fetches(any_comfy: ComfyServer):
 
 
 @comfy_only
+def test_what_is_not_done_again_is_reported_again(any_comfy: ComfyServer):
+    first = any_comfy.run(PICTURES)
+    assert any_comfy.run(PICTURES).outputs == first.outputs
+
+
+@comfy_only
 def test_targets_run_a_part(any_comfy: ComfyServer):
     graph = {**PICTURES, "3": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "other"}}}
     assert set(any_comfy.run(graph, targets=["3"]).outputs) == {"3"}
@@ -83,7 +89,7 @@ def test_a_failing_node_is_reported(any_comfy: ComfyServer):
         "4": {"class_type": "TesseraSparseAttention", "inputs": {"model": ["2", 0], **settings}},
         "5": {"class_type": "TesseraAttentionReport", "inputs": {"model": ["4", 0], "samples": ["3", 0]}},
     }
-    with pytest.raises(PromptFailedError, match=r"TesseraSparseAttention \(node 4\) raised ValueError.*start_percent is 0.8") as error:
+    with pytest.raises(PromptFailedError, match=r"TesseraSparseAttention \(node 4\): .*start_percent is 0.8") as error:
         any_comfy.run(graph)
     assert "traceback" in error.value.body
 

@@ -161,15 +161,19 @@ class Fake:
             self.dead = True
         elif what == "refuse":
             return 400, {"error": {"message": "no", "details": "such model"}, "node_errors": {}}
+        elif what == "part":
+            report = {"class_type": NODE, "errors": [{"message": "bad", "details": "tile"}]}
+            return {"prompt_id": number, "node_errors": {"5": report}}
         elif what != "forget":
             self.history[number] = self.done(graph, what)
         self.seen.append(graph)
         return {"prompt_id": number}
 
     def done(self, graph, what):
+        entry = [0, "", graph, {}, ["tessera_save"]]
         if what.endswith("Error"):
             error = {"node_type": NODE, "node_id": "5", "exception_type": what, "exception_message": "on purpose"}
-            return {"status": {"messages": [["execution_error", error]]}, "outputs": {}}
+            return {"prompt": entry, "status": {"messages": [["execution_error", error]]}, "outputs": {}}
         frames, link = [], graph["5"]["inputs"]["image"]
         links = []
         while link is not None:
@@ -194,7 +198,8 @@ class Fake:
             saved.append({"filename": f"{len(self.begun)}_{index}.png", "subfolder": where[1], "type": where[0]})
             self.files[(*where, saved[-1]["filename"])] = data
         messages = [["execution_start", {"timestamp": 0}], ["execution_success", {"timestamp": 1}]]
-        return {"status": {"messages": messages}, "outputs": {"tessera_save": {"images": saved}}}
+        outputs = {} if what == "nothing" else {"tessera_save": {"images": saved}}
+        return {"prompt": entry, "status": {"messages": messages}, "outputs": outputs}
 
 
 def picture(codes: np.ndarray) -> bytes:
@@ -251,7 +256,7 @@ def test_chunks_are_cut_and_blended_by_the_formula(run, tmp_path, monkeypatch, d
     assert sorted(file.name for file in tmp_path.iterdir()) == ["clip.mp4", "out.mp4", "workflow.json"]
 
 
-@pytest.mark.parametrize("what", ["RuntimeError", "vanish", "refuse", "forget", "few"])
+@pytest.mark.parametrize("what", ["RuntimeError", "vanish", "refuse", "part", "forget", "few", "nothing"])
 def test_what_a_server_does_not_do_another_does(run, monkeypatch, what):
     monkeypatch.setattr(comfy_server, "LOOK", 0.0)
     good, bad, turn = Fake(), Fake(what), threading.Event()
@@ -262,7 +267,7 @@ def test_what_a_server_does_not_do_another_does(run, monkeypatch, what):
     assert len(bad.begun) >= 1
     assert np.abs(decoded(out) / 255 - blended()[:, None, None, None]).max() < 2.5 / 255
     assert f"failed on {bad.url} and was computed again" in text
-    assert (f"{bad.url} was left out" in text) == (what in ("vanish", "refuse"))
+    assert (f"{bad.url} was left out" in text) == (what in ("vanish", "refuse", "part"))
     assert len(good.seen) + len(bad.seen) >= 3
 
 
@@ -271,7 +276,7 @@ def test_a_failing_chunk_fails_the_run_after_three_attempts(run, tmp_path):
     status, text, _ = run(one.url, two.url)
     assert status == 1
     assert "failed 3 times" in text or "no server is left" in text
-    assert "raised RuntimeError: on purpose" in text
+    assert f"{NODE} (node 5): on purpose" in text
     assert len(one.begun) + len(two.begun) <= 6
     assert sorted(file.name for file in tmp_path.iterdir()) == ["clip.mp4", "workflow.json"]
 
@@ -279,7 +284,7 @@ def test_a_failing_chunk_fails_the_run_after_three_attempts(run, tmp_path):
 def test_what_the_workflow_does_wrong_is_not_tried_again(run):
     one = Fake("ValueError")
     status, text, out = run(one.url)
-    assert status == 1 and "raised ValueError: on purpose" in text and len(one.begun) == 1 and not out.exists()
+    assert status == 1 and f"{NODE} (node 5): on purpose" in text and len(one.begun) == 1 and not out.exists()
 
 
 def test_what_is_finished_is_kept(run, tmp_path):
