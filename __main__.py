@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="change an input of the workflow; may be repeated")
     run.add_argument("--overwrite", action="store_true", help="replace what has the same name (default: numbers go on from the highest there)")
     plan = commands.add_parser("offload-plan", help="what a memory budget costs on a GPU, predicted from a weight file")
-    plan.add_argument("--model", type=Path, required=True, help="safetensors file of a diffusion model")
+    plan.add_argument("--model", type=Path, required=True, help="safetensors file of a diffusion model; of one in parts any part, or the index")
     plan.add_argument("--gb", type=float, required=True, help="GB (2**30 bytes) of weights that may be on the GPU at once")
     plan.add_argument("--gpu", help='such as "RTX 3060"')
     plan.add_argument("--shape", default="81x480x832", help="frames x height x width, height x width, or tokens (default: %(default)s)")

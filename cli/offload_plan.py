@@ -8,10 +8,18 @@ from pathlib import Path
 from ..models.offload.offline import EFFICIENCY, GIGA, Card, card, read_blocks, tokens_of
 from ..models.offload.planner import GB, choose, predict, smallest_budget
 from ..models.offload.schedule import superpipeline
+from ..models.offload.shards import model_files
+
+LEAST, MOST = 1e-3, 1e6  # of the numbers on the command line: beyond is a slip of the hand
 
 
 def lines(model: Path, gb: float, gpu: str | None, shape: str, tflops: float | None, gbps: float | None, passes: int = 2) -> Iterator[str]:
-    """The answer, line by line. passes: forwards a sampling step (2 with guidance). Raises ValueError with the smallest workable budget."""
+    """The answer, line by line. passes: forwards a sampling step (2 with guidance). Raises ValueError naming the input."""
+    for name, value, example in (("gb", gb, 8), ("tflops", tflops, 40), ("gbps", gbps, 25)):
+        if value is not None and not LEAST <= value <= MOST:
+            raise ValueError(f"{name} is {value:g}; give a number from {LEAST:g} to {MOST:,.0f}, such as {example}")
+    if not 1 <= passes <= MOST:
+        raise ValueError(f"passes is {passes}; give a whole number from 1 to {MOST:,.0f}, such as 2 with guidance")
     found = card(gpu) if gpu is not None else None
     if found is None and (tflops is None or gbps is None):
         raise ValueError("gpu is missing; give --gpu 'RTX 3060', or --tflops and --gbps")
@@ -19,7 +27,7 @@ def lines(model: Path, gb: float, gpu: str | None, shape: str, tflops: float | N
     tokens = tokens_of(shape)
     sizes = [block.nbytes for block in blocks]
     smallest = fixed + smallest_budget(sizes)
-    room = int(gb * GB) - fixed if gb == gb and gb > 0 else -1
+    room = int(gb * GB) - fixed
     if room < smallest_budget(sizes):
         raise ValueError(f"gb is {gb:g}: two blocks and what is outside the blocks need {smallest / GB:.3f} GB of weights; give that or more")
     if found is not None and gb > found.memory:
@@ -28,7 +36,9 @@ def lines(model: Path, gb: float, gpu: str | None, shape: str, tflops: float | N
     link = (gbps or (found or Card(0, 0, 0)).gbps) * GIGA
     seconds = [block.operations(tokens) / rate for block in blocks]
     copy = sum(sizes) / len(sizes) / link
-    yield f"{model.name}: {len(blocks)} blocks, {sum(sizes) / GB:.2f} GB, and {fixed / GB:.2f} GB outside them; {tokens} tokens"
+    count = len(model_files(model))
+    parts = f" ({count} files)" if count > 1 else ""
+    yield f"{model.name}{parts}: {len(blocks)} blocks, {sum(sizes) / GB:.2f} GB, and {fixed / GB:.2f} GB outside them; {tokens} tokens"
     yield (
         f"a block takes {sum(seconds) / len(seconds) * 1e3:.1f} ms to compute and {copy * 1e3:.1f} ms to copy: "
         + ("transfers can hide entirely" if copy <= sum(seconds) / len(seconds) else f"t/c = {copy / (sum(seconds) / len(seconds)):.1f}")

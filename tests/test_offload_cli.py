@@ -9,6 +9,7 @@ import pytest
 
 from tessera.__main__ import main
 from tessera.cli.offload_plan import lines
+from tessera.models.errors import FileError
 from tessera.models.offload.offline import CARDS, card, read_blocks, tokens_of
 from tessera.models.offload.planner import GB
 
@@ -75,15 +76,16 @@ def test_the_built_in_weights_agree_with_the_loaded_module():
 
 
 @pytest.mark.parametrize(
-    ("shape", "tokens"), [("81x480x832", 32760), ("1x1024x1024", 4096), ("1024x1024", 4096), ("1000", 1000), ("5 x 17 x 16", 2 * 2 * 1)]
+    ("shape", "tokens"),
+    [("81x480x832", 32760), ("1x1024x1024", 4096), ("1024x1024", 4096), ("1000", 1000), ("5 x 17 x 16", 2 * 2 * 1), ("16X１６", 1)],
 )
 def test_tokens(shape, tokens):
     assert tokens_of(shape) == tokens
 
 
-@pytest.mark.parametrize("shape", ["", "0x4", "axb", "1x2x3x4", "-5"])
+@pytest.mark.parametrize("shape", ["", "0x4", "axb", "1x2x3x4", "-5", "²x2", "1e3", "1_0", "x", "4x", "0.5", "9" * 23, "9" * 5000])
 def test_shapes_that_make_no_sense(shape):
-    with pytest.raises(ValueError, match="shape is"):
+    with pytest.raises(ValueError, match=r"shape is '.*'; give frames x height x width"):
         tokens_of(shape)
 
 
@@ -109,8 +111,6 @@ def test_the_answer(wan):
     ("gb", "gpu", "message"),
     [
         (1, "RTX 4090", "two blocks and what is outside the blocks need 1"),
-        (float("nan"), "RTX 4090", "need 1"),
-        (-3, "RTX 4090", "need 1"),
         (20, "RTX 3060", r"has 12; give less \(the smallest workable budget is 1"),
         (8, None, "gpu is missing"),
     ],
@@ -118,6 +118,70 @@ def test_the_answer(wan):
 def test_bad_input(wan, gb, gpu, message):
     with pytest.raises(ValueError, match=message):
         list(lines(wan, gb, gpu, "81x480x832", None, None))
+
+
+@pytest.mark.parametrize("option", ["--gb", "--tflops", "--gbps", "--passes"])
+@pytest.mark.parametrize("value", ["-3", "0", "nan", "inf", "-inf", "1e300", "1e-300", "1" + "0" * 400])
+def test_numbers_that_make_no_sense(wan, capsys, option, value):
+    """Also where another number would decide, and where argparse has a say: only whole numbers are passes."""
+    arguments = {"--gb": "8", "--gpu": "RTX 3060", "--tflops": "50", "--gbps": "12", "--passes": "2"} | {option: value}
+    try:
+        assert main(["offload-plan", "--model", str(wan), *(f"{name}={text}" for name, text in arguments.items())]) == 1
+        out, text = capsys.readouterr()
+        assert f"{option[2:]} is {int(value) if option == '--passes' else f'{float(value):g}'}; give a " in text
+    except SystemExit as end:
+        out, text = capsys.readouterr()
+        assert end.code == 2 and f"invalid int value: '{value}'" in text and option == "--passes"
+    assert not out
+
+
+def test_the_smallest_and_largest_numbers_work(wan):
+    for number in (1e-3, 1e6):
+        text = "\n".join(lines(wan, 1e6, None, "999999999x999999999x999999999", number, number, 1_000_000))
+        assert "40 blocks stay" in text and "nan" not in text
+    with pytest.raises(ValueError, match="need 1"):
+        list(lines(wan, 1e-3, None, "1", 1e6, 1e6))
+
+
+def cut(path: Path, names: list[str], whole: Path, of: dict[str, str]) -> list[Path]:
+    """The file `whole` in parts of these names, tensor by tensor as `of` says."""
+    length = int.from_bytes(whole.read_bytes()[:8], "little")
+    shapes = {name: entry["shape"] for name, entry in json.loads(whole.read_bytes()[8 : 8 + length]).items()}
+    return [write_header(path / part, {name: shape for name, shape in shapes.items() if of[name] == part}) for part in names]
+
+
+def test_a_model_in_parts(tmp_path, capsys):
+    """Any of its parts, or its index, is the whole model; a block may be cut in two."""
+    shapes = {f"blocks.{block}.{name}.weight": [64, 64] for block in range(4) for name in ("q", "k")} | {"head.weight": [64, 64]}
+    whole = write_header(tmp_path / "whole.safetensors", shapes)
+    names = [f"model-0000{index}-of-00003.safetensors" for index in (1, 2, 3)]
+    of = {name: names[min(index // 3, 2)] for index, name in enumerate(shapes)}
+    parts = cut(tmp_path, names, whole, of)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": of}))
+    expected = read_blocks(whole)
+    assert len(expected[0]) == 4
+    for file in (*parts, index):
+        assert read_blocks(file) == expected
+        assert f"{file.name} (3 files): 4 blocks" in next(lines(file, 1, "RTX 3060", "1000", None, None))
+    parts[1].unlink()
+    for file in (parts[0], parts[2], index):
+        assert main(["offload-plan", "--model", str(file), "--gb", "1", "--gpu", "RTX 3060"]) == 1
+        out, text = capsys.readouterr()
+        assert not out and str(file) in text and names[1] in text and "put all parts into one folder" in text
+
+
+@pytest.mark.parametrize("name", ["m-00003-of-00002.safetensors", "m-00000-of-00002.safetensors", "m-1-of-999999999.safetensors"])
+def test_names_of_parts_that_cannot_be(tmp_path, name):
+    with pytest.raises(FileError, match=r"is called part \d+ of \d+"):
+        read_blocks(write_header(tmp_path / name, {"blocks.0.w": [4, 4], "blocks.1.w": [4, 4]}))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 5}}'])
+def test_an_index_that_is_none(tmp_path, text):
+    (tmp_path / "m.safetensors.index.json").write_text(text)
+    with pytest.raises(FileError, match=r"m\.safetensors\.index\.json"):
+        read_blocks(tmp_path / "m.safetensors.index.json")
 
 
 def test_command_line(wan, tmp_path, capsys):

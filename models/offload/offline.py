@@ -14,6 +14,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from .shards import model_files
+
 # Share of the data sheet's rate that matrix products of a transformer reach. An assumption; a measured rate can be given instead.
 EFFICIENCY = 0.6
 
@@ -71,14 +73,7 @@ class FileBlock:
         return 2.0 * self.weights * tokens + 4.0 * tokens**2 * self.width
 
 
-def read_blocks(path: str | Path) -> tuple[list[FileBlock], int]:
-    """(repeated blocks in the order of the file's names, bytes outside them), from the header of a safetensors file.
-
-    Raises FileNotFoundError or ValueError that names the file, what was found and what to do.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"model: {path} does not exist; give a safetensors file")
+def _read_header(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
@@ -86,6 +81,17 @@ def read_blocks(path: str | Path) -> tuple[list[FileBlock], int]:
         except ValueError as error:
             raise ValueError(f"model: {path} is not a safetensors file; convert it first, or give the original") from error
     header.pop("__metadata__", None)
+    return header
+
+
+def read_blocks(path: str | Path) -> tuple[list[FileBlock], int]:
+    """(repeated blocks in the order of the file's names, bytes outside them), from the headers of the safetensors files of a model.
+
+    path: as for `model_files`. Raises FileNotFoundError or ValueError that names the file, what was found and what to do.
+    """
+    header: dict[str, Any] = {}
+    for file in model_files(path):
+        header |= _read_header(file)
     sizes = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}
     total = sum(sizes.values())
     lists: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
@@ -115,9 +121,10 @@ def tokens_of(shape: str) -> int:
 
     A single number is taken as tokens. Raises ValueError that names what was found.
     """
-    parts = shape.lower().split("x")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts) or len(parts) > 3:
-        raise ValueError(f"shape is {shape!r}; give frames x height x width such as 81x480x832, height x width, or a number of tokens")
+    parts = [part.strip() for part in shape.lower().split("x")]
+    # Nine digits: no model is asked for more, and products stay numbers.
+    if len(parts) > 3 or not all(part.isdecimal() and len(part) <= 9 and int(part) > 0 for part in parts):
+        raise ValueError(f"shape is {shape[:80]!r}; give frames x height x width such as 81x480x832, height x width, or a number of tokens")
     numbers = [int(part) for part in parts]
     if len(numbers) == 1:
         return numbers[0]
