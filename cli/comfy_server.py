@@ -153,13 +153,19 @@ def _find_python(comfy: Path, named: str | os.PathLike[str] | None) -> Path:
 
 
 class ComfyClient:
-    """A running ComfyUI server, named by its address: "http://host:8188", or "host:8188"."""
+    """A running ComfyUI server, named by its address: "http://host:8188", or "host:8188". Raises ValueError for what is no address."""
 
     def __init__(self, url: str):
         self.url = (url if "://" in url else f"http://{url}").rstrip("/")
         self.system: dict[str, Any] = {}
         self._name = secrets.token_hex(16)
-        local = urllib.parse.urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
+        try:
+            address = urllib.parse.urlsplit(self.url)
+        except ValueError:
+            address = urllib.parse.urlsplit("")
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise ValueError(f"{url!r} is no address of a server; write one such as http://127.0.0.1:8188")
+        local = address.hostname in ("127.0.0.1", "localhost", "::1")
         self._opener = _OPENER if local else urllib.request.build_opener()
 
     @property

@@ -22,7 +22,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from ..models.patchers.report import SPARSE, heat_map
-from . import pictures
+from . import pictures, saved_files
 from .comfy_server import HOW_TO_GET, PACK, ComfyInstall, ComfyServer, find_comfy
 
 WORKFLOW = PACK / "workflows" / "api" / "tessera_text_to_video.json"
@@ -75,7 +75,9 @@ def run_demo(output: Path, models: Path | None = None) -> None:
     """
     workflow: Workflow = json.loads(WORKFLOW.read_text())
     job = read_job(workflow)
-    output.mkdir(parents=True, exist_ok=True)
+    if models is not None and not models.is_dir():
+        raise FileNotFoundError(f"--models {models}: there is no such folder; name one with diffusion_models/ and vae/")
+    saved_files.make_folder(output)
     comfy = find_comfy()
     if comfy is None:
         print(f"No ComfyUI here: the same weights, patch and kernels run in diffusers. To use ComfyUI, {HOW_TO_GET}.")

@@ -39,23 +39,32 @@ def relative_path(entry: Mapping[str, Any]) -> PurePosixPath:
 
 def open_staging(output: Path) -> Path:
     """A new hidden folder in `output`, which is made if need be. Raises OSError that says what to do."""
+    make_folder(output)
+    try:
+        return Path(tempfile.mkdtemp(prefix=".tessera-", dir=output))
+    except OSError as error:
+        raise OSError(f"{output} cannot be written to ({error.strerror}); name another folder with --output") from error
+
+
+def make_folder(output: Path) -> None:
+    """The folder that `--output` names, if it is not there. Raises OSError that says what to do."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=".tessera-", dir=output))
     except (FileExistsError, NotADirectoryError) as error:
-        raise FileExistsError(f"{output}: there is a file of that name, or in its path; name another folder with --output") from error
+        raise FileExistsError(f"{output} is a file, or in the path of one; name another folder with --output") from error
     except OSError as error:
-        raise OSError(f"{output}: cannot be written to ({error.strerror}); name another folder with --output") from error
+        raise OSError(f"{output} cannot be made ({error.strerror}); name another folder with --output") from error
 
 
 def unreported(staged: Path, reported: Collection[PurePosixPath]) -> list[Path]:
     """Relative paths of the files of `staged` that are neither in `reported` nor in a folder that is.
 
-    Without the hidden ones: so writers name what they have not finished.
+    Without the hidden ones, and those in hidden folders: so writers name what they have not finished.
     """
     known = {Path(path) for path in reported}
     files = [file.relative_to(staged) for file in staged.rglob("*") if file.is_symlink() or not file.is_dir()]
-    return sorted(file for file in files if not file.name.startswith(".") and known.isdisjoint([file, *file.parents]))
+    hidden = [any(part.startswith(".") for part in file.parts) for file in files]
+    return sorted(file for file, skip in zip(files, hidden, strict=True) if not skip and known.isdisjoint([file, *file.parents]))
 
 
 def place(staged: Path, output: Path, reported: Collection[PurePosixPath], *, overwrite: bool = False, ended: bool = True) -> list[Path]:

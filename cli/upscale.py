@@ -59,8 +59,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--overlap is {options.overlap} and --tile {options.tile}; use 0 to {options.tile // 2}, half the tile")
     for name in ("workers", "threads"):
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}; use at least 1")
+        if value is not None and not 1 <= value <= 4096:
+            raise ValueError(f"--{name} is {value}; use at least 1, and no more than there are cores or GPUs")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     wanted_size(options, 1, 1)

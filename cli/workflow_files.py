@@ -17,7 +17,7 @@ def read_workflow(file: Path) -> Workflow:
     """`{node id: {"class_type": ..., "inputs": {...}}}` of a file.
 
     A byte order mark, comments (keys that begin with _, # or //, and texts) and the `{"prompt": ...}` of a request are taken off; a node
-    without inputs gets an empty dict. Raises FileError for everything else that no server would take, OSError.
+    without inputs gets an empty dict. Raises FileError for everything else that no server would take.
     """
     graph = _parse(file)
     if isinstance(graph, dict) and isinstance(graph.get("prompt"), dict) and "class_type" not in graph["prompt"]:
@@ -47,7 +47,10 @@ def broken_links(workflow: Workflow) -> list[str]:
 
 
 def _parse(file: Path) -> Any:
-    data = file.read_bytes()
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise FileError(f"{file} cannot be read ({error.strerror}); give a workflow file: {EXPORT}") from error
     if not data.strip():
         raise FileError(f"{file} is empty; {EXPORT}")
     try:

@@ -176,6 +176,14 @@ def test_find_default_place_and_environments(tmp_path, monkeypatch):
         assert found.python == environment / "bin" / "python"
 
 
+def test_a_python_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMFYUI_PYTHON", str(tmp_path / "python"))
+    found = find_comfy(fake_comfy(tmp_path / "C"))
+    assert found is not None
+    with pytest.raises(ServerStartError, match=r"python cannot be run \(No such file or directory\); set COMFYUI_PYTHON"), ComfyServer(found):
+        pass
+
+
 def test_a_server_that_dies_says_why(tmp_path, monkeypatch):
     monkeypatch.delenv("COMFYUI_PYTHON", raising=False)
     monkeypatch.setenv("COMFYUI_PATH", str(fake_comfy(tmp_path / "C")))
