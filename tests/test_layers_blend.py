@@ -75,10 +75,20 @@ def test_modes_agree_with_psd_tools(mode):
     assert difference.max() < 1e-4
 
 
-def test_hard_mix_follows_adobes_sentence():
-    """ "If the resulting sum for a channel is 255 or greater, it receives a value of 255; if less than 255, a value of 0.\""""
+# (source, backdrop) of 255 -> hard mix, from a file that Photoshop has merged
+PHOTOSHOP = {(0, 255): 1, (255, 0): 0, (6, 249): 1, (39, 216): 1, (83, 172): 1, (172, 83): 0, (205, 50): 0, (249, 6): 0}
+
+
+def test_hard_mix_follows_adobes_sentence_but_on_the_tie():
+    """ "If the resulting sum for a channel is 255 or greater, it receives a value of 255; if less than 255, a value of 0."
+
+    Where it is 255, Photoshop's own merged pictures have 255 under the darker source, and 0 under the lighter one.
+    """
     a, b = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
-    assert torch.equal(MODES["hard-mix"](a.float() / 255, b.float() / 255), (a + b >= 255).float())
+    expected = ((a + b > 255) | (a + b == 255) & (a > b)).float()
+    assert torch.equal(MODES["hard-mix"](a.float() / 255, b.float() / 255), expected)
+    found = {(source, below): MODES["hard-mix"](torch.tensor([below / 255]), torch.tensor([source / 255])).item() for source, below in PHOTOSHOP}
+    assert found == PHOTOSHOP
 
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "dissolve"])

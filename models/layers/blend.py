@@ -47,6 +47,12 @@ def _vivid_light(b: Tensor, s: Tensor) -> Tensor:
     return torch.where(s <= 0.5, burn, dodge)
 
 
+def _hard_mix(b: Tensor, s: Tensor) -> Tensor:
+    """1 where the two add up to more than 1. Where they add up to 1 exactly, Photoshop gives 1 if the backdrop is the lighter one."""
+    over = b + s - 1
+    return torch.where(over.abs() < 1e-5, b > s, over > 0).to(b.dtype)
+
+
 def _divide(b: Tensor, s: Tensor) -> Tensor:
     return torch.where(b == 0, 0, torch.where(s == 0, 1, (b / s).clamp_max(1)))
 
@@ -99,7 +105,7 @@ MODES: dict[str, Blend] = {
     "vivid-light": _vivid_light,
     "linear-light": lambda b, s: (b + 2 * s - 1).clamp(0, 1),
     "pin-light": lambda b, s: torch.where(s <= 0.5, torch.minimum(b, 2 * s), torch.maximum(b, 2 * s - 1)),
-    "hard-mix": lambda b, s: (b + s >= 1).to(b.dtype),
+    "hard-mix": _hard_mix,
     "subtract": lambda b, s: (b - s).clamp_min(0),
     "divide": _divide,
     "darker-color": lambda b, s: torch.where(_lum(s) < _lum(b), s, b),
