@@ -83,7 +83,7 @@ def _hyperspectral(options: argparse.Namespace) -> None:
 def _layers(options: argparse.Namespace) -> None:
     from .cli import layers
 
-    for line in layers.convert(options.source, options.target):
+    for line in layers.convert(options.source, options.target, options.flatten_groups):
         print(line)
 
 
@@ -145,8 +145,10 @@ def _parser() -> argparse.ArgumentParser:
     cube.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one (default: %(default)s)")
     cube.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     layered = commands.add_parser("layers", help="convert a layered picture: PSD, OpenRaster, or a folder of PNG files")
-    layered.add_argument("source", type=Path, metavar="IN", help=".psd or .ora file, or a folder with layers.json")
+    layered.add_argument("source", type=Path, metavar="IN", help=".psd, .psb or .ora file, or a folder with layers.json")
     layered.add_argument("target", type=Path, metavar="OUT", help=".psd, .ora, or no ending for a folder of PNG files")
+    faint = "make of each pass-through group below 100 %% opacity, which .ora has not, a normal group or one layer that looks the same"
+    layered.add_argument("--flatten-groups", action="store_true", help=faint)
     upscale = commands.add_parser("upscale", help="enlarge a picture, a folder of pictures or a video, patch by patch")
     upscale.add_argument("source", type=Path, metavar="IN", help="picture, folder of pictures, or video")
     upscale.add_argument("target", type=Path, metavar="OUT", help="file of type .png .jpg .webp .tif .mp4 .mov .mkv .webm; a folder for a folder")

@@ -13,7 +13,7 @@ from psd_tools.composite.blend import BLEND_FUNC
 from psd_tools.constants import BlendMode
 
 from tessera.models.layers.blend import MODES, to_linear, to_srgb
-from tessera.models.layers.compose import composite, on_checkerboard
+from tessera.models.layers.compose import composite, on_checkerboard, without_faint_groups
 from tessera.models.layers.document import Document, Group, Layer, Transform
 from tessera.models.layers.psd import KEYS
 
@@ -136,6 +136,47 @@ def test_groups_isolate_or_pass_through():
     assert centre(Group("g", (ink,), opacity=0.4, blend_mode="multiply")) == pytest.approx(0.6 * 0.5 + 0.4 * 0.25)
     assert centre(Group("g", (ink,), visible=False)) == 0.5
     assert centre(Group("g")) == centre(Group("g", blend_mode="screen")) == 0.5, "empty"
+
+
+def faint(seed: int) -> Document:
+    """Groups of all kinds in one another, hidden and overhanging ones too, over a backdrop that is transparent in places."""
+    source = np.random.default_rng(seed)
+
+    def nodes(depth: int) -> tuple[Layer | Group, ...]:
+        out: list[Layer | Group] = []
+        for _ in range(source.integers(1, 4)):
+            common = float(source.choice([1.0, 0.7, 0.2])), bool(source.random() < 0.85)
+            if depth and source.random() < 0.6:
+                out.append(
+                    Group("g", nodes(depth - 1), common[0], str(source.choice(["pass-through", "pass-through", "normal", "screen"])), common[1])
+                )
+            else:
+                mode = str(source.choice(["normal", "multiply", "hue", "dissolve", "difference"]))
+                out.append(Layer("l", levels(*source.integers(3, 20, 2), 4), *map(int, source.integers(-8, 18, 2)), common[0], mode, common[1]))
+        return tuple(out)
+
+    return Document(23, 19, (Layer("below", levels(12, 23, 4)), *nodes(4)))
+
+
+def faint_groups(nodes: tuple) -> int:
+    groups = [node for node in nodes if isinstance(node, Group)]
+    return sum(faint_groups(group.layers) + (group.blend_mode == "pass-through" and group.opacity < 1) for group in groups)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_faint_groups_that_pass_through_can_be_done_without(seed):
+    before = faint(seed)
+    after, notes = without_faint_groups(before)
+    assert faint_groups(after.layers) == 0 and bool(notes) == bool(faint_groups(before.layers))
+    assert (composite(after) - composite(before)).abs().max() < 1e-5
+
+
+def test_a_faint_group_of_normal_layers_keeps_them():
+    inner = (Layer("a", levels(4, 4, 4)), Group("in", (Layer("b", levels(4, 4, 4), 1, 1),), 0.5))
+    before = Document(6, 6, (Layer("below", levels(6, 6, 4)), Group("g", inner, 0.6)))
+    after, notes = without_faint_groups(before)
+    assert [node.name for node in after.layers[1].layers] == ["a", "in"] and len(notes) == 2
+    assert (composite(after) - composite(before)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("mode", ["normal", "multiply", "hue", "dissolve"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .blend import MODES, PASS_THROUGH, to_linear, to_srgb
-from .document import Box, Document, Layer, Node
+from .document import Box, Document, Group, Layer, Node
 
 _SQUARE = 512  # side of dissolve's pattern, in pixels
 
@@ -37,6 +37,58 @@ def composite(document: Document, *, linear: bool = False, device: torch.device 
     if linear:
         out[..., :3] = to_srgb(out[..., :3])
     return out.clamp_(0, 1).cpu()
+
+
+def without_faint_groups(document: Document) -> tuple[Document, list[str]]:
+    """Without pass-through groups below full opacity, which not every format has; it looks the same. And a line about each one.
+
+    A group of normal layers only may as well be a normal group. Any other becomes one normal layer, of the colours that its layers take on
+    over what lies below them now.
+    """
+    notes: list[str] = []
+    canvas = torch.zeros(document.height, document.width, 4)
+    return replace(document, layers=_without_faint(document.layers, canvas, notes)), notes
+
+
+def _without_faint(nodes: tuple[Node, ...], canvas: Tensor, notes: list[str]) -> tuple[Node, ...]:
+    """canvas: what lies below the nodes; they are drawn onto it."""
+    out: list[Node] = []
+    for node in nodes:
+        new: Node | None = node
+        if isinstance(node, Group):
+            through = node.blend_mode == PASS_THROUGH
+            if not through or node.opacity == 1:
+                new = replace(node, layers=_without_faint(node.layers, canvas.clone() if through else torch.zeros_like(canvas), notes))
+            elif _all_normal(node):
+                new = replace(node, blend_mode="normal", layers=_without_faint(node.layers, torch.zeros_like(canvas), notes))
+                notes.append(f"{node.name}: a group that passed through at opacity {node.opacity:.2g} is a normal one, which looks the same")
+            else:
+                new = _as_layer(node, canvas)
+                notes.append(f"{node.name}: a group that passed through at opacity {node.opacity:.2g} is one layer now")
+        if new is not None:
+            out.append(new)
+        _draw(canvas, (0, 0), (node,), False, lambda: None)
+    return tuple(out)
+
+
+def _all_normal(group: Group) -> bool:
+    """Whether nothing in it looks at what is below."""
+    return all(node.blend_mode in ("normal", "dissolve", PASS_THROUGH) and (isinstance(node, Layer) or _all_normal(node)) for node in group.layers)
+
+
+def _as_layer(group: Group, canvas: Tensor) -> Layer | None:
+    """None where nothing of it is on the canvas. Its alpha does not depend on what is below; its colour is what it adds to that."""
+    box = _clipped(_bounds(group), canvas, (0, 0))
+    if box is None:
+        return None
+    x, y, width, height = box
+    below = canvas[y : y + height, x : x + width]
+    over, alone = below.clone(), torch.zeros_like(below)
+    for part in (over, alone):
+        _draw(part, (x, y), group.layers, False, lambda: None)
+    alpha = alone[..., 3:]
+    picture = straight(torch.cat([over[..., :3] - (1 - alpha) * below[..., :3], alpha], -1))
+    return Layer(group.name, picture, x, y, group.opacity, "normal", group.visible)
 
 
 def _shows(node: Node) -> bool:
