@@ -19,7 +19,8 @@ from PIL import Image
 from psd_tools import PSDImage
 from test_layers_blend import flat, levels
 from test_layers_document import document, same
-from test_layers_files import one_layer, ora_of, png_bomb, psd_of
+from test_layers_files import one_layer, ora_of, png_bomb
+from test_layers_psd import psd_of
 from test_workflows import uploaded
 
 from tessera.cli.comfy_server import ComfyServer, PromptFailedError, PromptRefusedError

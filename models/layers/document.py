@@ -62,6 +62,8 @@ class Layer:
 
     def __post_init__(self) -> None:
         _check(self, "layer", MODES)
+        if not isinstance(self.image, Tensor) or not isinstance(self.mask, Tensor | None):
+            raise ValueError(f"layer {self.name!r} has no picture, or something else as its mask; look for the node that made it")
         shape = tuple(self.image.shape)
         if self.image.dtype != torch.float32 or len(shape) != 3 or shape[2] != 4 or not min(shape):
             raise ValueError(f"layer {self.name!r} has an image {shape} of {self.image.dtype}; give float32 (height, width, 4) with a pixel at least")
@@ -73,7 +75,7 @@ class Layer:
         if not all(isinstance(at, int) and abs(at) <= MAX_FAR for at in (self.x, self.y)):
             raise ValueError(f"layer {self.name!r} lies at {f'{self.x!r}, {self.y!r}':.40}; use whole pixels, {MAX_FAR} at most either way")
         shown = self.transform
-        if not all(isinstance(side, int) and 0 <= side <= MAX_FAR for side in (shown.width, shown.height)) or not isfinite(shown.rotation):
+        if not all(isinstance(side, int) and 0 <= side <= MAX_FAR for side in (shown.width, shown.height)) or not _is_finite(shown.rotation):
             raise ValueError(f"layer {self.name!r} has {shown!r:.150}; use sizes of 0 to {MAX_FAR} whole pixels and a finite rotation")
         _, _, width, height = self.bounds
         if width * height > MAX_AREA:
@@ -134,6 +136,10 @@ class Layer:
         c, s = cos(self.transform.rotation), sin(self.transform.rotation)
         source = torch.stack([(right * c + down * s) * 2 / self.size[0], (down * c - right * s) * 2 / self.size[1]], -1)
         return F.grid_sample(x[None], source[None].to(x), align_corners=False)[0]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e300  # not isfinite, which fails for whole numbers beyond all floats
 
 
 def _finite(x: Tensor) -> bool:
@@ -203,13 +209,15 @@ def _mapped(nodes: tuple[Node, ...], change: Callable[[Layer], Layer]) -> tuple[
 
 
 def _check(node: Node, kind: str, modes: Any) -> None:
+    if not isinstance(node.name, str):
+        raise ValueError(f"a {kind} has {node.name!r:.40} as its name; use text")
     if len(node.name) > MAX_NAME or _NO_TEXT.search(node.name):
         raise ValueError(f"{kind} name {node.name[:40]!r} is too long or has control characters; use at most {MAX_NAME} printable ones")
-    if not 0 <= node.opacity <= 1:
-        raise ValueError(f"{kind} {node.name!r} has opacity {node.opacity}; use 0 to 1")
+    if not _is_finite(node.opacity) or not 0 <= node.opacity <= 1:
+        raise ValueError(f"{kind} {node.name!r} has opacity {node.opacity!r:.40}; use 0 to 1")
     if not isinstance(node.visible, bool):
         raise ValueError(f"{kind} {node.name!r} has visible {node.visible!r:.40}; use true or false")
-    if node.blend_mode not in modes:
+    if not isinstance(node.blend_mode, str) or node.blend_mode not in modes:
         raise ValueError(f"{kind} {node.name!r} has blend mode {node.blend_mode!r:.40}; use one of {', '.join(modes)}")
 
 
@@ -240,6 +248,15 @@ _CORE_HAS_NOT = {"dissolve": "normal", "darker-color": "darken", "lighter-color"
 
 def from_core(layers: Mapping[str, Any]) -> Document:
     """ComfyUI's `LAYERS` -> a document. A batch becomes consecutive layers; masks are 1 where transparent there. Raises ValueError."""
+    try:
+        return _from_core(layers)
+    except (MemoryError, ValueError):
+        raise
+    except Exception as error:  # of other nodes' items anything may be missing or of another type
+        raise ValueError("layers has an item that is not as LAYERS of version 1 have them; look for the node that made it") from error
+
+
+def _from_core(layers: Mapping[str, Any]) -> Document:
     if not isinstance(layers, Mapping) or layers.get("version", 1) != 1:
         raise ValueError("layers is not a LAYERS document of version 1; connect Layers from Images, Load Layers or Add Layer")
     entries: list[tuple[tuple[Mapping[str, Any], ...], Layer]] = []

@@ -8,9 +8,9 @@ import re
 import secrets
 import shutil
 import struct
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import ceil
 from pathlib import Path
 from typing import IO
 
@@ -20,11 +20,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
+from ..errors import FileError, reading
+from . import profiles
 from .compose import OnLayer, announcer
-from .document import Document
+from .document import Document, clean_name
 
 MAX_PIXELS = 2**29
 """Of all layers of a file together: 8 GiB as float32 RGBA."""
+MAX_LAYERS = 2**15 - 1  # of a file: PSD's limit
 
 
 def eight_bit(x: Tensor) -> np.ndarray:
@@ -43,6 +46,19 @@ def file_name(name: str, index: int, ending: str) -> str:
     return f"{index:03d}_{plain or 'layer'}{ending}"
 
 
+_HEADER = 26  # bytes of a PNG up to its colour type
+_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of each colour type
+_DEFLATED = 1032  # times as long as deflated data what comes out can be
+
+
+def _header(head: bytes, source: str) -> tuple[int, int, int]:
+    """Width, height and bits a pixel of a PNG. Raises ValueError."""
+    if head[:8] != b"\x89PNG\r\n\x1a\n" or head[12:16] != b"IHDR" or len(head) < _HEADER or head[25] not in _CHANNELS:
+        raise ValueError(f"the layer file {source[:80]!r} is not a sound PNG (it does not begin as one); make or download it again")
+    width, height = struct.unpack(">II", head[16:24])
+    return width, height, head[24] * _CHANNELS[head[25]]
+
+
 def check_pixels(count: int) -> None:
     """Raises ValueError for so many pixels that they would not fit into memory."""
     if count > MAX_PIXELS:
@@ -50,33 +66,86 @@ def check_pixels(count: int) -> None:
 
 
 class PngReader:
-    """Reads the PNG files of one document: no more than `MAX_PIXELS` together. notes: a line about each one that lost something."""
+    """Reads the PNG files of one document, each once. notes: a line about each one that lost something.
+
+    First `declare` all of them, as often as they are named: what that would take is judged before any is unpacked.
+    """
 
     def __init__(self) -> None:
         self.notes: list[str] = []
-        self._pixels = 0
+        self._pixels = self._count = 0
+        self._read: dict[tuple[str, str], Tensor] = {}
+
+    def declare(self, stream: IO[bytes], source: str) -> tuple[int, int]:
+        """(width, height) that it claims. Raises ValueError where the document would have more layers or pixels than are read."""
+        width, height, _ = _header(stream.read(_HEADER), source)
+        self._count += 1
+        self._pixels += width * height
+        check_pixels(self._pixels)
+        if self._count > 2 * MAX_LAYERS:  # a picture and a mask each
+            raise ValueError(f"it has more than {MAX_LAYERS} layers; so many are read at most")
+        return width, height
 
     def read(self, stream: IO[bytes], source: str, mode: str) -> Tensor:
         """mode "RGBA" -> float32 `(height, width, 4)` in 0..1, "L" -> `(height, width)`. source: its name, for messages. Raises ValueError."""
-        head = stream.read(25)  # up to the bit depth: what it declares is judged before the rest is read
-        if head[:8] != b"\x89PNG\r\n\x1a\n" or head[12:16] != b"IHDR" or len(head) < 25:
-            raise ValueError(f"the layer file {source[:80]!r} is not a sound PNG (it does not begin as one)")
-        width, height, depth = struct.unpack(">IIB", head[16:])
-        self._pixels += width * height
-        check_pixels(self._pixels)
-        most = width * height * 8 + 2**20  # as 16 bits a channel without compression, and room for what describes it
+        if (source, mode) not in self._read:
+            self._read[source, mode] = from_eight_bit(self.unpacked(stream, source, mode))
+        return self._read[source, mode]
+
+    def unpacked(self, stream: IO[bytes], source: str, mode: str) -> np.ndarray:
+        """The same as uint8, and not kept."""
+        head = stream.read(_HEADER)
+        width, height, bits = _header(head, source)
+        raw = height * (1 + ceil(width * bits / 8))  # bytes of its rows, each with the number of its filter
+        most = raw + raw // 1000 + 2**20  # without compression, and room for what describes it
         data = head + stream.read(most)
         if len(data) > most:
             raise ValueError(f"the layer file {source[:80]!r} is longer than {width} x {height} pixels can be; do not trust this file")
-        if depth == 16:  # of colours, Pillow keeps the upper 8
-            self.notes.append(f"{source}: its 16 bits a channel are read as 8")
+        if raw > _DEFLATED * len(data):
+            raise ValueError(f"the layer file {source[:80]!r} is too short for {width} x {height} pixels; make or download it again")
         try:
             with PngImageFile(io.BytesIO(data)) as picture:  # unlike Image.open, it leaves the limit of pixels to us
-                if picture.mode.startswith("I"):
-                    return from_eight_bit(np.asarray(Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert(mode)))
-                return from_eight_bit(np.asarray(picture.convert(mode)))
-        except (OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.error) as error:
-            raise ValueError(f"the layer file {source[:80]!r} is not a sound PNG ({error})") from error
+                picture.load()
+                return self._in_srgb(picture, source, mode, head[24])
+        except Exception as error:  # a damaged file can make the decoder fail anyhow
+            if isinstance(error, MemoryError):
+                raise
+            what = f" ({error})" if isinstance(error, OSError | SyntaxError) else ""
+            raise ValueError(f"the layer file {source[:80]!r} is not a sound PNG{what}; make or download it again") from error
+
+    def _in_srgb(self, picture: Image.Image, source: str, mode: str, depth: int) -> np.ndarray:
+        profile = picture.info.get("icc_profile")
+        if depth == 16:  # of colours, Pillow keeps the upper 8
+            self.notes.append(f"{source}: its 16 bits a channel are read as 8")
+        if picture.mode.startswith("I"):
+            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+        channels = 1 if picture.mode in ("1", "L", "LA") else 3
+        pixels = np.array(picture.convert(mode))
+        if mode == "RGBA" and isinstance(profile, bytes):
+            try:
+                convert, name = profiles.to_srgb(profile, channels)
+            except ValueError as error:
+                self.notes.append(f"{source}: {error}; the values are taken as sRGB")
+            else:
+                if convert is not None:
+                    pixels[..., :3] = convert(np.ascontiguousarray(pixels[..., :channels]))
+                    self.notes.append(f"{source}: its colours are converted from {clean_name(name)!r} to sRGB")
+        return pixels
+
+
+@contextmanager
+def decoding(name: str, kind: str) -> Iterator[None]:
+    """`reading` for code whose own refusals are ValueErrors, to which `read` adds the name of the file."""
+    try:
+        yield
+    except ValueError as error:
+        if not isinstance(error, UnicodeError):
+            raise
+        with reading(name, kind):
+            raise
+    except Exception:  # a damaged file can make a decoder fail in any way
+        with reading(name, kind):
+            raise
 
 
 @contextmanager
@@ -116,17 +185,23 @@ def write(document: Document, target: Path, merged: Tensor | None = None, on_lay
 
 
 def read(source: Path) -> tuple[Document, list[str]]:
-    """From a .psd, .ora, `layers.json` or the folder that holds it: the document, and what of the file it could not keep.
+    """From a .psd, .psb, .ora, `layers.json` or the folder that holds it: the document, and what of the file is not kept or looks different.
 
-    Raises ValueError that names the file, OSError.
+    Raises FileError, OSError.
     """
-    from . import ora, png, psd
+    from . import ora, png, psd_reader
 
-    readers: dict[str, Callable[[Path], tuple[Document, list[str]]]] = {".psd": psd.read, ".ora": ora.read, ".json": png.read}
-    if source.is_dir():
-        return png.read(source / png.INDEX)
+    readers: dict[str, Callable[[Path], tuple[Document, list[str]]]]
+    readers = {".psd": psd_reader.read, ".psb": psd_reader.read, ".ora": ora.read, ".json": png.read}
+    source = source / png.INDEX if source.is_dir() else source
     if not source.is_file():
-        raise ValueError(f"{source} does not exist; give a .psd or .ora file, or a folder with {png.INDEX}")
+        raise FileError(f"{source} does not exist; give a .psd, .psb or .ora file, or a folder with {png.INDEX}")
     if source.suffix.lower() not in readers:
-        raise ValueError(f"{source.name} is not a kind of file that can be read; give .psd, .ora, or a folder with {png.INDEX}")
-    return readers[source.suffix.lower()](source)
+        raise FileError(f"{source.name} is not a kind of file that can be read; give .psd, .psb, .ora, or a folder with {png.INDEX}")
+    try:
+        return readers[source.suffix.lower()](source)
+    except FileError:
+        raise
+    except ValueError as error:  # ours, about what the file holds
+        name = f"{source.parent.name}/{source.name}" if source.name == png.INDEX else source.name
+        raise FileError(f"{name} cannot be read: {error}") from error

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import io
 import zipfile
-import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 from xml.etree import ElementTree
@@ -20,13 +20,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from . import compare
 from .blend import PASS_THROUGH
 from .compose import composite
 from .document import Document, Group, Layer, Node, clean_name
-from .files import PngReader, eight_bit, file_name, finished
+from .files import MAX_PIXELS, PngReader, decoding, eight_bit, file_name, finished, from_eight_bit
 
 MIMETYPE = "image/openraster"
 THUMBNAIL = 256  # pixels of the longer side at most
+MERGED = "mergedimage.png"
 MAX_STACK = 2**24  # bytes of stack.xml
 _SVG = "multiply screen overlay darken lighten color-dodge color-burn hard-light soft-light difference hue saturation color luminosity".split()
 OPERATORS = {
@@ -52,7 +54,7 @@ def write(document: Document, file: Path, merged: Tensor | None, before: Callabl
     flat = eight_bit(composite(document) if merged is None else merged)
     small = Image.fromarray(flat)
     small.thumbnail((THUMBNAIL, THUMBNAIL))
-    pictures |= {"mergedimage.png": flat, "Thumbnails/thumbnail.png": np.asarray(small)}
+    pictures |= {MERGED: flat, "Thumbnails/thumbnail.png": np.asarray(small)}
     with finished(file) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
         archive.writestr("mimetype", MIMETYPE)  # first and stored, so that it stands at a fixed place in the file
         archive.writestr("stack.xml", ElementTree.tostring(image, "UTF-8", xml_declaration=True), zipfile.ZIP_DEFLATED)
@@ -68,7 +70,8 @@ def _add(stack: ElementTree.Element, nodes: tuple[Node, ...], pictures: dict[str
         if isinstance(node, Group):
             through = node.blend_mode == PASS_THROUGH
             if through and node.opacity < 1:
-                raise ValueError(f"group {node.name!r} passes through at opacity {node.opacity:g}, which OpenRaster has not; use normal, or .psd")
+                lack = f"group {node.name!r} passes through at opacity {node.opacity:g}, which OpenRaster has not"
+                raise ValueError(f"{lack}; use normal, save as .psd, or convert that with tessera layers --flatten-groups")
             attributes |= {"composite-op": OPERATORS["normal" if through else node.blend_mode], "isolation": "auto" if through else "isolate"}
             _add(ElementTree.SubElement(stack, "stack", attributes), node.layers, pictures)
             continue
@@ -90,14 +93,9 @@ def _png(picture: np.ndarray) -> bytes:
 
 
 def read(file: Path) -> tuple[Document, list[str]]:
-    """The document, and what was left out. Nothing is unpacked to disk. Raises ValueError that names the file."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return _Reader(archive).document()
-    except KeyError as error:
-        raise ValueError(f"{file.name} cannot be read as OpenRaster: {error.args[0]}") from error
-    except (zipfile.BadZipFile, zlib.error, expat.ExpatError, EOFError, LookupError, OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{file.name} cannot be read as OpenRaster: {error}") from error
+    """The document, and what was left out or looks different. Nothing is unpacked to disk. Raises FileError, and ValueError without the name."""
+    with decoding(file.name, "an OpenRaster file"), zipfile.ZipFile(file) as archive:
+        return _Reader(archive).document()
 
 
 class _Reader:
@@ -115,15 +113,50 @@ class _Reader:
         image = _parsed(text)
         stack = image.find("stack")
         if stack is None:
-            raise ValueError("stack.xml has no stack")
-        return Document(self._whole(image, "w"), self._whole(image, "h"), self._nodes(stack, 0, 0)), self.notes
+            raise ValueError("stack.xml has no stack; make or download it again")
+        canvas = Document(self._whole(image, "w"), self._whole(image, "h"))
+        for item in stack.iter("layer"):
+            for source in (item.get(_WHOLE, item.get("src", "")), item.get(_MASK)):
+                if source is not None:
+                    with self._png(source) as stream:
+                        self.pngs.declare(stream, source)
+        document = replace(canvas, layers=self._nodes(stack, 0, 0))
+        self._compare(document)
+        return document, self.notes
+
+    def _compare(self, document: Document) -> None:
+        """With the merged picture, which is where the standard has put it, if it is there."""
+        if MERGED not in self.archive.namelist():
+            return
+        if document.width * document.height > MAX_PIXELS:
+            self.notes.append("its merged picture is too large to check the layers against")
+            return
+        merged = self._merged(document)
+        if merged is None:
+            self.notes.append("its merged picture is damaged or of another size, and the layers could not be checked against it")
+        elif found := compare.difference(document, merged):
+            self.notes.append(found)
+
+    def _merged(self, document: Document) -> Tensor | None:
+        """The pixels of it that are compared, over white, with alpha."""
+        pngs, step = PngReader(), compare.stride(document.width, document.height)
+        try:
+            with self._png(MERGED) as stream:
+                if pngs.declare(stream, MERGED) != (document.width, document.height):
+                    return None
+            with self._png(MERGED) as stream:
+                merged = from_eight_bit(pngs.unpacked(stream, MERGED, "RGBA")[::step, ::step])
+        except ValueError:
+            return None
+        merged[..., :3] = merged[..., :3] * merged[..., 3:] + 1 - merged[..., 3:]
+        return merged
 
     def _nodes(self, stack: ElementTree.Element, x: int, y: int) -> tuple[Node, ...]:
         nodes: list[Node] = []
         for item in reversed(stack):
             left, top = x + self._whole(item, "x"), y + self._whole(item, "y")  # a stack's offset moves all in it
             name = clean_name(item.get("name", ""))
-            operator, opacity = item.get("composite-op", "svg:src-over"), float(item.get("opacity", "1"))
+            operator, opacity = item.get("composite-op", "svg:src-over"), _number(item.get("opacity", "1"))
             mode, visible = _MODES.get(operator), item.get("visibility") != "hidden"
             if mode is None and item.tag in ("stack", "layer"):
                 self.notes.append(f"{name}: {operator} is not known; normal is used")
@@ -144,26 +177,39 @@ class _Reader:
         try:
             return int(text)
         except ValueError:
-            raise ValueError(f"{key}={text[:40]!r} in stack.xml is not a number of pixels") from None
+            raise ValueError(f"{key}={text[:40]!r} in stack.xml is not a number of pixels; make or download it again") from None
 
     def _picture(self, source: str, mode: str) -> Tensor:
-        if source.startswith("/") or ".." in source.replace("\\", "/").split("/"):
-            raise ValueError(f"the layer file {source[:80]!r} points out of the archive; do not trust this file")
-        with self._open(source) as stream:
+        with self._png(source) as stream:
             return self.pngs.read(stream, source, mode)
 
+    def _png(self, source: str) -> IO[bytes]:
+        if source.startswith("/") or ".." in source.replace("\\", "/").split("/"):
+            raise ValueError(f"the layer file {source[:80]!r} points out of the archive; do not trust this file")
+        return self._open(source)
+
     def _open(self, member: str) -> IO[bytes]:
-        info = self.archive.getinfo(member)
+        try:
+            info = self.archive.getinfo(member)
+        except KeyError:
+            raise ValueError(f"it has no file {member[:80]!r}; make or download it again") from None
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"{member[:80]} is compressed by method {info.compress_type}; OpenRaster has stored and deflated members only")
         return self.archive.open(info)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"opacity={text[:40]!r} in stack.xml is not a number; use 0 to 1") from None
 
 
 def _parsed(text: bytes) -> ElementTree.Element:
     """As ElementTree, which would read declarations of entities: they make a small file large, and OpenRaster has none."""
 
     def refuse(*_: object) -> None:
-        raise ValueError("stack.xml has declarations, which OpenRaster has not")
+        raise ValueError("stack.xml has declarations, which OpenRaster has not; do not trust this file")
 
     builder, parser = ElementTree.TreeBuilder(), expat.ParserCreate()
     parser.StartElementHandler, parser.EndElementHandler, parser.StartDoctypeDeclHandler = builder.start, builder.end, refuse

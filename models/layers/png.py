@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from PIL import Image
 from torch import Tensor
 
 from .compose import composite
 from .document import Document, Group, Layer, Node, Transform
-from .files import PngReader, eight_bit, file_name, finished
+from .files import PngReader, decoding, eight_bit, file_name, finished
 
 INDEX = "layers.json"
 MERGED = "merged.png"
@@ -56,16 +56,33 @@ def _described(nodes: tuple[Node, ...], folder: Path, before: Callable[[], None]
 
 
 def read(index: Path) -> tuple[Document, list[str]]:
-    """The document, and what was lost. Raises ValueError that names the file."""
-    try:
-        described = json.loads(index.read_text(encoding="utf-8"))
-        if described.get("version") != 1:
-            raise ValueError(f"version is {described.get('version')!r:.40}, not 1")
+    """The document, and what was lost. Raises FileError, and ValueError without the name."""
+    with decoding(f"{index.parent.name}/{index.name}", "a description of layers"):
+        try:
+            described = json.loads(index.read_bytes())
+        except UnicodeDecodeError:
+            raise ValueError("it is no text in UTF-8; save it as such") from None
+        version = described.get("version") if isinstance(described, dict) else None
+        if version != 1:
+            raise ValueError(f"its version is {version!r:.40}, not 1; save the layers again")
         reader = _Reader(index.parent)
-        return Document(described["width"], described["height"], reader.nodes(described["layers"])), reader.pngs.notes
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{index.parent.name}/{index.name} cannot be read: {what}") from error
+        canvas = Document(_given(described, "width", int), _given(described, "height", int))
+        entries = _given(described, "layers", list)
+        reader.declare(entries)
+        return replace(canvas, layers=reader.nodes(entries)), reader.pngs.notes
+
+
+_TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list"}
+
+
+def _given(entry: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
+    """A value of the type that it should have; None is no default. Raises ValueError."""
+    value = entry.get(key, default)
+    fits = isinstance(value, int | float if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    if fits:
+        return value
+    name = f" of {entry['name']!r:.40}" if isinstance(entry.get("name"), str) else ""
+    raise ValueError(f"{key!r}{name} is {'missing' if key not in entry else f'{value!r:.40}'}; give {_TYPES[kind]}")
 
 
 class _Reader:
@@ -73,23 +90,42 @@ class _Reader:
         self.folder = folder.resolve()
         self.pngs = PngReader()
 
+    def declare(self, entries: list[Any]) -> None:
+        """All that `nodes` will read."""
+        for entry in entries:
+            if not isinstance(entry, dict):
+                raise ValueError(f"'layers' holds {entry!r:.40}; give an object for each layer")
+            if "layers" in entry:
+                self.declare(_given(entry, "layers", list))
+                continue
+            for key in ("image", *(["mask"] if "mask" in entry else [])):
+                name = _given(entry, key, str)
+                with self._open(name) as stream:
+                    self.pngs.declare(stream, name)
+
     def nodes(self, entries: list[dict[str, Any]]) -> tuple[Node, ...]:
         """From `layers`, bottom to top."""
         nodes: list[Node] = []
         for entry in entries:
-            common = entry["name"], entry.get("opacity", 1.0), entry["blend_mode"], entry.get("visible", True)
+            name, opacity = _given(entry, "name", str), _given(entry, "opacity", float, 1.0)
+            blend_mode, visible = _given(entry, "blend_mode", str), _given(entry, "visible", bool, True)
             if "layers" in entry:
-                nodes.append(Group(common[0], self.nodes(entry["layers"]), *common[1:]))
+                nodes.append(Group(name, self.nodes(entry["layers"]), opacity, blend_mode, visible))
                 continue
-            transform = Transform(**{key: entry[key] for key in asdict(Transform()) if key in entry})
+            shown = {key: _given(entry, key, type(usual), usual) for key, usual in asdict(Transform()).items()}
             mask = self._picture(entry["mask"], "L") if "mask" in entry else None
-            picture = self._picture(entry["image"], "RGBA")
-            nodes.append(Layer(common[0], picture, entry.get("x", 0), entry.get("y", 0), *common[1:], mask, transform))
+            at = _given(entry, "x", int, 0), _given(entry, "y", int, 0)
+            nodes.append(Layer(name, self._picture(entry["image"], "RGBA"), *at, opacity, blend_mode, visible, mask, Transform(**shown)))
         return tuple(nodes)
 
     def _picture(self, name: str, mode: str) -> Tensor:
-        file = (self.folder / name).resolve()
-        if file.parent != self.folder:
-            raise ValueError(f"the file {name!r} is not in the folder")
-        with open(file, "rb") as stream:
+        with self._open(name) as stream:
             return self.pngs.read(stream, name, mode)
+
+    def _open(self, name: str) -> IO[bytes]:
+        file = (self.folder / name).resolve() if "\0" not in name else self.folder
+        if file.parent != self.folder:
+            raise ValueError(f"the file {name[:80]!r} is not in the folder; put it there")
+        if not file.is_file():
+            raise ValueError(f"the file {name[:80]!r} is missing; put it into the folder")
+        return open(file, "rb")

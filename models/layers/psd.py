@@ -1,13 +1,11 @@
-"""Photoshop files: groups, names, blend modes, opacity, masks and the merged picture, through `psd-tools`.
+"""Photoshop files, written: groups, names, blend modes, opacity, masks and the merged picture, through `psd-tools`. `psd_reader` reads them.
 
-Written with 8 bits a channel. Transforms become pixels: PSD has them for smart objects only. Opacity has 256 levels there.
+8 bits a channel. Transforms become pixels: PSD has them for smart objects only. Opacity has 256 levels there.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .blend import MODES, PASS_THROUGH
+from .blend import PASS_THROUGH
 from .compose import composite
-from .document import MAX_SIDE, Document, Group, Layer, Node, clean_name
-from .files import check_pixels, eight_bit, finished, from_eight_bit
+from .document import MAX_SIDE, Document, Group, Node
+from .files import eight_bit, finished
 
 # Adobe Photoshop File Formats Specification, layer records: blend mode keys.
 KEYS = {
@@ -29,10 +27,10 @@ KEYS = {
     **{"exclusion": b"smud", "subtract": b"fsub", "divide": b"fdiv", "hue": b"hue ", "saturation": b"sat ", "color": b"colr"},
     "luminosity": b"lum ",
 }
-_MODES = {key: mode for mode, key in KEYS.items()}
 
 
-def _psd_tools() -> Any:
+def psd_tools() -> Any:
+    """The package. Raises ValueError where it is not installed."""
     try:
         import psd_tools
         import psd_tools.constants
@@ -46,7 +44,7 @@ def write(document: Document, file: Path, merged: Tensor | None, before: Callabl
 
     Raises ValueError for a blend mode or size that PSD has not, before anything is written.
     """
-    _psd_tools()
+    psd_tools()
     from psd_tools.constants import Compression
     from psd_tools.psd import PSD, ChannelImageData, GlobalLayerMaskInfo, LayerInfo, LayerRecords
     from psd_tools.psd.header import FileHeader
@@ -128,78 +126,3 @@ def _record(name: str, x: int, y: int, planes: dict[int, np.ndarray]) -> tuple[A
     if -2 in planes:
         record.mask_data = MaskData(**box)
     return record, channels
-
-
-def read(file: Path) -> tuple[Document, list[str]]:
-    """The document, and what was left out. RGB and grey of 8 or 16 bits. Raises ValueError that names the file."""
-    tools = _psd_tools()
-    from psd_tools.compression import PSDDecompressionWarning
-    from psd_tools.constants import CompatibilityMode
-
-    notes: list[str] = []
-    try:
-        with warnings.catch_warnings():  # psd-tools would warn and give black for a channel that it cannot unpack
-            warnings.simplefilter("error", PSDDecompressionWarning)
-            psd = tools.PSDImage.open(file)
-            psd.compatibility_mode = CompatibilityMode.CLIP_STUDIO_PAINT  # the default hides that a group is clipped
-            return _document(psd, notes), notes
-    except Exception as error:  # a damaged file can make the parser fail anyhow
-        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{file.name} cannot be read as PSD: {what}") from error
-
-
-def _document(psd: Any, notes: list[str]) -> Document:
-    if psd.color_mode.name not in ("RGB", "GRAYSCALE") or psd.depth not in (8, 16):
-        raise ValueError(f"it is {psd.color_mode.name} with {psd.depth} bits a channel; convert it to RGB with 8 or 16")
-    check_pixels(sum(item.width * item.height for item in psd.descendants() if not item.is_group()))
-    nodes = _nodes(psd, notes) if len(psd) else _flattened(psd, notes)
-    return Document(psd.width, psd.height, nodes)
-
-
-def _flattened(psd: Any, notes: list[str]) -> tuple[Node, ...]:
-    """The merged picture as a layer, unless nothing is on it."""
-    check_pixels(psd.width * psd.height * ceil(psd.channels / 4))  # all channels are unpacked
-    picture = _pixels(psd)
-    if not picture[..., 3].any():
-        return ()
-    notes.append("it has no layers; its merged picture is read as one")
-    return (Layer("Background", picture),)
-
-
-def _nodes(parent: Any, notes: list[str]) -> tuple[Node, ...]:
-    nodes: list[Node] = []
-    for item in parent:
-        name = clean_name(item.name)
-        blend_mode = _MODES[item.blend_mode.value]
-        opacity = item.opacity / 255
-        if item.clipping:
-            notes.append(f"{name}: it is not clipped to the layer below")
-        if item.has_effects():
-            notes.append(f"{name}: layer effects are not read")
-        if item.is_group():
-            if item.has_mask():
-                notes.append(f"{name}: masks of groups are not read")
-            nodes.append(Group(name, _nodes(item, notes), opacity, blend_mode, item.visible))
-        elif not item.has_pixels():
-            notes.append(f"{name}: a layer of kind {item.kind} without pixels is left out")
-        else:
-            opacity *= item.fill_opacity / 255
-            mode = blend_mode if blend_mode in MODES else "normal"  # pass-through is for groups
-            nodes.append(Layer(name, _pixels(item), item.left, item.top, opacity, mode, item.visible, _mask(item)))
-    return tuple(nodes)
-
-
-def _pixels(item: Any) -> Tensor:
-    colour = torch.from_numpy(np.array(item.numpy("color"), dtype=np.float32))
-    shape = item.numpy("shape")
-    alpha = torch.ones_like(colour[..., :1]) if shape is None else torch.from_numpy(np.array(shape, dtype=np.float32))
-    return torch.cat([colour.expand(-1, -1, 3), alpha], -1).clamp(0, 1)
-
-
-def _mask(item: Any) -> Tensor | None:
-    if item.mask is None or item.mask.disabled:
-        return None
-    stored = item.mask.topil(layer_sized=True)
-    if stored is None:  # the mask is its background everywhere
-        return torch.full((item.height, item.width), item.mask.background_color / 255)
-    return from_eight_bit(np.asarray(stored.convert("L")))
