@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -20,7 +21,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
-from ..errors import FileError, reading
+from ..errors import FileError
 from . import profiles
 from .compose import OnLayer, announcer
 from .document import Document, clean_name
@@ -107,11 +108,10 @@ class PngReader:
             with PngImageFile(io.BytesIO(data)) as picture:  # unlike Image.open, it leaves the limit of pixels to us
                 picture.load()
                 return self._in_srgb(picture, source, mode, head[24])
-        except Exception as error:  # a damaged file can make the decoder fail anyhow
-            if isinstance(error, MemoryError):
-                raise
-            what = f" ({error})" if isinstance(error, OSError | SyntaxError) else ""
-            raise ValueError(f"the layer file {source[:80]!r} is not a sound PNG{what}; make or download it again") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # a damaged file can make the decoder fail in any way
+            raise ValueError(f"the layer file {source[:80]!r} is damaged, no sound PNG; make or download it again") from error
 
     def _in_srgb(self, picture: Image.Image, source: str, mode: str, depth: int) -> np.ndarray:
         profile = picture.info.get("icc_profile")
@@ -134,18 +134,21 @@ class PngReader:
 
 
 @contextmanager
-def decoding(name: str, kind: str) -> Iterator[None]:
-    """`reading` for code whose own refusals are ValueErrors, to which `read` adds the name of the file."""
+def decoding(name: str, kind: str, *ours: type[Exception]) -> Iterator[None]:
+    """As `reading`, but without the words of the decoder: those of psd-tools, zipfile and Pillow are about their own code.
+
+    ours: what passes, beside FileError.
+    """
     try:
         yield
-    except ValueError as error:
-        if not isinstance(error, UnicodeError):
+    except (FileError, MemoryError):
+        raise
+    except Exception as error:  # a damaged file can make a decoder fail in any way
+        if isinstance(error, ours) and not isinstance(error, UnicodeError):
             raise
-        with reading(name, kind):
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a place that the file names and has not
             raise
-    except Exception:  # a damaged file can make a decoder fail in any way
-        with reading(name, kind):
-            raise
+        raise FileError(f"{name}: not {kind}, or damaged; make or download it again") from error
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def _png(picture: np.ndarray) -> bytes:
 
 def read(file: Path) -> tuple[Document, list[str]]:
     """The document, and what was left out or looks different. Nothing is unpacked to disk. Raises FileError, and ValueError without the name."""
-    with decoding(file.name, "an OpenRaster file"), zipfile.ZipFile(file) as archive:
+    with decoding(file.name, "an OpenRaster file", ValueError), zipfile.ZipFile(file) as archive:
         return _Reader(archive).document()
 
 

@@ -57,11 +57,13 @@ def _described(nodes: tuple[Node, ...], folder: Path, before: Callable[[], None]
 
 def read(index: Path) -> tuple[Document, list[str]]:
     """The document, and what was lost. Raises FileError, and ValueError without the name."""
-    with decoding(f"{index.parent.name}/{index.name}", "a description of layers"):
+    with decoding(f"{index.parent.name}/{index.name}", "a description of layers", ValueError):
         try:
             described = json.loads(index.read_bytes())
         except UnicodeDecodeError:
             raise ValueError("it is no text in UTF-8; save it as such") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"it is no JSON ({error}); correct it there") from None
         version = described.get("version") if isinstance(described, dict) else None
         if version != 1:
             raise ValueError(f"its version is {version!r:.40}, not 1; save the layers again")

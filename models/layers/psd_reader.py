@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import reading
+from ..errors import FileError
 from . import compare, profiles
 from .blend import MODES
 from .document import Box, Document, Group, Layer, Node, clean_name
-from .files import MAX_PIXELS, check_pixels, eight_bit
+from .files import MAX_PIXELS, check_pixels, decoding, eight_bit
 from .psd import KEYS, psd_tools
 
 _KIND = "a Photoshop file"
@@ -39,7 +39,7 @@ def read(file: Path) -> tuple[Document, list[str]]:
 
     with warnings.catch_warnings():  # psd-tools would warn and give black for a channel that it cannot unpack
         warnings.simplefilter("error", PSDDecompressionWarning)
-        with reading(file.name, _KIND):
+        with decoding(file.name, _KIND):
             psd = tools.PSDImage.open(file)
             psd.compatibility_mode = CompatibilityMode.CLIP_STUDIO_PAINT  # the default hides that a group is clipped
         return _Reader(psd, file.name).document()
@@ -58,7 +58,7 @@ class _Reader:
         if not self.channels or psd.depth not in (8, 16):
             raise ValueError(f"it is {psd.color_mode.name} with {psd.depth} bits a channel; convert it to RGB with 8 or 16")
         document = Document(psd.width, psd.height)  # refuses other sizes before anything is unpacked
-        with reading(self.name, _KIND):
+        with decoding(self.name, _KIND):
             pixels = sum(_pixels_of(item) for item in psd.descendants())
             self._look_at_profile()
         check_pixels(pixels if len(psd) else self._merged_pixels())
@@ -124,7 +124,7 @@ class _Reader:
         if self._merged_pixels() > MAX_PIXELS:
             self.notes.append("its merged picture is too large to check the layers against")
             return
-        with reading(self.name, _KIND):
+        with decoding(self.name, _KIND):
             merged = self._merged(compare.stride(document.width, document.height))
         if merged is None:
             self.notes.append("its merged picture is damaged, and the layers could not be checked against it")
@@ -133,7 +133,7 @@ class _Reader:
 
     def _flattened(self) -> tuple[Node, ...]:
         """The merged picture as a layer, unless nothing is on it."""
-        with reading(self.name, _KIND):
+        with decoding(self.name, _KIND):
             merged = self._merged(1)
         if merged is None:
             raise ValueError("it has no layers, and its merged picture does not unpack; make or download it again")
@@ -152,7 +152,7 @@ class _Reader:
     def _nodes(self, parent: Any) -> tuple[Node, ...]:
         nodes: list[Node] = []
         for item in parent:
-            with reading(self.name, _KIND):
+            with decoding(self.name, _KIND):
                 name, mode, visible = clean_name(item.name), _MODES[item.blend_mode.value], bool(item.visible)
                 opacity = item.opacity / 255 * (item.fill_opacity / 255)
                 self.notes += [f"{name}: {what}" for what in _unread(item, mode)]
@@ -178,16 +178,19 @@ class _Reader:
                 try:
                     data = channel.get_data(box[2], box[3], psd.depth, psd.version)
                 except (ValueError, IndexError, OSError, Warning) as error:
-                    raise ValueError(f"the pixels of {clean_name(item.name)!r} do not unpack") from error
+                    raise self._damaged(item) from error
                 return np.frombuffer(data, _dtype(psd.depth)).reshape(box[3], box[2])
         return None
+
+    def _damaged(self, item: Any) -> FileError:
+        return FileError(f"{self.name} cannot be read: the pixels of {clean_name(item.name)!r} are damaged; make or download it again")
 
     def _picture(self, item: Any) -> Tensor:
         box = _box(item._record)
         planes = [self._plane(item, number, box) for number in range(self.channels)]
         colours = [plane for plane in planes if plane is not None]
         if len(colours) < len(planes):
-            raise ValueError(f"{clean_name(item.name)!r} has {len(colours)} of {len(planes)} colours")
+            raise self._damaged(item)
         image = torch.ones(box[3], box[2], 4)
         image[..., :3] = self._in_srgb(np.stack(colours, -1))
         alpha = self._plane(item, _TRANSPARENCY, box)
@@ -229,7 +232,7 @@ class _Reader:
 
     def _on_artboard(self, item: Any, inside: tuple[Node, ...]) -> tuple[Node, ...]:
         """An artboard's layers with its colour as one below them, cut at its edges by masks."""
-        with reading(self.name, _KIND):
+        with decoding(self.name, _KIND):
             (left, top, right, bottom), colour = item.bbox, _artboard_colour(item)
             board = (left, top, right - left, bottom - top)
             inside = tuple(_cut(node, board) for node in inside)
