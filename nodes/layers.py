@@ -27,6 +27,7 @@ Layers = io.Custom("LAYERS")  # io.Layers is newer than our oldest ComfyUI
 ORDERS = ("first is lowest", "first is top")
 FIRST = ("a layer", "left out", "hidden")  # what the first picture of a batch is; the last two: the merged picture
 BACKGROUNDS = {"transparent": None, "white": 1.0, "grey": 0.5, "black": 0.0}
+ENDINGS = (".psd", ".psb", ".ora")
 SHOWN = 63  # layers that a node shows beside the composite: Region Layers' 50 and some, in a grid of 8 x 8
 
 
@@ -38,17 +39,21 @@ def summary(document: Document) -> str:
     return f"{len(all_layers(document))} layers, {document.width} x {document.height}"
 
 
-def shown(cls: Any, document: Document, layers: Sequence[Layer], lines: Sequence[str], picture: Tensor | None = None) -> dict[str, Any]:
-    """The lines on the running node `cls`; for its `ui` they too, and thumbnails of the document and of these layers of it.
+def shown(cls: Any, document: Document, layers: Sequence[Layer], lines: Sequence[str]) -> dict[str, Any]:
+    """The lines on the running node `cls`; for its `ui` they too, and thumbnails of the document and of these layers of it."""
+    return _pictures(cls, document, layers) | said(cls, "\n".join([*lines, *_not_shown(layers)]))
 
-    picture: the composite `(height, width, 4)`, where it is made anyway; shown as large as it is, instead of its thumbnail.
-    """
-    if len(layers) > SHOWN:
-        lines = [*lines, f"the pictures are of the first {SHOWN} layers"]
+
+def _pictures(cls: Any, document: Document, layers: Sequence[Layer], picture: Tensor | None = None) -> dict[str, Any]:
+    """picture: the composite `(height, width, 4)`, where it is made anyway; shown as large as it is, instead of its thumbnail."""
     small = thumbnails(document, layers[:SHOWN], on_layer=progress())
     whole = small[:1] if picture is None else on_checkerboard(picture)[None]
-    images = [image for batch in (whole, small[1:]) for image in ui.PreviewImage(batch, cls=cls).values]
-    return {"images": images} | said(cls, "\n".join(lines))
+    batches = [whole, small[1:]] if layers else [whole]
+    return {"images": [image for batch in batches for image in ui.PreviewImage(batch, cls=cls).values]}
+
+
+def _not_shown(layers: Sequence[Layer]) -> list[str]:
+    return [f"the pictures are of the first {SHOWN} layers"] if len(layers) > SHOWN else []
 
 
 def _side(name: str, what: str) -> Any:
@@ -254,7 +259,7 @@ class EditLayer(io.ComfyNode):
     @classmethod
     def execute(cls, layers, layer, change) -> io.NodeOutput:
         document = from_core(layers)
-        found = chosen(document, layer)
+        found = chosen(document, str(layer))
         if change["change"] == "order":
             for one in found:
                 document = replace(document, layers=restacked(document.layers, one, change["position"]))
@@ -308,28 +313,28 @@ class SaveLayers(io.ComfyNode):
         output = folder_paths.get_output_directory()
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, output, document.width, document.height)
         target = Path(folder) / f"{name}_{counter:05}_{'' if format == 'png' else '.' + format}"
-        picture = composite(document, on_layer=progress())
-        files.write(document, target, picture, progress())
-        line = f"{target.name} in {subfolder or 'the output folder'}"
-        saved = {"tessera_files": (saved_file(target, subfolder),)}
-        return io.NodeOutput(layers, ui=shown(cls, document, all_layers(document), [line], picture) | saved)
+        picture, layers_of_it = composite(document, on_layer=progress()), all_layers(document)
+        pictures = _pictures(cls, document, layers_of_it, picture)
+        files.write(document, target, picture, progress())  # last: what fails or is stopped leaves no file
+        lines = [f"{target.name} in {subfolder or 'the output folder'}", *_not_shown(layers_of_it)]
+        return io.NodeOutput(layers, ui=pictures | said(cls, "\n".join(lines)) | {"tessera_files": (saved_file(target, subfolder),)})
 
 
 class LoadLayers(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         folder = Path(folder_paths.get_input_directory())
-        found = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.suffix.lower() in (".psd", ".ora"))
+        found = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.suffix.lower() in ENDINGS)
         return io.Schema(
             node_id="TesseraLoadLayers",
             display_name="Load Layers",
             category=CATEGORY,
-            description="Reads the layers of a Photoshop (.psd) or OpenRaster (.ora) file from the input folder.",
+            description="Reads the layers of a Photoshop (.psd, .psb) or OpenRaster (.ora) file from the input folder.",
             search_aliases=["psd", "ora", "openraster", "import layers", "open photoshop"],
-            inputs=[io.Combo.Input("file", options=found, tooltip="A .psd or .ora file in ComfyUI's input folder or below it.")],
+            inputs=[io.Combo.Input("file", options=found, tooltip="A .psd, .psb or .ora file in ComfyUI's input folder or below it.")],
             outputs=[
                 Layers.Output(display_name="layers"),
-                io.String.Output(display_name="report", tooltip="What of the file could not be kept, a line each."),
+                io.String.Output(display_name="report", tooltip="What of the file is not kept or looks different, a line each."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -338,13 +343,16 @@ class LoadLayers(io.ComfyNode):
     def validate_inputs(cls, file):
         try:
             _input_file(file)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             return str(error)
         return True
 
     @classmethod
     def fingerprint_inputs(cls, file):
-        state = _input_file(file).stat()
+        try:
+            state = _input_file(file).stat()
+        except (OSError, ValueError):  # the run says so
+            return "missing"
         return f"{state.st_mtime_ns} {state.st_size}"
 
     @classmethod
@@ -354,9 +362,10 @@ class LoadLayers(io.ComfyNode):
         return io.NodeOutput(to_core(document), "\n".join(notes), ui=pictures)
 
 
-def _input_file(name: str) -> Path:
+def _input_file(name: Any) -> Path:
+    """Raises ValueError, and OSError for a name that the file system refuses."""
     folder = Path(folder_paths.get_input_directory()).resolve()
-    file = (folder / name).resolve()
-    if not file.is_relative_to(folder) or not file.is_file() or file.suffix.lower() not in (".psd", ".ora"):
-        raise ValueError(f"file is {name!r}, which is no .psd or .ora in the input folder; put it there, and refresh the list (R)")
+    file = (folder / name).resolve() if isinstance(name, str) and "\0" not in name else folder
+    if not file.is_relative_to(folder) or not file.is_file() or file.suffix.lower() not in ENDINGS:
+        raise ValueError(f"file is {name!r:.200}, which is no .psd, .psb or .ora in the input folder; put it there, and refresh the list (R)")
     return file

@@ -2,12 +2,13 @@
 
     python comfy_layers.py COMFYUI PACKAGE_PARENT
 
-Prints one JSON object per node.
+Prints one JSON object per node, and per case that is named there.
 """
 
 import json
 import sys
 import tempfile
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,7 +90,22 @@ with tempfile.TemporaryDirectory() as folder:
         comfy.utils.PROGRESS_BAR_HOOK = lambda *given, **named: mm.interrupt_current_processing()
         stopped, nothing = run(node, **inputs)
         emit(node.__name__, **shown, stopped=stopped, after=[nothing, written(folder) == before])
+    for number in range(10):  # stopped at each step of saving
+        steps, before = count(), written(folder)
+        comfy.utils.PROGRESS_BAR_HOOK = lambda *given, **named: mm.interrupt_current_processing(next(steps) == number)  # noqa: B023
+        out, said = run(SaveLayers, layers=to_core(DOCUMENT), filename_prefix="l/s", format="psd")
+        emit(f"stop {number}", stopped=isinstance(out, str), files=len(written(folder)) - len(before))
     comfy.utils.PROGRESS_BAR_HOOK = None
+    write(Document(48, 40), Path(folder, "input", "none.psd"))
+    none = {"layers": to_core(Document(48, 40))}
+    for node, inputs in {
+        LayersFromImages: {**RUNS[LayersFromImages], "image": torch.zeros(2, 40, 48, 4), "names": "", "drop_empty": True},
+        ComposeLayers: RUNS[ComposeLayers] | none,
+        SaveLayers: RUNS[SaveLayers] | none,
+        LoadLayers: {"file": "none.psd"},
+    }.items():
+        out, said = run(node, **inputs)
+        emit(f"none {node.__name__}", text=out["text"], sizes=sizes(folder, out["images"]))
     many = Document(300, 600, LAYERS * 40)
     out, said = run(SaveLayers, layers=to_core(many), filename_prefix="l/x", format="ora")
     emit("many", text=out["text"], sizes=sizes(folder, out["images"]), most=SHOWN)
