@@ -98,6 +98,9 @@ def test_what_core_makes_is_read_as_core_reads_it():
     assert (read.width, read.height) == (12, 8), "as far as the layers reach"
 
 
+NOT_AS_CORE = "^layers has an item that is not as LAYERS of version 1 have them; look for the node that made it$"
+
+
 def nested(depth: int) -> Group:
     group = Group("g")
     for _ in range(depth - 1):
@@ -139,6 +142,21 @@ def nested(depth: int) -> Group:
         (lambda: from_core({"version": 2, "layers": []}), "not a LAYERS document of version 1"),
         (lambda: from_core({"layers": [{"type": "vector"}]}), "type 'vector'"),
         (lambda: from_core({"layers": [{"image": torch.rand(1, 2, 2, 4), "name": "a", "x": float("nan")}]}), "an item 'a' with x nan; use"),
+        (lambda: Layer(7, torch.rand(5, 5, 4)), "a layer has 7 as its name; use text"),
+        (lambda: Layer("a", [[1.0]]), "layer 'a' has no picture"),
+        (lambda: Layer("a", torch.rand(5, 5, 4), mask=0.5), "something else as its mask"),
+        (lambda: Layer("a", torch.rand(5, 5, 4), opacity="0.5"), "opacity '0.5'; use 0 to 1"),
+        (lambda: Layer("a", torch.rand(5, 5, 4), opacity=10**400), "opacity 1000.*; use 0 to 1"),
+        (lambda: Layer("a", torch.rand(5, 5, 4), blend_mode=torch.rand(9, 9)), "blend mode tensor.*; use one of normal"),
+        (lambda: Layer("a", torch.rand(5, 5, 4), transform=Transform(rotation="1")), "rotation='1'.*a finite rotation"),
+        (lambda: from_core({"layers": [{"type": torch.rand(9, 9)}]}), "type tensor"),
+        (lambda: from_core({"layers": 7}), NOT_AS_CORE),
+        (lambda: from_core({"layers": ["a"]}), NOT_AS_CORE),
+        (lambda: from_core({"layers": [{"image": 7}]}), NOT_AS_CORE),
+        (lambda: from_core({"layers": [{"image": torch.rand(1, 2, 2, 4), "x": "3"}]}), NOT_AS_CORE),
+        (lambda: from_core({"layers": [{"image": torch.rand(1, 2, 2, 4), "z_index": "3"}, {"z_index": 1}]}), NOT_AS_CORE),
+        (lambda: from_core({"layers": [{"image": torch.rand(1, 2, 2, 4), "mask": True}]}), NOT_AS_CORE),
+        (lambda: from_core({"layers": [], "canvas": 7}), NOT_AS_CORE),
         (lambda: place(Layer("a", torch.rand(5, 5, 4)), (0, 0, 0, 7)), "the box of layer 'a' is 0 x 7"),
         (lambda: grid(9, 20, 20, gap=10), "do not fit 20 x 20"),
         (lambda: golden(30, 20, 20), "30 golden sections do not fit"),

@@ -138,6 +138,11 @@ class Layer:
         return F.grid_sample(x[None], source[None].to(x), align_corners=False)[0]
 
 
+def _brief(value: Any) -> str:
+    """In a message, on one line."""
+    return " ".join(repr(value).split())[:40]
+
+
 def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and abs(value) < 1e300  # not isfinite, which fails for whole numbers beyond all floats
 
@@ -210,15 +215,15 @@ def _mapped(nodes: tuple[Node, ...], change: Callable[[Layer], Layer]) -> tuple[
 
 def _check(node: Node, kind: str, modes: Any) -> None:
     if not isinstance(node.name, str):
-        raise ValueError(f"a {kind} has {node.name!r:.40} as its name; use text")
+        raise ValueError(f"a {kind} has {_brief(node.name)} as its name; use text")
     if len(node.name) > MAX_NAME or _NO_TEXT.search(node.name):
         raise ValueError(f"{kind} name {node.name[:40]!r} is too long or has control characters; use at most {MAX_NAME} printable ones")
     if not _is_finite(node.opacity) or not 0 <= node.opacity <= 1:
-        raise ValueError(f"{kind} {node.name!r} has opacity {node.opacity!r:.40}; use 0 to 1")
+        raise ValueError(f"{kind} {node.name!r} has opacity {_brief(node.opacity)}; use 0 to 1")
     if not isinstance(node.visible, bool):
-        raise ValueError(f"{kind} {node.name!r} has visible {node.visible!r:.40}; use true or false")
+        raise ValueError(f"{kind} {node.name!r} has visible {_brief(node.visible)}; use true or false")
     if not isinstance(node.blend_mode, str) or node.blend_mode not in modes:
-        raise ValueError(f"{kind} {node.name!r} has blend mode {node.blend_mode!r:.40}; use one of {', '.join(modes)}")
+        raise ValueError(f"{kind} {node.name!r} has blend mode {_brief(node.blend_mode)}; use one of {', '.join(modes)}")
 
 
 def clean_name(text: str) -> str:
@@ -262,7 +267,7 @@ def _from_core(layers: Mapping[str, Any]) -> Document:
     entries: list[tuple[tuple[Mapping[str, Any], ...], Layer]] = []
     for item in sorted(layers.get("layers") or [], key=lambda item: item.get("z_index") or 0):
         if item.get("type", "raster") != "raster":
-            raise ValueError(f"layers has an item of type {item['type']!r}; only raster layers can be used")
+            raise ValueError(f"layers has an item of type {_brief(item['type'])}; only raster layers can be used")
         ours = item.get(_OURS) or {}
         images, masks = item.get("image", ()), item.get("mask")  # core skips an item without a picture
         *theirs, kept = ours.get("kept", (None, None, None))
