@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -340,19 +341,21 @@ class LoadLayers(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file):
+    def validate_inputs(cls, file=None):
+        if file is None:  # linked: what comes is known in the run only
+            return True
         try:
             _input_file(file)
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             return str(error)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, file):
+    def fingerprint_inputs(cls, file=None):
         try:
             state = _input_file(file).stat()
-        except (OSError, ValueError):  # the run says so
-            return "missing"
+        except (OSError, ValueError):  # linked, or gone: the run says so
+            return "unknown"
         return f"{state.st_mtime_ns} {state.st_size}"
 
     @classmethod
@@ -363,9 +366,9 @@ class LoadLayers(io.ComfyNode):
 
 
 def _input_file(name: Any) -> Path:
-    """Raises ValueError, and OSError for a name that the file system refuses."""
+    """Raises ValueError."""
     folder = Path(folder_paths.get_input_directory()).resolve()
     file = (folder / name).resolve() if isinstance(name, str) and "\0" not in name else folder
-    if not file.is_relative_to(folder) or not file.is_file() or file.suffix.lower() not in ENDINGS:
+    if not file.is_relative_to(folder) or not os.path.isfile(file) or file.suffix.lower() not in ENDINGS:
         raise ValueError(f"file is {name!r:.200}, which is no .psd, .psb or .ora in the input folder; put it there, and refresh the list (R)")
     return file

@@ -106,6 +106,9 @@ with tempfile.TemporaryDirectory() as folder:
     }.items():
         out, said = run(node, **inputs)
         emit(f"none {node.__name__}", text=out["text"], sizes=sizes(folder, out["images"]))
+    answers = [LoadLayers.validate_inputs(file=file) for file in (None, "three.ora", 7, ["1", 0], {}, "", "\0", "x" * 5000, "../l", "three.png")]
+    kept = [LoadLayers.fingerprint_inputs(file=file) for file in (None, 7, "\0", "x" * 5000)]
+    emit("answers", answers=answers, kept=kept)
     many = Document(300, 600, LAYERS * 40)
     out, said = run(SaveLayers, layers=to_core(many), filename_prefix="l/x", format="ora")
     emit("many", text=out["text"], sizes=sizes(folder, out["images"]), most=SHOWN)

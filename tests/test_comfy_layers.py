@@ -295,6 +295,15 @@ def test_documents_without_layers_are_documents(alone, node):
     assert alone[f"none {node}"] == {"text": [NONE[node]], "sizes": [[48, 40]]}
 
 
+def test_the_file_s_validation_answers_and_never_raises(alone):
+    """None is a link, whose text comes in the run."""
+    linked, there, *wrong = alone["answers"]["answers"]
+    assert linked is True and there is True and len(wrong) == 8
+    assert all(answer.startswith("file is ") and "which is no .psd" in answer for answer in wrong)
+    assert wrong[0] == "file is 7, which is no .psd, .psb or .ora in the input folder; put it there, and refresh the list (R)"
+    assert alone["answers"]["kept"] == ["unknown"] * 4
+
+
 def test_layers_that_are_not_saved_to_the_end_leave_no_file(alone):
     """Stopped while the picture is made, the thumbnails are, or the file is."""
     steps = [alone[f"stop {number}"] for number in range(10)]

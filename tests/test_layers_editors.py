@@ -149,8 +149,9 @@ def test_gimp_agrees_on_psd(tmp_path, home):
     before = document(modes, opaque=True)
     found = differences(flattened("gimp", before, tmp_path / "a.psd", home), before, modes)
     own = COMPONENTS | CHOICES | {"soft-light"}  # GIMP 2.10 has other formulas for these
-    for mode in set(modes) - own:
+    for mode in set(modes) - own - {"hard-mix"}:
         assert found[mode].max() <= 1, mode
+    assert (found["hard-mix"] > 1).mean() < 0.03, "only where two values add up to 255"
     assert all(found[mode].max() > 2 for mode in own), "if this fails, the help of Compose Layers can be shortened"
 
 
