@@ -14,6 +14,7 @@ from .art import FOLDER as LAYER_EMBEDDINGS
 from .art import DecodeRegionLayers, DecodeRegionVideo, EncodeRegionLayers, RegionLayers
 from .attention import Accelerate, AttentionReport, SparseAttention
 from .diffusion_upscale import PatchUpscaleVideo
+from .door import guarded
 from .layered_video import AddVideoLayer, ComposeLayeredVideo
 from .layers import ComposeLayers, EditLayer, LayersFromImages, LoadLayers, SaveLayers
 from .layout import AutoLayout, Layout
@@ -51,7 +52,7 @@ class Tessera(ComfyExtension):
         layers = [LayersFromImages, ComposeLayers, EditLayer, AutoLayout, Layout, SaveLayers, LoadLayers]
         regions = [RegionLayers, EncodeRegionLayers, DecodeRegionLayers, DecodeRegionVideo]
         clips = [SaveTransparentVideo, LoadTransparentVideo, AddVideoLayer, ComposeLayeredVideo]
-        return [
+        nodes = [
             Accelerate,
             SparseAttention,
             AttentionReport,
@@ -66,6 +67,7 @@ class Tessera(ComfyExtension):
             ShapesPrompt,
             LayersPrompt,
         ]
+        return [guarded(node) for node in nodes]
 
 
 async def comfy_entrypoint() -> Tessera:

@@ -52,7 +52,13 @@ def _tensors(folder: str, name: str) -> dict[str, Tensor]:
     return comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise(folder, name), safe_load=True)
 
 
+def _check_boxes(boxes: str, width: int, height: int) -> None:
+    snap(parse_boxes(boxes), width, height)
+
+
 class RegionLayers(io.ComfyNode):
+    checks = (_check_boxes,)
+
     @classmethod
     def define_schema(cls):
         return io.Schema(

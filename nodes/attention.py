@@ -63,7 +63,17 @@ def _setting_widget(name: str, setting) -> io.Input:
     return io.Float.Input(name, default=setting.default, min=setting.minimum, max=setting.maximum, step=setting.step, tooltip=setting.tooltip)
 
 
+def _check_percents(start_percent: float, end_percent: float) -> None:
+    AttentionSettings(start_percent=start_percent, end_percent=end_percent).validate()
+
+
+def _check_blocks(dense_blocks: str) -> None:
+    parse_blocks(dense_blocks)
+
+
 class SparseAttention(io.ComfyNode):
+    checks = (_check_percents, _check_blocks)
+
     @classmethod
     def define_schema(cls):
         methods = [
@@ -140,17 +150,6 @@ class SparseAttention(io.ComfyNode):
             outputs=[io.Model.Output(display_name="model", tooltip="The patched clone.")],
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def validate_inputs(cls, dense_blocks, method=None):
-        if method is None:  # ComfyUI leaves out a choice that it does not know
-            known = ", ".join(name for name, recipe in RECIPES.items() if not recipe.control)
-            return f"method is not known; use one of {known}"
-        try:
-            parse_blocks(dense_blocks or "")  # None: linked, and checked when its value is known
-        except ValueError as error:
-            return str(error)
-        return True
 
     @classmethod
     def execute(

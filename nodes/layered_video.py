@@ -80,7 +80,7 @@ class ComposeLayeredVideo(io.ComfyNode):
         width, height = width or lowest.shape[2], height or lowest.shape[1]
         chosen = [item for item in layers if item.name == layer.strip()]
         if layer.strip() and not chosen:
-            raise ValueError(f"layer is {layer!r}, which is none of {', '.join(item.name for item in layers)}")
+            raise ValueError(f"layer is {layer!r:.60}, which is none of {', '.join(item.name for item in layers):.400}")
         frames: Iterable[Tensor] = chosen[0].on_canvas(width, height) if chosen else LayeredClip(width, height, layers)
         count = max(len(item.frames.images) for item in chosen or layers)
         images, mask = image_and_mask(stacked(followed(frames, comfy.utils.ProgressBar(count)), count))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..models.layers.clean import Cleaning, colour, stacked
 from ..models.layers.compose import composite, on_checkerboard, thumbnails
 from ..models.layers.document import MAX_SIDE, Document, Layer, clean_name, from_core, rgba, to_core
 from ..models.layers.layout import chosen, restacked
+from .paths import check_prefix, input_path
 from .reporting import progress, said, saved_file
 
 CATEGORY = "Tessera/layers"
@@ -61,7 +61,15 @@ def _side(name: str, what: str) -> Any:
     return io.Int.Input(name, default=0, min=0, max=MAX_SIDE, tooltip=what)
 
 
+def _cleaning(clean: dict[str, Any]) -> Cleaning | None:
+    if clean["clean"] == "off":
+        return None
+    return Cleaning(colour(clean["matte"]), clean["low"], clean["high"], clean["specks"], clean["bleed"])
+
+
 class LayersFromImages(io.ComfyNode):
+    checks = (_cleaning,)
+
     @classmethod
     def define_schema(cls):
         def pixels(name: str, default: int, high: int, what: str) -> Any:
@@ -156,15 +164,12 @@ class LayersFromImages(io.ComfyNode):
             raise ValueError(f"mask has {len(mask)} pictures and image {len(image)}; give one for all, or one each")
         item: dict[str, Any] = {"image": image, "mask": 1 - mask if mask is not None and mask_means == "opaque" else mask, "z_index": 0}
         made = from_core({"version": 1, "canvas": (image.shape[2], image.shape[1]), "layers": [item]})
-        cleaning = None
-        if clean is not None and clean["clean"] == "edges":
-            cleaning = Cleaning(colour(clean["matte"]), clean["low"], clean["high"], clean["specks"], clean["bleed"])
         new, notes = stacked(
             [layer for _, layer in made.walk()],
             [clean_name(line) for line in names.rstrip().splitlines()],
             merged=first,
             top_first=order == ORDERS[1],
-            cleaning=cleaning,
+            cleaning=None if clean is None else _cleaning(clean),
             trim=trim,
             threshold=threshold,
             drop_empty=drop_empty,
@@ -288,6 +293,8 @@ def _changed(layer: Layer, change: dict[str, Any]) -> Layer:
 
 
 class SaveLayers(io.ComfyNode):
+    checks = (check_prefix,)
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -321,7 +328,16 @@ class SaveLayers(io.ComfyNode):
         return io.NodeOutput(layers, ui=pictures | said(cls, "\n".join(lines)) | {"tessera_files": (saved_file(target, subfolder),)})
 
 
+def _input_file(file: str) -> Path:
+    path = input_path(file)
+    if path is None or not path.is_file() or path.suffix.lower() not in ENDINGS:
+        raise ValueError(f"file is {file!r:.200}, which is no .psd, .psb or .ora in the input folder; put it there, and refresh the list (R)")
+    return path
+
+
 class LoadLayers(io.ComfyNode):
+    checks = (_input_file,)
+
     @classmethod
     def define_schema(cls):
         folder = Path(folder_paths.get_input_directory())
@@ -341,21 +357,13 @@ class LoadLayers(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file=None):
-        if file is None:  # linked: what comes is known in the run only
-            return True
-        try:
-            _input_file(file)
-        except ValueError as error:
-            return str(error)
-        return True
-
-    @classmethod
     def fingerprint_inputs(cls, file=None):
+        if not isinstance(file, str):
+            return "unknown"  # linked
         try:
             state = _input_file(file).stat()
-        except (OSError, ValueError):  # linked, or gone: the run says so
-            return "unknown"
+        except (OSError, ValueError):
+            return "unknown"  # gone: the run says so
         return f"{state.st_mtime_ns} {state.st_size}"
 
     @classmethod
@@ -363,12 +371,3 @@ class LoadLayers(io.ComfyNode):
         document, notes = files.read(_input_file(file))
         pictures = shown(cls, document, all_layers(document), [summary(document), *notes])
         return io.NodeOutput(to_core(document), "\n".join(notes), ui=pictures)
-
-
-def _input_file(name: Any) -> Path:
-    """Raises ValueError."""
-    folder = Path(folder_paths.get_input_directory()).resolve()
-    file = (folder / name).resolve() if isinstance(name, str) and "\0" not in name else folder
-    if not file.is_relative_to(folder) or not os.path.isfile(file) or file.suffix.lower() not in ENDINGS:
-        raise ValueError(f"file is {name!r:.200}, which is no .psd, .psb or .ora in the input folder; put it there, and refresh the list (R)")
-    return file

@@ -12,7 +12,13 @@ from .layers import CATEGORY, Layers, all_layers, shown, summary
 from .reporting import said
 
 
+def _check_boxes(boxes: str, width: int, height: int) -> None:
+    from_json(boxes, width, height)
+
+
 class Layout(io.ComfyNode):
+    checks = (_check_boxes,)
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -39,16 +45,6 @@ class Layout(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def validate_inputs(cls, width, height, boxes):
-        if None in (width, height, boxes):  # comes from another node
-            return True
-        try:
-            from_json(boxes, width, height)
-        except ValueError as error:
-            return str(error)
-        return True
 
     @classmethod
     def execute(cls, width, height, boxes, fit, layers=None) -> io.NodeOutput:

@@ -28,7 +28,14 @@ class Region:
     box: Box
 
 
+def _check_box(width: int, height: int) -> None:
+    if min(width, height) < 1:
+        raise ValueError(f"{'width' if width < 1 else 'height'} is 0; give the box a width and a height above 0")
+
+
 class ConceptRegion(io.ComfyNode):
+    checks = (_check_box,)
+
     @classmethod
     def define_schema(cls):
         def pixels(name: str, default: int, tooltip: str) -> io.Input:
@@ -61,8 +68,6 @@ class ConceptRegion(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, prompt, words, x, y, width, height, concepts=()) -> io.NodeOutput:
-        if clip is None:
-            raise ValueError("clip is empty: the checkpoint holds no text encoder; load one with a CLIP loader and connect it to the LoRA loader")
         tokens = clip.tokenize(prompt)
         context = clip.encode_from_tokens(tokens)
         return io.NodeOutput((*concepts, Region(model, context, _rows_of(clip, tokens, context.shape[1], words), Box(x, y, x + width, y + height))))
@@ -116,7 +121,10 @@ class LoRAComposer(io.ComfyNode):
             raise ValueError(f"model is a {type(network).__name__}, and enhancement is for SD1.5 and SDXL; set enhancement to 0")
         ready = [Concept(region.box, region.context, region.words, deltas_of(index, region.model, model)) for index, region in enumerate(concepts, 1)]
         scale = latent.get("downscale_ratio_spacial") or model.get_model_object("latent_format").spacial_downscale_ratio
-        height, width = (size * scale for size in latent["samples"].shape[-2:])
+        shape = tuple(latent["samples"].shape)
+        if len(shape) not in (4, 5) or min(shape) < 1:
+            raise ValueError(f"latent is {shape}, and not of pictures or clips; connect the latent that goes into the sampler")
+        height, width = (size * scale for size in shape[-2:])
         composer = Composer(network, ready, (height, width), isolate=isolation, layers=layers, keep=pause_malloc_graph)
         return io.NodeOutput(patch(model, composer, reinitialise, enhancement, cls.hidden.unique_id))
 
@@ -147,5 +155,7 @@ def _rows_of(clip: Any, tokens: dict[str, list], rows: int, words: str) -> tuple
                     found += range(first + start + place, first + start + place + len(wanted))
         first += len(chunk)
     if not found:
-        raise ValueError(f"words is {words!r}, which the prompt does not hold; write them as they stand there" if spellings else "prompt is empty")
+        raise ValueError(
+            f"words is {words!r:.60}, which the prompt does not hold; write them as they stand there" if spellings else "prompt is empty"
+        )
     return tuple(dict.fromkeys(found))

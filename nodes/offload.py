@@ -13,7 +13,13 @@ from .memory import LIMITS, POLICIES, MemorySettings, check_settings, last_repor
 CATEGORY = "Tessera/memory"
 
 
+def _check_window(policy: str, k: int, k_prime: int) -> None:
+    check_settings(MemorySettings(policy=policy, k=k, k_prime=k_prime))
+
+
 class LayerOffload(io.ComfyNode):
+    checks = (_check_window,)
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -76,15 +82,6 @@ class LayerOffload(io.ComfyNode):
             outputs=[io.Model.Output(display_name="model", tooltip="The clone that keeps to the limit.")],
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def validate_inputs(cls, gb, policy, k=0, k_prime=0):
-        default = MemorySettings()  # None: linked, and checked when its value is known
-        try:
-            check_settings(MemorySettings(gb=default.gb if gb is None else gb, policy=policy or default.policy, k=k or 0, k_prime=k_prime or 0))
-        except ValueError as error:
-            return str(error)
-        return True
 
     @classmethod
     def execute(cls, model, limit, gb, policy, k=0, k_prime=0) -> io.NodeOutput:

@@ -8,7 +8,17 @@ from ..models.default import vocabulary
 from ..models.layers.default import vocabulary as layers_vocabulary
 
 
+def _check_shapes(text: str) -> None:
+    vocabulary.encode(text)
+
+
+def _check_layers(text: str) -> None:
+    layers_vocabulary.parse(text)
+
+
 class ShapesPrompt(io.ComfyNode):
+    checks = (_check_shapes,)
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -28,19 +38,13 @@ class ShapesPrompt(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, text):
-        try:
-            vocabulary.encode(text or "")  # None: linked, and checked when its value is known
-        except ValueError as error:
-            return str(error)
-        return True
-
-    @classmethod
     def execute(cls, text) -> io.NodeOutput:
         return io.NodeOutput([[vocabulary.encode(text), {}]])
 
 
 class LayersPrompt(io.ComfyNode):
+    checks = (_check_layers,)
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -59,14 +63,6 @@ class LayersPrompt(io.ComfyNode):
             ],
             outputs=[io.Conditioning.Output(display_name="conditioning")],
         )
-
-    @classmethod
-    def validate_inputs(cls, text):
-        try:
-            layers_vocabulary.parse(text or "")  # None: linked, and checked when its value is known
-        except ValueError as error:
-            return str(error)
-        return True
 
     @classmethod
     def execute(cls, text) -> io.NodeOutput:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management as mm
 import comfy.utils
@@ -22,8 +23,8 @@ from torch.nn import functional as F
 
 from ..models.layers.document import rgba
 from .layers import CATEGORY
+from .paths import check_prefix, existing, input_path
 from .reporting import said, saved_file
-from .upscale_video import input_path
 
 # The library's formats; PyAV, which it needs, is imported when a node runs.
 FORMATS = {
@@ -94,7 +95,14 @@ def _rate(fps: float) -> Fraction:
     return broadcast if abs(broadcast - fps) < 5e-4 else Fraction(fps).limit_denominator(1001)
 
 
+def _check_alpha(alpha: str, format: dict[str, Any]) -> None:
+    if alpha == "premultiplied" and format["format"] == "animated WebP":
+        raise ValueError("alpha is premultiplied, and animated WebP holds straight alpha only; use straight, or another format")
+
+
 class SaveTransparentVideo(io.ComfyNode):
+    checks = (_check_alpha, check_prefix)
+
     @classmethod
     def define_schema(cls):
         bits = io.Combo.Input("bits", options=["8", "16"], tooltip="Of each channel. 16 is for further editing.")
@@ -131,15 +139,6 @@ class SaveTransparentVideo(io.ComfyNode):
             outputs=[io.Image.Output(display_name="images", tooltip="The frames, unchanged.")],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
         )
-
-    @classmethod
-    def validate_inputs(cls, format=None, alpha=None):
-        kind = format["format"] if isinstance(format, dict) else format
-        if kind is None:  # ComfyUI leaves out a choice that it does not know
-            return f"format is not known; use {', '.join(FORMATS)}"
-        if alpha == "premultiplied" and kind == "animated WebP":
-            return "alpha is premultiplied, and animated WebP holds straight alpha only; use straight, or another format"
-        return True
 
     @classmethod
     def execute(cls, images, filename_prefix, fps, format, alpha, mask=None, audio=None) -> io.NodeOutput:
@@ -180,7 +179,13 @@ class SaveTransparentVideo(io.ComfyNode):
         return io.NodeOutput(images, ui={**ui.PreviewVideo([shown]).as_dict(), **said(cls, line), "tessera_files": (saved_file(target, subfolder),)})
 
 
+def _existing(file: str) -> Path:
+    return existing(file, "upload it, or copy it there", folders=True)
+
+
 class LoadTransparentVideo(io.ComfyNode):
+    checks = (_existing,)
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -213,15 +218,6 @@ class LoadTransparentVideo(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def validate_inputs(cls, file=None):
-        try:
-            if file is not None:  # else another node makes it
-                _existing(file)
-        except ValueError as error:
-            return str(error)
-        return True
 
     @classmethod
     def fingerprint_inputs(cls, file=None, **others):
@@ -276,12 +272,3 @@ def _is_animated_png(file: Path, modified: int, size: int) -> bool:
     from ..models.layers.video_reader import is_animated_png
 
     return is_animated_png(file)
-
-
-def _existing(file: str) -> Path:
-    path = input_path(file)
-    if path is None:
-        raise ValueError(f"file is {file!r}, which lies outside ComfyUI's folders; copy the video into the input folder")
-    if not path.exists():
-        raise ValueError(f"file is {file!r}, which is not in ComfyUI's input folder; upload it, or copy it there")
-    return path

@@ -75,13 +75,9 @@ def patch_inputs() -> list[Any]:
     ]
 
 
-def check_widgets(size: Any, tile: int | None, overlap: int | None) -> bool | str:
-    """For `validate_inputs`: True, or what is wrong. None stands for a value that another node will make."""
-    if size is None:  # ComfyUI leaves out a choice that it does not know
-        return "size is not known; use factor, megapixels or named"
-    if tile is not None and overlap is not None and overlap > tile // 2:
-        return f"overlap is {overlap} and tile {tile}; use at most {tile // 2}, half the tile"
-    return True
+def check_overlap(tile: int, overlap: int) -> None:
+    if overlap > tile // 2:
+        raise ValueError(f"overlap is {overlap} and tile {tile}; use at most {tile // 2}, half the tile")
 
 
 class Display:
@@ -151,6 +147,8 @@ def _time(seconds: float) -> str:
 
 
 class PatchUpscale(io.ComfyNode):
+    checks = (check_overlap,)
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -170,14 +168,8 @@ class PatchUpscale(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, tile, overlap, size=None):
-        return check_widgets(size, tile, overlap)
-
-    @classmethod
     def execute(cls, upscale_model, image, size, tile, overlap) -> io.NodeOutput:
-        batch, height, width, channels = image.shape
-        if channels not in (1, 3, 4) or min(batch, height, width) < 1:
-            raise ValueError(f"image is {tuple(image.shape)} (pictures, height, width, channels); give at least one picture of 1, 3 or 4 channels")
+        batch, height, width, _ = image.shape
         target = size_for(width, height, size)
         device = load_network(upscale_model, image.element_size(), tile)
         network = network_of(upscale_model)
@@ -264,6 +256,8 @@ def _preview(canvas: Tensor) -> Image.Image:
 
 
 class UpscaleReport(io.ComfyNode):
+    checks = (check_overlap,)
+
     @classmethod
     def define_schema(cls):
         return io.Schema(

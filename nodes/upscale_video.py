@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..models.upscale.pictures import passes, upscale
 from ..models.upscale.tiling import Progress
-from .upscale import CATEGORY, Display, check_widgets, load_network, network_of, patch_inputs, size_for, size_input, unload_network
+from .paths import check_prefix, existing, input_path
+from .upscale import CATEGORY, Display, check_overlap, load_network, network_of, patch_inputs, size_for, size_input, unload_network
 
 WHOLE = (0.0, 0.0)
 
@@ -37,6 +38,8 @@ def quality_input() -> Any:
 
 
 class PatchUpscaleVideoNetwork(io.ComfyNode):
+    checks = (check_overlap,)
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -60,10 +63,6 @@ class PatchUpscaleVideoNetwork(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, tile, overlap, size=None):
-        return check_widgets(size, tile, overlap)
-
-    @classmethod
     def execute(cls, upscale_model, video, size, tile, overlap, crf) -> io.NodeOutput:
         source, trim = _source(video)
         mark = _fingerprint(upscale_model, source, (trim, size, tile, overlap, crf))
@@ -74,7 +73,13 @@ class PatchUpscaleVideoNetwork(io.ComfyNode):
         return io.NodeOutput(InputImpl.VideoFromFile(str(target)), ui={"text": (line,)})
 
 
+def _existing(file: str) -> Path:
+    return existing(file, "copy it there")
+
+
 class PatchUpscaleVideoFile(io.ComfyNode):
+    checks = (check_overlap, _existing, check_prefix)
+
     @classmethod
     def define_schema(cls):
         files, _ = folder_paths.recursive_search(folder_paths.get_input_directory())
@@ -104,25 +109,13 @@ class PatchUpscaleVideoFile(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, tile, overlap, size=None, file=None):
-        if file is not None:
-            path = input_path(file)
-            if path is None:
-                return f"file is {file!r}, which lies outside ComfyUI's folders; copy the video into the input folder"
-            if not path.is_file():
-                return f"file is {file!r}, which is not in ComfyUI's input folder; copy it there"
-        return check_widgets(size, tile, overlap)
-
-    @classmethod
     def fingerprint_inputs(cls, file, **others):
-        path = input_path(file)
+        path = None if file is None else input_path(file)  # None: another node makes it
         return path.stat().st_mtime_ns if path is not None and path.is_file() else None
 
     @classmethod
     def execute(cls, upscale_model, file, size, tile, overlap, filename_prefix, container, crf) -> io.NodeOutput:
-        path = input_path(file)
-        if path is None:  # a name made by another node, which no validation has seen
-            raise ValueError(f"file is {file!r}, which lies outside ComfyUI's folders; copy the video into the input folder")
+        path = _existing(file)
         from ..models.upscale.video_reader import inspect_video
 
         facts = inspect_video(path)
@@ -235,14 +228,3 @@ def _contents(source: Any) -> Iterator[Any]:
 
 def _bytes(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def input_path(file: str) -> Path | None:
-    """The path of an entry of the widget, such as "clip.mp4" or "video/clip.mp4 [output]"; None where it leaves its folder."""
-    name, base = folder_paths.annotated_filepath(file)
-    folder = Path(base or folder_paths.get_input_directory()).resolve()
-    try:
-        path = (folder / name.strip()).resolve()
-    except ValueError:  # a zero byte
-        return None
-    return path if path.is_relative_to(folder) else None

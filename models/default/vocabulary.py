@@ -30,7 +30,7 @@ def parse(prompt):
                 found[slot] = words.index(word)
                 break
         else:
-            raise ValueError(f"The word '{word}' is not in the vocabulary of these weights. It has {describe()}.")
+            raise ValueError(f"The word '{word:.60}' is not in the vocabulary of these weights. It has {describe()}.")
     return found
 
 

@@ -51,7 +51,7 @@ def colour(text: str) -> Colour | None:
     try:
         red, green, blue = ImageColor.getrgb(text.strip())[:3]
     except ValueError:
-        raise ValueError(f"matte is {text!r}; use none, or a colour such as black, white, grey or #336699") from None
+        raise ValueError(f"matte is {text!r:.60}; use none, or a colour such as black, white, grey or #336699") from None
     return red / 255, green / 255, blue / 255
 
 

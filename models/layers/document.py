@@ -264,51 +264,80 @@ def from_core(layers: Mapping[str, Any]) -> Document:
 def _from_core(layers: Mapping[str, Any]) -> Document:
     if not isinstance(layers, Mapping) or layers.get("version", 1) != 1:
         raise ValueError("layers is not a LAYERS document of version 1; connect Layers from Images, Load Layers or Add Layer")
+    items = layers.get("layers") or []
+    if not isinstance(items, list | tuple) or not all(isinstance(item, Mapping) for item in items):
+        raise ValueError("layers has items that are no layers; connect Layers from Images, Load Layers or Add Layer")
     entries: list[tuple[tuple[Mapping[str, Any], ...], Layer]] = []
-    for item in sorted(layers.get("layers") or [], key=lambda item: item.get("z_index") or 0):
+    for item in sorted(items, key=lambda item: _number(item, "z_index", 0)):
         if item.get("type", "raster") != "raster":
             raise ValueError(f"layers has an item of type {_brief(item['type'])}; only raster layers can be used")
-        ours = item.get(_OURS) or {}
-        images, masks = item.get("image", ()), item.get("mask")  # core skips an item without a picture
+        ours = item.get(_OURS)
+        ours = ours if isinstance(ours, Mapping) else {}
+        exact = {**item, **ours}
         *theirs, kept = ours.get("kept", (None, None, None))
-        untouched = theirs[0] is images and theirs[1] is masks
+        untouched = theirs[0] is item.get("image") and theirs[1] is item.get("mask")
+        images = _pictures(item, "image", 4, "height, width, channels")  # core skips an item without a picture
+        masks = _pictures(item, "mask", 3, "height, width")
+        given_name = _text(item, "name", "")
         for index, picture in enumerate(images):
-            name = clean_name(item.get("name") or "") or f"Layer {len(entries) + 1}"
+            name = clean_name(given_name) or f"Layer {len(entries) + 1}"
             mask = kept.mask if untouched else None
-            if not untouched and masks is not None and (len(masks) == 1 or index < len(masks)):
+            if not untouched and len(masks) and (len(masks) == 1 or index < len(masks)):
                 mask = 1 - masks[index if len(masks) > 1 else 0].float().clamp(0, 1)
                 if mask.shape != picture.shape[:2]:
                     mask = F.interpolate(mask[None, None], picture.shape[:2], mode="bilinear")[0, 0]
-            width, height = (max(_pixels(item, side), 0) for side in "wh")
+            width, height = (max(int(_number(item, side, 0)), 0) for side in "wh")
             transform = Transform(
                 width if width != picture.shape[1] else 0,
                 height if height != picture.shape[0] else 0,
-                float(item.get("rotation") or 0.0),
+                float(_number(item, "rotation", 0)),
                 bool(item.get("flip_h")),
                 bool(item.get("flip_v")),
             )
             layer = Layer(
-                name if len(images) == 1 or not item.get("name") else f"{name} {index + 1}"[-MAX_NAME:],
+                name if len(images) == 1 or not given_name else f"{name} {index + 1}"[-MAX_NAME:],
                 kept.image if untouched else rgba(picture),
-                _pixels(item, "x"),
-                _pixels(item, "y"),
-                float(ours.get("opacity", item.get("opacity", 1.0))),
-                ours.get("blend_mode", item.get("blend_mode", "normal")),
-                bool(ours.get("visible", item.get("visible", True))),
+                int(_number(item, "x", 0)),
+                int(_number(item, "y", 0)),
+                float(_number(exact, "opacity", 1)),
+                _text(exact, "blend_mode", "normal"),
+                bool(exact.get("visible", True)),
                 mask,
                 transform,
                 kept.checked if untouched else (),
             )
             entries.append((tuple(ours.get("groups", ())), layer))
-    width, height = layers.get("canvas") or _extent([layer for _, layer in entries])
-    return Document(int(width), int(height), _grouped(entries))
+    canvas = layers.get("canvas") or _extent([layer for _, layer in entries])
+    if not isinstance(canvas, list | tuple) or len(canvas) != 2 or not all(isinstance(side, int | float) and isfinite(side) for side in canvas):
+        raise ValueError(f"layers has the canvas {canvas!r:.40}; use a width and a height in pixels")
+    return Document(int(canvas[0]), int(canvas[1]), _grouped(entries))
 
 
-def _pixels(item: Mapping[str, Any], key: str) -> int:
-    value = item.get(key) or 0
-    if not isfinite(value):
-        raise ValueError(f"layers has an item {item.get('name')!r:.40} with {key} {value}; use a number of pixels")
-    return int(value)
+def _number(item: Mapping[str, Any], key: str, default: float) -> float:
+    value = item.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, int | float) or not isfinite(value):
+        raise ValueError(f"layers has an item {item.get('name')!r:.40} with {key} {value!r:.40}; use a number")
+    return value
+
+
+def _text(item: Mapping[str, Any], key: str, default: str) -> str:
+    value = item.get(key)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"layers has an item {item.get('name')!r:.40} with {key} {value!r:.40}; use a text")
+    return value or default
+
+
+def _pictures(item: Mapping[str, Any], key: str, axes: int, names: str) -> Tensor | tuple[()]:
+    """A batch of `axes` axes, or nothing."""
+    value = item.get(key)
+    if value is None:
+        return ()
+    if not isinstance(value, Tensor) or value.ndim != axes or (len(value) and not min(value.shape)):
+        found = tuple(value.shape) if isinstance(value, Tensor) else f"{value!r:.40}"
+        raise ValueError(f"layers has an item {item.get('name')!r:.40} with the {key} {found}; use one of (batch, {names})")
+    return value
 
 
 def _extent(layers: list[Layer]) -> tuple[int, int]:

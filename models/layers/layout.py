@@ -278,7 +278,7 @@ def chosen(document: Document, which: str) -> list[Layer]:
         if abs(index) <= len(layers):
             return [layers[index - 1 if index > 0 else index]]
     names = ", ".join(f"{number} {layer.name!r}" for number, layer in enumerate(layers, 1)) or "none"
-    raise ValueError(f"layer is {which!r}, and there is none of that name or number; the layers are, from the bottom: {names}")
+    raise ValueError(f"layer is {which!r:.60}, and there is none of that name or number; the layers are, from the bottom: {names:.400}")
 
 
 def restacked(nodes: tuple[Node, ...], layer: Layer, position: int) -> tuple[Node, ...]:

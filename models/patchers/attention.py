@@ -85,8 +85,9 @@ def parse_blocks(text: str) -> frozenset[int]:
     blocks: set[int] = set()
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         first, dash, last = (piece.strip() for piece in part.partition("-"))
-        if not first.isdecimal() or (dash and not last.isdecimal()) or not int(first) <= int(last or first) < MAX_BLOCKS:
-            raise ValueError(f"dense_blocks is {text!r}; use block numbers and ranges such as 0,1 or 0-3, below {MAX_BLOCKS}")
+        numbers = first.isdecimal() and (last.isdecimal() or not dash) and max(len(first), len(last)) <= len(str(MAX_BLOCKS))
+        if not numbers or not int(first) <= int(last or first) < MAX_BLOCKS:
+            raise ValueError(f"dense_blocks is {text!r:.60}; use block numbers and ranges such as 0,1 or 0-3, below {MAX_BLOCKS}")
         blocks.update(range(int(first), int(last or first) + 1))
     return frozenset(blocks)
 

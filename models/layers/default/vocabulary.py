@@ -43,18 +43,18 @@ def parse(text: str) -> Caption:
     """`red disc, blue ring moving left on green` -> Caption. An empty text is an empty caption. Raises ValueError."""
     head, *grounds = re.split(r"\bon\b", text.lower())
     if len(grounds) > 1:
-        raise ValueError(f"{text!r} has 'on' {len(grounds)} times; say the ground once, at the end: red disc, blue ring on green")
+        raise ValueError(f"{text!r:.60} has 'on' {len(grounds)} times; say the ground once, at the end: red disc, blue ring on green")
     ground = -1
     if grounds:
         ground, shape, motion = _words(grounds[0])
         if ground < 0 or shape >= 0 or motion >= 0:
-            raise ValueError(f"'on' is followed by {grounds[0].strip()!r}; name one colour there, and nothing else: on green")
+            raise ValueError(f"'on' is followed by {grounds[0].strip()!r:.60}; name one colour there, and nothing else: on green")
     kinds = []
     for phrase in filter(str.strip, re.split(r"[,;.]|\band\b", head)):
         colour, shape, motion = _words(phrase)
         if colour < 0 or shape < 0:
             raise ValueError(
-                f"{phrase.strip()!r} has no {'colour' if colour < 0 else 'shape'}; each object is a colour and a shape: red disc, blue ring"
+                f"{phrase.strip()!r:.60} has no {'colour' if colour < 0 else 'shape'}; each object is a colour and a shape: red disc, blue ring"
             )
         kinds.append(Kind(colour, shape, motion))
     if len(kinds) > MAX_OBJECTS:
@@ -71,11 +71,11 @@ def _words(phrase: str) -> list[int]:
         for slot, words in enumerate((COLOURS, SHAPES, MOTIONS)):
             if word in words:
                 if found[slot] not in (-1, words.index(word)):
-                    raise ValueError(f"{phrase.strip()!r} has two of a kind: {words[found[slot]]} and {word}; put a comma between objects")
+                    raise ValueError(f"{phrase.strip()!r:.60} has two of a kind: {words[found[slot]]} and {word}; put a comma between objects")
                 found[slot] = words.index(word)
                 break
         else:
-            raise ValueError(f"the word {word!r} is not in the vocabulary of these weights; it has {describe()}")
+            raise ValueError(f"the word {word!r:.60} is not in the vocabulary of these weights; it has {describe()}")
     return found
 
 
