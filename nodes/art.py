@@ -183,22 +183,29 @@ class DecodeRegionLayers(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Layers.Output(display_name="layers", tooltip="The background, and each foreground cut to its box."),
-                io.Image.Output(display_name="image", tooltip="The merged picture, as the model made it."),
+                Layers.Output(
+                    display_name="layers",
+                    is_output_list=True,
+                    tooltip="The background, and each foreground cut to its box. A document for each sample of a batch.",
+                ),
+                io.Image.Output(display_name="image", tooltip="The merged pictures, as the model made them, one for each sample."),
             ],
         )
 
     @classmethod
     def execute(cls, samples, vae, transparent_decoder) -> io.NodeOutput:
-        regions, latent = _sampled(samples)
+        regions = _regions(samples)
         if regions.frames > 1:
             raise ValueError(f"samples has clips of {regions.frames} latent frames; decode them with Decode Region Video")
-        merged, *pictures = _layers(vae, transparent_decoder, latent, regions)
-        made = [
-            Layer(name, rgba(picture[0]), TOKEN * x, TOKEN * y)
-            for name, picture, (x, y, _, _) in zip(samples[NAMES], pictures, regions.boxes[1:], strict=True)
-        ]
-        return io.NodeOutput(to_core(Document(TOKEN * regions.width, TOKEN * regions.height, tuple(made))), merged[..., :3])
+        documents, merged = [], []
+        for whole, *cuts in _decoded(vae, transparent_decoder, samples["samples"], regions):
+            made = [
+                Layer(name, rgba(picture[0]), TOKEN * x, TOKEN * y)
+                for name, picture, (x, y, _, _) in zip(samples[NAMES], cuts, regions.boxes[1:], strict=True)
+            ]
+            documents.append(to_core(Document(TOKEN * regions.width, TOKEN * regions.height, tuple(made))))
+            merged.append(whole[..., :3])
+        return io.NodeOutput(documents, torch.cat(merged))
 
 
 class DecodeRegionVideo(io.ComfyNode):
@@ -221,8 +228,14 @@ class DecodeRegionVideo(io.ComfyNode):
                 ),
             ],
             outputs=[
-                VideoLayers.Output(display_name="layers", tooltip="The background, and each foreground cut to its box; for Compose Layered Video."),
-                io.Image.Output(display_name="images", tooltip="The merged clip, as the model made it."),
+                VideoLayers.Output(
+                    display_name="layers",
+                    is_output_list=True,
+                    tooltip="The background, and each foreground cut to its box; for Compose Layered Video. Once for each sample of a batch.",
+                ),
+                io.Image.Output(
+                    display_name="images", is_output_list=True, tooltip="The merged clip, as the model made it. One for each sample of a batch."
+                ),
             ],
         )
 
@@ -230,54 +243,67 @@ class DecodeRegionVideo(io.ComfyNode):
     def execute(cls, samples, vae, transparent_decoder) -> io.NodeOutput:
         from ..models.layers.video import ClipLayer
 
-        regions, latent = _sampled(samples)
+        regions = _regions(samples)
         if vae.latent_dim != 3:
             raise ValueError("vae decodes pictures; use the video VAE that Region Layers had")
-        merged, *clips = _layers(vae, transparent_decoder, latent, regions)
-        layers = tuple(
-            ClipLayer(name, AlphaFrames(clip, None), TOKEN * x, TOKEN * y)
-            for name, clip, (x, y, _, _) in zip(samples[NAMES], clips, regions.boxes[1:], strict=True)
-        )
-        return io.NodeOutput(layers, merged[..., :3])
+        layers, merged = [], []
+        for whole, *clips in _decoded(vae, transparent_decoder, samples["samples"], regions):
+            layers.append(
+                tuple(
+                    ClipLayer(name, AlphaFrames(clip, None), TOKEN * x, TOKEN * y)
+                    for name, clip, (x, y, _, _) in zip(samples[NAMES], clips, regions.boxes[1:], strict=True)
+                )
+            )
+            merged.append(whole[..., :3])
+        return io.NodeOutput(layers, merged)
 
 
-def _sampled(samples: dict[str, Any]) -> tuple[Regions, Tensor]:
-    """Regions and latent `(channels, layers * frames, height, width)` of what a sampler gave. Raises ValueError."""
+def _regions(samples: dict[str, Any]) -> Regions:
+    """The regions of what a sampler gave. Raises ValueError where its latent is not of them."""
     regions, latent = samples.get(KEY), samples["samples"]
-    if latent.shape[0] != 1:
-        raise ValueError(f"samples has {latent.shape[0]} pictures; decode one at a time, through Latent From Batch")
-    if regions is None or not regions.fits(latent, PATCH):
+    if regions is None or not len(latent) or not regions.fits(latent, PATCH):
         raise ValueError(f"samples is {tuple(latent.shape)} without its regions; connect a sampler that had the latent of Region Layers")
-    return regions, latent[0]
+    return regions
 
 
-def _layers(vae: Any, decoder: str, latent: Tensor, regions: Regions) -> list[Tensor]:
-    """Merged picture, background and foregrounds, each in its box: `(frames, height, width, 3 or 4)` in 0..1, on the CPU."""
+def _decoded(vae: Any, name: str, latents: Tensor, regions: Regions) -> Iterator[list[Tensor]]:
+    """The layers of each latent `(channels, layers * frames, height, width)` of a batch. name: of the transparent decoder, or NONE."""
+    decoder = None if name == NONE else _decoder(name, latents.shape[1])
+    for latent in latents:
+        yield _layers(vae, decoder, latent, regions)
+
+
+def _layers(vae: Any, decoder: Any, latent: Tensor, regions: Regions) -> list[Tensor]:
+    """Merged picture, background and foregrounds, each in its box: `(frames, height, width, 3 or 4)` in 0..1, on the CPU.
+
+    decoder: a patcher of the network that makes the foregrounds, or None.
+    """
     clips = latent.unflatten(1, (-1, regions.frames)).movedim(1, 0)
     clips = clips if vae.latent_dim == 3 else clips.squeeze(2)
     layers: list[Tensor] = []
-    for part in (clips if decoder == NONE else clips[:WHOLE]).split(DECODED_AT_ONCE if regions.frames == 1 else 1):
+    for part in (clips if decoder is None else clips[:WHOLE]).split(DECODED_AT_ONCE if regions.frames == 1 else 1):
         mm.throw_exception_if_processing_interrupted()
         for clip in vae.decode(part).flatten(0, -4).unflatten(0, (len(part), -1)):
             x, y, width, height = (TOKEN * value for value in regions.boxes[len(layers)])
             layers.append(clip[:, y : y + height, x : x + width].float().clamp(0, 1).cpu())  # clamped: a copy, not a view of the canvas
-    return layers if decoder == NONE else [*layers, *_transparent(decoder, latent, regions)]
+    return layers if decoder is None else [*layers, *_transparent(decoder, latent, regions)]
 
 
-def _transparent(name: str, latent: Tensor, regions: Regions) -> list[Tensor]:
-    """The foregrounds, each `(frames, height, width, 4)` in its box, of a latent `(channels, layers * frames, ...)` that is read as a whole."""
+def _decoder(name: str, channels: int) -> Any:
+    """A patcher of a transparent decoder for latents of so many channels."""
     state = _tensors(DECODERS, name)
-    device = mm.get_torch_device()
     try:
         network = transparent_vae.build(state, comfy.ops.manual_cast)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    if network.fc_in.in_features != latent.shape[0]:
-        raise ValueError(
-            f"{name} reads latents of {network.fc_in.in_features} channels, and samples has {latent.shape[0]}; use that of the model's VAE"
-        )
-    patcher = comfy.model_patcher.ModelPatcher(network, load_device=device, offload_device=mm.unet_offload_device())
-    regions = regions.finer(PATCH)
+    if network.fc_in.in_features != channels:
+        raise ValueError(f"{name} reads latents of {network.fc_in.in_features} channels, and samples has {channels}; use that of the model's VAE")
+    return comfy.model_patcher.ModelPatcher(network, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
+
+
+def _transparent(patcher: Any, latent: Tensor, regions: Regions) -> list[Tensor]:
+    """The foregrounds, each `(frames, height, width, 4)` in its box, of a latent `(channels, layers * frames, ...)` that is read as a whole."""
+    network, regions = patcher.model, regions.finer(PATCH)
     mm.load_models_gpu([patcher], memory_required=network.memory(regions, WHOLE))
     bar = comfy.utils.ProgressBar(len(network.blocks) + len(regions.boxes) - WHOLE)
 
@@ -285,4 +311,4 @@ def _transparent(name: str, latent: Tensor, regions: Regions) -> list[Tensor]:
         mm.throw_exception_if_processing_interrupted()
         bar.update(1)
 
-    return [layer.cpu() for layer in network(latent.to(device, torch.float32), regions, WHOLE, report)]
+    return [layer.cpu() for layer in network(latent.to(patcher.load_device, torch.float32), regions, WHOLE, report)]

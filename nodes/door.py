@@ -137,11 +137,14 @@ def _value(entry: Any, name: str, value: Any, file: bool) -> Any:
         if not isinstance(value, bool):
             raise RefusedError(name, f"{name} is {described(value)}; use true or false")
     elif isinstance(entry, io.String.Input):
-        if not isinstance(value, str):
+        if not isinstance(value, str | int | float):
             raise RefusedError(name, f"{name} is {described(value)}, and not a text; connect a text")
+        return str(value)  # as ComfyUI makes texts of numbers in widgets
     elif isinstance(entry, io.Combo.Input):
         if not isinstance(value, str) or (value not in entry.options and not file):
             raise RefusedError(name, f"{name} is {described(value)}; use {_listed(entry.options)}")
+    elif kind == "MASK" and isinstance(value, Tensor) and value.ndim == 2:
+        return _value(entry, name, value[None], file)
     elif value is None:
         raise RefusedError(name, f"{name} is empty: {KINDS[kind].empty}; {KINDS[kind].remedy}")
     elif not KINDS[kind].fits(value):
@@ -209,6 +212,10 @@ def _is_model(value: Any) -> bool:
     return _has("clone", "model_options")(value) and getattr(getattr(value, "model", None), "diffusion_model", None) is not None
 
 
+def _is_vae(value: Any) -> bool:  # of a checkpoint that has none it is there without a network
+    return _has("encode", "decode", "latent_dim")(value) and getattr(value, "first_stage_model", None) is not None
+
+
 def _is_latent(value: Any) -> bool:
     samples = value.get("samples") if isinstance(value, Mapping) else None
     return isinstance(samples, Tensor) or getattr(samples, "is_nested", False)  # nested: of picture and sound
@@ -240,7 +247,7 @@ KINDS = {
         "load one with a CLIP loader and connect it to the LoRA loader, where there is one",
         "the checkpoint holds no text encoder",
     ),
-    "VAE": Kind(_has("encode", "decode", "latent_dim"), "a VAE", "load the model's with Load VAE and connect it", "the checkpoint holds no VAE"),
+    "VAE": Kind(_is_vae, "a VAE with weights", "load the model's with Load VAE and connect it", "the checkpoint holds no VAE"),
     "IMAGE": Kind(
         _batch(4, (1, 3, 4)), "pictures (batch, height, width, channels) of 1, 3 or 4 channels", "connect an IMAGE with one picture or more"
     ),

@@ -459,10 +459,10 @@ def published_figures(default):
         error = regions.crop(made["samples"] - wanted[None], 2).abs().max() / wanted.abs().max()
         decoded = sampling.decode(vae, decoder, wanted, regions)
         if frames > 1:
-            images = DecodeRegionVideo.execute(made, default.vae, default.name).args[1]
+            (images,) = DecodeRegionVideo.execute(made, default.vae, default.name).args[1]
             emit("published 9", error=float(error), merged=float((images - decoded.merged).abs().max()))
             continue
-        document, image = DecodeRegionLayers.execute(made, default.vae, default.name).args
+        (document,), image = DecodeRegionLayers.execute(made, default.vae, default.name).args
         differences = [(image - decoded.merged).abs().max()]
         for (_, layer), canvas, (x, y, width, height) in zip(list(from_core(document).walk())[1:], decoded.layers, regions.boxes[2:], strict=True):
             cut = canvas[0, 16 * y : 16 * (y + height), 16 * x : 16 * (x + width)]
@@ -517,7 +517,7 @@ def encoded(default):
     (made,) = EncodeRegionLayers.execute(to_core(document), default.vae, latent).args
     codes = [vae.encode((grey_blended(shown) * 2 - 1).movedim(-1, 0)[None, :, None])[0, :, 0] for shown in pictures(document, regions)]
     wanted = filled(latent["samples"][0], regions, codes)
-    out = [layer for _, layer in from_core(DecodeRegionLayers.execute(made, default.vae, default.name).args[0]).walk()]
+    out = [layer for _, layer in from_core(DecodeRegionLayers.execute(made, default.vae, default.name).args[0][0]).walk()]
     alphas, colours, fits = [], [], []
     for before, after in zip(document.layers[1:], out[1:], strict=True):
         solid = before.image[..., 3] > 0.99
@@ -579,21 +579,44 @@ def documents(default):
         "documents",
         boxes=latent[KEY].boxes[2:],
         names=latent[NAMES],
-        decoded=[len(DecodeRegionLayers.execute(one, default.vae, default.name).args[0]["layers"]) for one in (sampled, alone)],
+        decoded=[len(DecodeRegionLayers.execute(one, default.vae, default.name).args[0][0]["layers"]) for one in (sampled, alone)],
     )
+
+
+def batches(default, document, latent, made):
+    """Each sample of a batch against that sample alone, by the decoders of pictures and of clips."""
+
+    def pictures_of(samples, name):
+        documents, merged = DecodeRegionLayers.execute(samples, default.vae, name).args
+        return [[one, *(layer.image for _, layer in from_core(core).walk())] for core, one in zip(documents, merged, strict=True)]
+
+    def clips_of(samples, name):
+        layers, merged = DecodeRegionVideo.execute(samples, default.vae, name).args
+        return [[one, *(layer.frames.images for layer in clips)] for clips, one in zip(layers, merged, strict=True)]
+
+    clip = default.region_layers(64, 48, "0 0 32 32", frames=5)[1]
+    for case, samples, decoded in (("pictures", made, pictures_of), ("clips", clip, clips_of)):
+        for name in (NONE, default.name):
+            singles = [{**samples, "samples": factor * samples["samples"]} for factor in (1.0, 0.5)]
+            both = decoded({**samples, "samples": torch.cat([single["samples"] for single in singles])}, name)
+            alone = [decoded(single, name)[0] for single in singles]
+            pairs = [list(zip(one, other, strict=True)) for one, other in zip(both, alone, strict=True)]
+            emit(
+                f"batch of {case}, {name}",
+                error=max(float((one - other).abs().max()) for pair in pairs for one, other in pair),
+                apart=min(float((one - other).abs().max()) for one, other in zip(*both, strict=True)),
+            )
 
 
 def node_refusals(default, document, latent, made):
     core = to_core(document)
     clip = default.region_layers(64, 48, frames=9)[1]
     taesd = comfy.sd.VAE(sd={name: value.clone() for name, value in random_taesd().state_dict().items()})
-    two = {**made, "samples": made["samples"].repeat(2, 1, 1, 1, 1)}
     large = to_core(replace(document, width=1024, height=1000))
     moved = to_core(document.map(lambda layer: replace(layer, x=layer.x + 8)))
     for case, action in (
         ("51 boxes", lambda: default.region_layers(64, 48, "0 0 16 16\n" * 51)),
         ("layers' canvas", lambda: default.region_layers(64, 48, layers=large)),
-        ("batch", lambda: DecodeRegionLayers.execute(two, default.vae, NONE)),
         ("decoder's channels", lambda: DecodeRegionLayers.execute(made, default.vae, "narrow.safetensors")),
         ("pictures' VAE", lambda: DecodeRegionVideo.execute(clip, taesd, NONE)),
         ("encode: canvas", lambda: EncodeRegionLayers.execute(large, default.vae, latent)),
@@ -623,4 +646,6 @@ with torch.inference_mode():
     watched(default)
     rgba_vae(default)
     documents(default)
-    node_refusals(default, *encoded(default))
+    made = encoded(default)
+    batches(default, *made)
+    node_refusals(default, *made)

@@ -332,7 +332,7 @@ def flux():
 
 def picture_vae():
     """One of pictures, with 4 channels."""
-    return comfy.sd.VAE(sd={f"taesd_{key}": value * 0 for key, value in TAESD(latent_channels=4).state_dict().items()})
+    return comfy.sd.VAE(sd={key: value * 0 for key, value in TAESD(latent_channels=4).state_dict().items()})
 
 
 unknown = torch.nn.Module()
@@ -396,6 +396,7 @@ MODELS_AND_PARTS = {
     "object with a model": SimpleNamespace(model=SimpleNamespace(diffusion_model=None)),
     "flux": flux(),
     "picture vae": picture_vae(),
+    "vae without weights": comfy.sd.VAE(sd={}),
 }
 CONDITIONINGS = {
     "no conditioning": [],
@@ -507,9 +508,11 @@ KNOWN_LINKED = {
     "nothing": ("ConceptRegion", {"concepts": Link("constant 0")}),
     "model": ("Accelerate", {"model": Link("vae")}),
     "image": ("AddVideoLayer", {"images": Link("two channels")}),
-    "mask": ("EditLayer", {"change": "mask", "change.mask": Link("flat mask")}),
+    "mask": ("EditLayer", {"change": "mask", "change.mask": Link("mask with channel")}),
     "whole": ("LayerOffload", {"k": Link("half")}),
-    "text": ("EditLayer", {"layer": Link("number")}),
+    "text": ("EditLayer", {"layer": Link("vae")}),
+    "number as text": ("EditLayer", {"layer": Link("constant 4")}),
+    "flat mask": ("EditLayer", {"change": "mask", "change.mask": Link("flat mask")}),
     "item": ("ComposeLayers", {"layers": Link("layer with x 0")}),
     "latent": ("LoRAComposer", {"latent": Link("latent of 2 axes")}),
 }

@@ -195,7 +195,6 @@ def test_reference_pictures_come_after_the_layers(results):
         ("clips of Flux", r"frames is more than 1, and model is Flux, which makes pictures; set frames to 1, or load a Wan model"),
         ("51 boxes", "boxes has 51 foregrounds; use at most 50"),
         ("layers' canvas", "layers has a canvas of 1024 x 1000 pixels, and Region Layers one of 64 x 48; set .* to 1024 and 1008"),
-        ("batch", "samples has 2 pictures; decode one at a time, through Latent From Batch"),
         ("decoder's channels", "narrow.safetensors reads latents of 4 channels, and samples has 16; use that of the model's VAE"),
         ("pictures' VAE", "vae decodes pictures; use the video VAE that Region Layers had"),
         ("encode: canvas", "layers has a canvas of 1024 x 1000 pixels, and Region Layers one of"),
@@ -208,6 +207,13 @@ def test_reference_pictures_come_after_the_layers(results):
 )
 def test_what_does_not_fit_is_refused(results, case, message):
     assert re.search(message, results[case]["error"])
+
+
+@pytest.mark.parametrize("decoder", ["none", "tessera_layers.safetensors"])
+@pytest.mark.parametrize("kind", ["pictures", "clips"])
+def test_each_sample_of_a_batch_is_decoded_as_it_is_alone(results, kind, decoder):
+    line = results[f"batch of {kind}, {decoder}"]
+    assert line["error"] < 1e-4 and line["apart"] > 0.01
 
 
 @pytest.mark.parametrize("frames", [1, 9])
@@ -320,8 +326,10 @@ def test_through_the_queue(server):
     ],
 )
 def test_bad_boxes_are_refused_with_one_message(server, changes, message):
-    with pytest.raises(PromptFailedError, match=message):
+    with pytest.raises(PromptRefusedError, match=message) as refused:
         server.run(graph(**changes))
+    (error,) = refused.value.body["node_errors"].values()
+    assert [found["extra_info"]["input_name"] for found in error["errors"]] == ["boxes"]
 
 
 OVER = "0, 17, 30, 40\n16 0 32 32"  # what BOXES' first two foregrounds come from

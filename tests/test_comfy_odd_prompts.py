@@ -58,9 +58,9 @@ LINKED = {
     "clip": "clip is empty: the checkpoint holds no text encoder; load one with a CLIP loader",
     "model": "model is a VAE, and not a diffusion model; connect the MODEL of a model loader",
     "image": "images is (2, 16, 16, 2) of float32, and not pictures (batch, height, width, channels) of 1, 3 or 4 channels",
-    "mask": "change.mask is (16, 16) of float32, and not masks (batch, height, width); connect a MASK",
+    "mask": "change.mask is (1, 16, 16, 1) of float32, and not masks (batch, height, width); connect a MASK",
     "whole": "k is 2.5; use a whole number from 0 to 1000",
-    "text": "layer is 7, and not a text; connect a text",
+    "text": "layer is a VAE, and not a text; connect a text",
     "item": "layers has an item None with x 'a'; use a number",
     "latent": "latent is (1, 16), and not of pictures or clips; connect the latent that goes into the sampler",
 }
@@ -97,5 +97,6 @@ def test_what_links_bring_is_refused_in_the_same_words(answers, case):
     assert line["kind"] == "error" and line["wrong"] is None and line["text"].startswith(LINKED[case])
 
 
-def test_nothing_through_a_link_is_nothing_where_an_input_is_optional(answers):
-    assert next(line for line in answers if line["case"] == "linked nothing")["kind"] == "result"
+@pytest.mark.parametrize("case", ["nothing", "number as text", "flat mask"])
+def test_nothing_where_it_is_optional_numbers_as_texts_and_single_masks_are_taken(answers, case):
+    assert next(line for line in answers if line["case"] == f"linked {case}")["kind"] == "result"
