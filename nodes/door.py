@@ -155,15 +155,19 @@ def _value(entry: Any, name: str, value: Any, file: bool) -> Any:
 def _number(entry: Any, name: str, value: Any) -> Any:
     whole = isinstance(entry, io.Int.Input)
     low, high = entry.min, entry.max
+    ends = f"{low} to {high}" if whole else f"{low:g} to {high:g}"
     if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high or (whole and value != int(value)):
-        raise RefusedError(name, f"{name} is {described(value)}; use a {'whole ' if whole else ''}number from {low} to {high}")
+        raise RefusedError(name, f"{name} is {described(value)}; use a {'whole ' if whole else ''}number from {ends}")
     return int(value) if whole else float(value)
 
 
 def _listed(choices: list[str]) -> str:
     if len(choices) > LISTED:
         return f"one of the {len(choices)} in its list"
-    return " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1]))) if choices else "a file of its list, which is empty"
+    if not choices:
+        return "a file of its list, which is empty"
+    *others, last = (f"'{choice}'" if " " in choice else choice for choice in choices)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def described(value: Any) -> str:

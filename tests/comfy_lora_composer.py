@@ -511,7 +511,6 @@ def refusals():
         "tiny box": lambda: sample(composed(region(0, box=(3, 3, 2, 2)))),
         "no cell": lambda: sample(composed(region(0, box=(8, 8, 8, 8)), enhancement=1.0)),
         "other shape": lambda: sample(plain, {"samples": torch.zeros(1, 4, 16, 8)}),
-        "no clip": lambda: host.ConceptRegion.execute(model, None, "a cat", "", 0, 0, 64, 64),
         "strip": lambda: sample(strip),
         "tome": lambda: sample(tome.TomePatchModel.execute(plain, 0.3).args[0]),
     }

@@ -5,7 +5,7 @@
 MODELS: a folder of tiny_models.write_models. COUNT: prompts, drawn from all of (node, input, wrong value); 0 for all, each once. Prints one JSON
 object per prompt that was answered otherwise than by a result or a sentence, and the counts.
 
-A sentence is a ValueError of this pack's own `raise`, or a refusal of `validate_inputs` beside one input, in one line without Python's words.
+A sentence is a ValueError, or an error of this pack's, by its own `raise`, or a refusal of `validate_inputs` beside one input, in one line without Python's words.
 """
 
 import asyncio
@@ -561,7 +561,7 @@ def answered(node, inputs):
     last = failed["traceback"][-1]
     if PACKAGE not in last or "raise" not in last:
         wrong = wrong or f"not said by this pack: {last.strip()}"
-    elif failed["exception_type"].rpartition(".")[2] not in ("ValueError", "FileError", "RefusedError"):
+    elif failed["exception_type"] != "ValueError" and not failed["exception_type"].startswith("tessera."):
         wrong = wrong or failed["exception_type"]
     return "error", wrong, text
 

@@ -174,7 +174,7 @@ def test_nothing_is_written_outside_the_output_folder(any_comfy: ComfyServer, tm
     (any_comfy._base / "outside.psd").write_bytes(b"8BPS")
     load = {"class_type": "TesseraLoadLayers", "inputs": {"file": "plain.ora"}}
     save = {"layers": ["1", 0], "filename_prefix": "../../escaped", "format": "png"}
-    with pytest.raises(PromptFailedError, match="outside"):
+    with pytest.raises(PromptRefusedError, match="leaves the output folder"):
         any_comfy.run({"1": load, "2": {"class_type": "TesseraSaveLayers", "inputs": save}}, timeout=300)
     show = {"class_type": "TesseraComposeLayers", "inputs": {"layers": ["1", 0], "light": "sRGB", "background": "white"}}
     for name in ("../outside.psd", "none.psd", "/etc/passwd"):
@@ -422,7 +422,7 @@ def test_a_decoder_that_gives_colours_and_alpha(any_comfy: ComfyServer):
             files.enter_context(uploaded(any_comfy, name, data.getvalue()))
         outputs = any_comfy.run(graph, timeout=300).outputs
         wrong = {**graph, "50": {**graph["50"], "inputs": {**graph["50"]["inputs"], "clean.matte": "mauvish"}}}
-        with pytest.raises(PromptFailedError, match="matte is 'mauvish'; use none, or a colour such as black"):
+        with pytest.raises(PromptRefusedError, match="matte is 'mauvish'; use none, or a colour such as black"):
             any_comfy.run(wrong, targets=["51"], timeout=300)
 
     clean, plain = (PSDImage.open(io.BytesIO(any_comfy.fetch(outputs[node]["tessera_files"][0]))) for node in ("51", "53"))

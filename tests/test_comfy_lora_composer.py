@@ -178,7 +178,6 @@ def test_flux_with_a_mask_over_text_and_picture_and_with_loras_of_few_layers(res
         ("tiny box", "holds no whole token (16 x 8 in all)"),
         ("no cell", "concept 1's box (x 8..16, y 8..16) holds no whole cell of the attention maps (8 x 4 in all); enlarge it"),
         ("other shape", "the sampler's latent is 8 x 16, and the boxes lie in a picture of 128 x 64"),
-        ("no clip", "clip is empty: the checkpoint holds no text encoder"),
         ("strip", "Region Layers makes the latent a strip of layers"),
         ("tome", "another node computes 3 of 6 self-attention calls; remove it (ToMe, HyperTile)"),
         ("behind", "model has LoRAs that concept 1's model has not"),

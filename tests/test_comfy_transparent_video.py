@@ -199,9 +199,9 @@ REFUSED = {
     "outside": ({"1": load_node("../models/")}, "file is '../models/', which lies outside ComfyUI's folders"),
     "absolute": ({"1": load_node("/etc/hostname")}, "which lies outside ComfyUI's folders"),
     "webp": ({"2": save_node("animated WebP", ["1", 0], alpha="premultiplied")}, "animated WebP holds straight alpha only; use straight"),
-    "format": ({"2": save_node("GIF", ["1", 0])}, "format is not known; use ProRes 4444"),
-    "bits": ({"2": save_node("FFV1", ["1", 0], **{"format.bits": "12"})}, "'12' not in"),
-    "fps": ({"2": save_node("FFV1", ["1", 0], fps=0)}, "smaller than min"),
+    "format": ({"2": save_node("GIF", ["1", 0])}, "format is not known; use 'ProRes 4444', 'VP9 WebM'"),
+    "bits": ({"2": save_node("FFV1", ["1", 0], **{"format.bits": "12"})}, "format.bits is '12'; use 8 or 16"),
+    "fps": ({"2": save_node("FFV1", ["1", 0], fps=0)}, "fps is 0.0; use a number from 0.01 to 1000"),
 }
 
 

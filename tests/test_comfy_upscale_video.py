@@ -167,7 +167,7 @@ REFUSED = {
     "absolute": ({"file": "/etc/hostname"}, "which lies outside ComfyUI's folders"),
     "overlap": ({"overlap": 40}, "overlap is 40 and tile 64; use at most 32"),
     "size": ({"size": "huge"}, "size is not known"),
-    "container": ({"container": "gif"}, "container: 'gif' not in"),
+    "container": ({"container": "gif"}, "container is 'gif'; use mp4, mkv, mov or webm"),
 }
 
 

@@ -450,14 +450,14 @@ def test_a_bypassed_patch_node_leaves_the_workflow_running(any_comfy: ComfyServe
 
 
 BAD_INPUTS = {
-    "unknown method": ("3", "method", "magic", "method is not known; use one of rainfusion2, draft"),
-    "density 0": ("3", "density", 0, "Value 0.0 smaller than min of 0.01: density"),
-    "density above 1": ("3", "density", 1.5, "Value 1.5 bigger than max of 1.0: density"),
+    "unknown method": ("3", "method", "magic", "method is not known; use rainfusion2, draft"),
+    "density 0": ("3", "density", 0, "density is 0.0; use a number from 0.01 to 1"),
+    "density above 1": ("3", "density", 1.5, "density is 1.5; use a number from 0.01 to 1"),
     "dense_blocks not a number": ("3", "dense_blocks", "x", "dense_blocks is 'x'; use block numbers and ranges such as 0,1 or 0-3"),
     "dense_blocks backwards": ("3", "dense_blocks", "3-1", "dense_blocks is '3-1'; use block numbers and ranges such as 0,1 or 0-3"),
     "dense_blocks without end": ("3", "dense_blocks", "0-99999999999", "dense_blocks is '0-99999999999'; use block numbers"),
-    "min_tokens below 0": ("3", "min_tokens", -1, "Value -1 smaller than min of 0: min_tokens"),
-    "unknown precision": ("3", "precision", "int2", "precision: 'int2' not in ['auto', 'native'"),
+    "min_tokens below 0": ("3", "min_tokens", -1, "min_tokens is -1; use a whole number from 0 to 16777216"),
+    "unknown precision": ("3", "precision", "int2", "precision is 'int2'; use auto, native"),
     "unknown word": ("5", "text", "purple disc", "'purple' is not in the vocabulary of these weights. It has colour: red, green"),
     "two colours": ("5", "text", "red blue disc", "'red' and 'blue'. Use one."),
 }
