@@ -100,9 +100,11 @@ class RegionLayers(io.ComfyNode):
         patched = patch_regions(model, regions, embedding, schedule_shift(regions.tokens, base_shift, max_shift))
         grey = vae.encode(_shown(vae, torch.tensor([0.5, 0.5, 0.5, 0.0]).expand(frames, TOKEN * regions.height, TOKEN * regions.width, 4)))
         samples = grey.unflatten(2, (1, -1)) if grey.ndim == 4 else grey
-        if samples.shape[2:] != (regions.frames, PATCH * regions.height, PATCH * regions.width):
+        channels = model.get_model_object("latent_format").latent_channels
+        if samples.shape[1:] != (channels, regions.frames, PATCH * regions.height, PATCH * regions.width):
             raise ValueError(
-                f"vae encodes to {tuple(grey.shape)}, not {regions.frames} latent frames of a size 8 times smaller; use the VAE of the model"
+                f"vae encodes to {tuple(grey.shape)}, not to {regions.frames} latent frames of {channels} channels and a size 8 times smaller; "
+                "use the VAE of the model"
             )
         whole = len(regions.boxes) * regions.frames * regions.width * regions.height
         logging.info("Tessera: %d of %d tokens lie in boxes", regions.tokens, whole)
@@ -268,6 +270,8 @@ def _regions(samples: dict[str, Any]) -> Regions:
 
 def _decoded(vae: Any, name: str, latents: Tensor, regions: Regions) -> Iterator[list[Tensor]]:
     """The layers of each latent `(channels, layers * frames, height, width)` of a batch. name: of the transparent decoder, or NONE."""
+    if latents.shape[1] != vae.latent_channels:
+        raise ValueError(f"vae decodes latents of {vae.latent_channels} channels, and samples has {latents.shape[1]}; use the VAE of Region Layers")
     decoder = None if name == NONE else _decoder(name, latents.shape[1])
     for latent in latents:
         yield _layers(vae, decoder, latent, regions)

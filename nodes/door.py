@@ -217,7 +217,7 @@ def _is_model(value: Any) -> bool:
 
 
 def _is_vae(value: Any) -> bool:  # of a checkpoint that has none it is there without a network
-    return _has("encode", "decode", "latent_dim")(value) and getattr(value, "first_stage_model", None) is not None
+    return _has("encode", "decode", "latent_dim", "latent_channels")(value) and getattr(value, "first_stage_model", None) is not None
 
 
 def _is_latent(value: Any) -> bool:

@@ -189,6 +189,8 @@ def _source(video: Any) -> tuple[Any, tuple[float, float]]:
     if isinstance(video, InputImpl.VideoFromComponents):
         # Its stream would be lossy H.264 of 8 bit, and as much memory again.
         components = video.get_components()
+        if not components.frame_rate > 0:
+            raise ValueError(f"video has {components.frame_rate} frames a second; set a rate above 0 where it is made")
         sound = components.audio
         wave, rate = (None, 48000) if sound is None else (sound["waveform"][0], int(sound["sample_rate"]))
         bits = video.get_bit_depth() if hasattr(video, "get_bit_depth") else 8

@@ -5,7 +5,8 @@
 MODELS: a folder of tiny_models.write_models. COUNT: prompts, drawn from all of (node, input, wrong value); 0 for all, each once. Prints one JSON
 object per prompt that was answered otherwise than by a result or a sentence, and the counts.
 
-A sentence is a ValueError, or an error of this pack's, by its own `raise`, or a refusal of `validate_inputs` beside one input, in one line without Python's words.
+A sentence is a ValueError, or an error of this pack's, by its own `raise`, or a refusal of `validate_inputs` beside one input: in one line, without
+Python's words.
 """
 
 import asyncio
@@ -61,7 +62,7 @@ from tessera.models.layers.document import Document, Layer, to_core  # noqa: E40
 from tessera.models.layers.files import write  # noqa: E402
 
 PACKAGE = str(Path(pack.__file__).parent.parent)
-SECONDS = 60  # for one prompt
+SECONDS = 300  # for one prompt
 LONGEST = 700  # characters of a sentence
 PYTHON = re.compile(
     r"NoneType|[a-z]Error\b|Traceback|has no attribute|unsupported operand|out of range|must be .*, not |not subscriptable|not iterable"
