@@ -213,7 +213,7 @@ def test_broken_files(server, name):
 
 def test_places_that_cannot_be_written(server):
     source(server)
-    with pytest.raises(PromptFailedError, match="outside the output folder"):
+    with pytest.raises(PromptRefusedError, match="leaves the output folder"):
         server.run(file_graph("in.mp4", filename_prefix="../../up"), timeout=600)
     folder = base(server) / "output" / "locked"
     folder.mkdir(exist_ok=True)
