@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, NamedTuple
 
+import numpy as np
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
@@ -131,6 +132,8 @@ def _left_to_comfy(entry: Any, value: Any) -> bool:
 
 def _value(entry: Any, name: str, value: Any, file: bool) -> Any:
     kind = entry.io_type
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(entry, io.Int.Input | io.Float.Input):
         return _number(entry, name, value)
     if isinstance(entry, io.Boolean.Input):

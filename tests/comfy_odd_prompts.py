@@ -33,6 +33,7 @@ sys.path.insert(0, COMFYUI)
 sys.path.append(PACKAGE_PARENT)
 
 import av  # noqa: E402
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from comfy.cli_args import args  # noqa: E402
 
@@ -513,11 +514,12 @@ KNOWN_LINKED = {
     "whole": ("LayerOffload", {"k": Link("half")}),
     "text": ("EditLayer", {"layer": Link("vae")}),
     "number as text": ("EditLayer", {"layer": Link("constant 4")}),
+    "whole number of NumPy": ("EditLayer", {"change.x": Link("NumPy's 3")}),
     "flat mask": ("EditLayer", {"change": "mask", "change.mask": Link("flat mask")}),
     "item": ("ComposeLayers", {"layers": Link("layer with x 0")}),
     "latent": ("LoRAComposer", {"latent": Link("latent of 2 axes")}),
 }
-VALUES |= {"nearly 1": 0.95, "100": 100, "nearly 100": 90, "half": 2.5}
+VALUES |= {"nearly 1": 0.95, "100": 100, "nearly 100": 90, "half": 2.5, "NumPy's 3": np.int64(3)}
 
 
 class OvertimeError(Exception):

@@ -97,6 +97,6 @@ def test_what_links_bring_is_refused_in_the_same_words(answers, case):
     assert line["kind"] == "error" and line["wrong"] is None and line["text"].startswith(LINKED[case])
 
 
-@pytest.mark.parametrize("case", ["nothing", "number as text", "flat mask"])
+@pytest.mark.parametrize("case", ["nothing", "number as text", "whole number of NumPy", "flat mask"])
 def test_nothing_where_it_is_optional_numbers_as_texts_and_single_masks_are_taken(answers, case):
     assert next(line for line in answers if line["case"] == f"linked {case}")["kind"] == "result"

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import ceil, cos, floor, isfinite, pi, sin
+from numbers import Real
 from typing import Any
 from uuid import uuid4
 
@@ -308,16 +309,20 @@ def _from_core(layers: Mapping[str, Any]) -> Document:
             )
             entries.append((tuple(ours.get("groups", ())), layer))
     canvas = layers.get("canvas") or _extent([layer for _, layer in entries])
-    if not isinstance(canvas, list | tuple) or len(canvas) != 2 or not all(isinstance(side, int | float) and isfinite(side) for side in canvas):
+    if not isinstance(canvas, list | tuple) or len(canvas) != 2 or not all(map(_is_number, canvas)):
         raise ValueError(f"layers has the canvas {canvas!r:.40}; use a width and a height in pixels")
     return Document(int(canvas[0]), int(canvas[1]), _grouped(entries))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and abs(value) < 1e300  # type: ignore[operator]  # NumPy's are Real; isfinite fails for huge whole ones
 
 
 def _number(item: Mapping[str, Any], key: str, default: float) -> float:
     value = item.get(key)
     if value is None:
         return default
-    if not isinstance(value, int | float) or not isfinite(value):
+    if not _is_number(value):
         raise ValueError(f"layers has an item {item.get('name')!r:.40} with {key} {value!r:.40}; use a number")
     return value
 
