@@ -147,7 +147,13 @@ class PatchUpscaleVideo(io.ComfyNode):
         )
         noise = comfy.sample.prepare_noise(latent, seed)
         schedule = dict(denoise=denoise, callback=latent_preview.prepare_callback(windowed, steps), seed=seed)
-        samples = comfy.sample.sample(windowed, noise, steps, cfg, sampler_name, scheduler, positive, negative, latent, **schedule)
+        try:
+            samples = comfy.sample.sample(windowed, noise, steps, cfg, sampler_name, scheduler, positive, negative, latent, **schedule)
+        except RuntimeError as error:
+            if "cannot be multiplied" not in str(error):  # torch's words for a layer of another width
+                raise
+            widths = " and ".join(str(texts[0][0].shape[-1]) for texts in (positive, negative))
+            raise ValueError(f"positive and negative are {widths} wide, which is not the model's width; use the text encoder of the model") from error
         clip = vae.decode(samples)
         clip = clip.reshape(-1, *clip.shape[-3:])[: len(image), :height, :width].movedim(-1, 1).float().clamp(0, 1)
         matched = torch.cat([colours.match(clip[index : index + 1], enlarged[index : index + 1].to(clip), colour) for index in range(len(clip))])

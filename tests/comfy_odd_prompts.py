@@ -1,9 +1,9 @@
 """Runs inside ComfyUI's Python (see test_comfy_odd_prompts.py): prompts with wrong values and links, by ComfyUI's own validation and queue.
 
-    python comfy_odd_prompts.py COMFYUI PACKAGE_PARENT MODELS [COUNT [SEED]]
+    python comfy_odd_prompts.py COMFYUI PACKAGE_PARENT MODELS [COUNT [SEED [NODE]]]
 
-MODELS: a folder of tiny_models.write_models. COUNT: prompts, drawn from all of (node, input, wrong value); 0 for all, each once. Prints one JSON
-object per prompt that was answered otherwise than by a result or a sentence, and the counts.
+MODELS: a folder of tiny_models.write_models. COUNT: prompts, drawn from all of (node, input, wrong value); 0 for all, each once. NODE: only
+its prompts. Prints one JSON object per prompt that was answered otherwise than by a result or a sentence, and the counts.
 
 A sentence is a ValueError, or an error of this pack's, by its own `raise`, or a refusal of `validate_inputs` beside one input: in one line, without
 Python's words.
@@ -27,7 +27,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 COMFYUI, PACKAGE_PARENT, MODELS, *given = sys.argv[1:]
-COUNT, SEED = (*map(int, given), *(0, 0)[len(given) :])
+COUNT, SEED, NODE = (*given, *("0", "0", "")[len(given) :])
 sys.argv = sys.argv[:1]
 sys.path.insert(0, COMFYUI)
 sys.path.append(PACKAGE_PARENT)
@@ -206,7 +206,8 @@ BASES = {
     "PatchUpscaleVideo": [
         {"model": Link("model"), "vae": Link("vae"), "positive": Link("conditioning"), "negative": Link("conditioning"), "image": Link("image")}
         | {**SIZE, "denoise": 0.5, "steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "seed": 1, "tile": 64, "frames": 0}
-        | {"coordinates": "canvas", "fusion": "joint", "colour": "wavelet", "adapter": Link("adapter"), "augmentation": 0.0}
+        | {"coordinates": "canvas", "fusion": "joint", "colour": "wavelet", **adapter}
+        for adapter in ({"adapter": Link("adapter"), "augmentation": 0.0}, {})
     ],
     "LoadPatchAdapter": [{"adapter_name": "tiny_patch_adapter.safetensors"}],
     "UpscaleReport": [{"image": Link("image"), "original": Link("image"), "reference": Link("image"), **PATCHES}],
@@ -609,8 +610,8 @@ def known():
 
 
 def main():
-    every = cases()
-    drawn = random.Random(SEED).sample(every, min(COUNT, len(every))) if COUNT else every
+    every = [case for case in cases() if NODE in ("", case[0])]
+    drawn = random.Random(SEED).sample(every, min(int(COUNT), len(every))) if int(COUNT) else every
     counts, leaks = {}, 0
     signal.signal(signal.SIGALRM, lambda *given: (_ for _ in ()).throw(OvertimeError()))
     for node, inputs, name in drawn:
