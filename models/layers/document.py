@@ -254,15 +254,6 @@ _CORE_HAS_NOT = {"dissolve": "normal", "darker-color": "darken", "lighter-color"
 
 def from_core(layers: Mapping[str, Any]) -> Document:
     """ComfyUI's `LAYERS` -> a document. A batch becomes consecutive layers; masks are 1 where transparent there. Raises ValueError."""
-    try:
-        return _from_core(layers)
-    except (MemoryError, ValueError):
-        raise
-    except Exception as error:  # of other nodes' items anything may be missing or of another type
-        raise ValueError("layers has an item that is not as LAYERS of version 1 have them; look for the node that made it") from error
-
-
-def _from_core(layers: Mapping[str, Any]) -> Document:
     if not isinstance(layers, Mapping) or layers.get("version", 1) != 1:
         raise ValueError("layers is not a LAYERS document of version 1; connect Layers from Images, Load Layers or Add Layer")
     items = layers.get("layers") or []
