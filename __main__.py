@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -17,6 +18,8 @@ EPILOG = f"{DEBUG}=1 in the environment shows where in the code an error happene
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status. Whatever goes wrong ends in one message on stderr; a traceback comes before it where TESSERA_DEBUG is set."""
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter of a file's name is no reason to fail
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):  # unwinds, so that a server that was started is stopped
             signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))

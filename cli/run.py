@@ -57,7 +57,8 @@ def run_workflow(file: Path, output: Path, settings: list[str], overwrite: bool 
     if result is not None:
         print(f"{file.name}: done in {result.seconds:.2f} s")
     _print_reports(workflow, outputs)
-    print(*saved, sep="\n", flush=True)
+    for path in saved:
+        print(path, flush=True)
     if failure is not None:
         if silent_files:
             print(f"the run did not end well: {len(silent_files)} of these files, with .part in their names, may be unfinished", flush=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -80,6 +82,14 @@ def test_signals_unwind(monkeypatch, name):
         for each, handler in before.items():
             signal.signal(each, handler)
     assert end.value.code == 128 + getattr(signal, name) and unwound
+
+
+def test_a_terminal_that_lacks_letters(package_path):
+    """What was done is done: a name that cannot be shown as it is does not make it fail."""
+    code = "import sys, tessera.__main__ as m; m.COMMANDS['doctor'] = lambda _: print('caf\xe9 \ud800.png'); sys.exit(m.main(['doctor']))"
+    environment = {**os.environ, "PYTHONPATH": str(package_path), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code.encode("unicode_escape").decode()], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "caf\\xe9 \\ud800.png\n", "")
 
 
 def test_doctor_needs_no_package_but_torch(run_python):
