@@ -50,8 +50,9 @@ def test_layers_that_are_not_the_merged_picture_are_told_with_figures(tmp_path):
         planes[2, 0, 0] -= 90
 
     assert read(changed(tmp_path / "a.psd", merged(within)))[1] == []
+    write(Document(6, 4, (Layer("grey", flat((0.4, 0.4, 0.4, 1), 4, 6)),)), tmp_path / "a.psd")
     (line,) = read(changed(tmp_path / "a.psd", merged(beyond)))[1]
-    mean = (22 * 4 + 10 + 90) / 24
+    mean = (10 + 90) / 24
     assert line == f"its layers together differ from its own merged picture in 8.3 % of the pixels: by {mean:.2g} of 255 on average, 90 at most"
 
 
@@ -164,6 +165,15 @@ def test_colours_of_another_space_become_srgb(tmp_path):
     assert np.abs(found.layers[0].image[..., :3].numpy() - expected).max() < 1.5 / 255
     assert torch.equal(found.layers[0].image[..., 3], picture[..., 3])
     assert notes[0] == "its colours are converted from 'Test' to sRGB; edges and blend modes may shift a little"
+
+
+def test_colours_of_another_space_lose_sixteen_bits_and_it_is_said(tmp_path):
+    found, notes = read(changed(psd_of(tmp_path, "RGB", 16), with_profile(icc(ADOBE, 563 / 256))))
+    assert notes[0] == "its colours are converted from 'Test' to sRGB, in 8 bits a channel; edges and blend modes may shift a little"
+    stored = np.linspace(0, 1, 48).reshape(4, 3, 4)
+    expected = encoded(stored[..., :3] ** (563 / 256) @ np.array(ADOBE).T @ np.linalg.inv(np.array(SRGB)).T)
+    assert np.abs(found.layers[0].image[..., :3].numpy() - expected).max() < 2 / 255
+    assert np.abs(found.layers[0].image[..., 3].numpy() - stored[..., 3]).max() < 1 / 65535, "alpha keeps them"
 
 
 def test_grey_of_another_gamma_becomes_srgb(tmp_path):
