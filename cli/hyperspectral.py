@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import secrets
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from ..models.errors import FileError, reading
 from ..models.upscale.convert_essaformer import convert
 from ..models.upscale.essaformer import ESSAformer, build, super_resolve
+from ..models.weight_files import COPY, check_numbers, read_safetensors
 
 LAYOUTS = ("bands-first", "bands-last")
 TIFF = (".tif", ".tiff")
+DENSEST = 1100  # times a file's bytes that its cube may take: what deflate makes of nothing but zeros
 NUMBERS = {(kind, size) for kind in "iu" for size in (1, 2, 4)} | {("f", size) for size in (2, 4, 8)}  # what float64 holds exactly
 GB = 2**30
 
@@ -112,12 +115,12 @@ def _check_target(source: Path, target: Path, endings: tuple[str, ...], overwrit
 def _network(model: Path) -> ESSAformer:
     if not model.is_file():
         raise ValueError(f"{model}: no such file; --model is an ESSAformer .safetensors file")
+    state, _ = read_safetensors(model)
+    check_numbers(model, state)
     try:
-        return build(load_file(model))
-    except SafetensorError as error:
-        raise ValueError(f"{model}: not a safetensors file ({error}); --convert makes one of the published checkpoint") from error
+        return build(state)
     except ValueError as error:
-        raise ValueError(f"{model}: {error}") from error
+        raise FileError(f"{model}: {error}; --convert makes one of the published checkpoint") from error
 
 
 def _tifffile() -> ModuleType:
@@ -133,33 +136,42 @@ def _read(path: Path) -> tuple[np.ndarray, str | None]:
     suffix = path.suffix.lower()
     stored = None
     if suffix == ".npy":
-        try:
+        with reading(path, "a .npy file of plain numbers", "write it with np.save"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on headers of Python 2, and on odd ones
             # What np.load does to map a file; unlike it, this has no way to a pickle.
-            cube: np.ndarray = np.lib.format.open_memmap(path, mode="r")
-        except ValueError as error:
-            raise ValueError(f"{path}: not a .npy file of plain numbers ({error}); write it with np.save") from error
+            try:
+                cube: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+            except MemoryError as error:  # of Python's parser: nothing is allocated
+                raise FileError(f"{path}: the header of this .npy file is nested too deeply; write it with np.save") from error
     elif suffix in TIFF:
-        tifffile = _tifffile()
-        try:
-            with tifffile.TiffFile(path) as file:
-                series = file.series[0]
-                if len(series.axes) == 3 and "S" in series.axes:
-                    stored = LAYOUTS[0] if series.axes.startswith("S") else LAYOUTS[1]
-                try:
-                    cube = tifffile.memmap(path, mode="r")
-                except ValueError:  # compressed, or scattered over the file
-                    cube = series.asarray()
-        except (tifffile.TiffFileError, ValueError, IndexError, KeyError) as error:
-            raise ValueError(f"{path}: this TIFF cannot be read ({error}); save it uncompressed") from error
+        cube, stored = _read_tiff(path)
     else:
-        raise ValueError(f"{path}: the input ends in {suffix or 'nothing'}; use .npy, {' or '.join(TIFF)}")
+        raise FileError(f"{path}: the input ends in {suffix or 'nothing'}; use .npy, {' or '.join(TIFF)}")
     if cube.ndim != 3:
-        raise ValueError(f"{path}: the array has shape {cube.shape}; use three axes, bands, height and width")
+        raise FileError(f"{path}: the array has shape {cube.shape}; use three axes, bands, height and width")
     if (cube.dtype.kind, cube.dtype.itemsize) not in NUMBERS:
-        raise ValueError(f"{path}: the array holds {cube.dtype}; use integers of 8 to 32 bits, or float16, float32 or float64")
+        raise FileError(f"{path}: the array holds {cube.dtype}; use integers of 8 to 32 bits, or float16, float32 or float64")
     if 0 in cube.shape:
-        raise ValueError(f"{path}: the array is empty, {cube.shape}")
+        raise FileError(f"{path}: the array is empty, {cube.shape}")
     return cube, stored
+
+
+def _read_tiff(path: Path) -> tuple[np.ndarray, str | None]:
+    tifffile, stored = _tifffile(), None
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it tells of each tag that it does not understand
+    # OME's description would be believed on the number of planes, and on other files.
+    with reading(path, "a TIFF that can be read", "save it uncompressed"), tifffile.TiffFile(path, is_ome=False) as file:
+        series = file.series[0]
+        size = path.stat().st_size
+        if series.nbytes > DENSEST * size:
+            raise FileError(f"{path}: claims {series.nbytes / GB:.1f} GB, which {size:,} bytes cannot hold; {COPY}")
+        if len(series.axes) == 3 and "S" in series.axes:
+            stored = LAYOUTS[0] if series.axes.startswith("S") else LAYOUTS[1]
+        if series.dataoffset is None:  # compressed, or scattered over the file
+            return series.asarray(), stored
+        if series.dataoffset + series.nbytes > size:
+            raise FileError(f"{path}: cut off: {series.nbytes:,} bytes of numbers begin at {series.dataoffset:,} and it has {size:,}; {COPY}")
+        return tifffile.memmap(path, mode="r", series=0, is_ome=False), stored
 
 
 def _bands_first(cube: np.ndarray, layout: str, bands: int, path: Path) -> np.ndarray:
@@ -168,7 +180,7 @@ def _bands_first(cube: np.ndarray, layout: str, bands: int, path: Path) -> np.nd
     found, other, other_layout = (first, last, LAYOUTS[1]) if layout == LAYOUTS[0] else (last, first, LAYOUTS[0])
     if found != bands:
         hint = f"the other layout would fit: add --layout {other_layout}" if other == bands else "use a cube of those bands, or a model for these"
-        raise ValueError(f"{path}: shape {cube.shape} has {found} bands ({layout}) and the model takes {bands}; {hint}")
+        raise FileError(f"{path}: shape {cube.shape} has {found} bands ({layout}) and the model takes {bands}; {hint}")
     return cube if layout == LAYOUTS[0] else np.moveaxis(cube, -1, 0)
 
 
@@ -178,7 +190,7 @@ def _limits(cube: np.ndarray, path: Path, limits: tuple[float, float] | None) ->
     for index, part in enumerate(cube):
         if cube.dtype.kind == "f" and not np.isfinite(part).all():
             bad = np.count_nonzero(~np.isfinite(part))
-            raise ValueError(f"{path}: {bad} NaN or infinite values at index {index} of the first axis; replace them, also where they mean no data")
+            raise FileError(f"{path}: {bad} NaN or infinite values at index {index} of the first axis; replace them, also where they mean no data")
         largest = max(largest, float(part.max()))
     low, high = limits or (0.0, largest)
     if not (np.isfinite((low, high)).all() and low < high):

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# What a decoder that has lost its way raises without meaning to: the text is about its code, and tells nothing of the file.
+_STUMBLED: tuple[type[Exception], ...] = (
+    *(AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, OverflowError, RecursionError, StopIteration, TypeError),
+    *(UnboundLocalError, UnicodeDecodeError, UnicodeEncodeError, ZeroDivisionError, struct.error),
+)
+_OF_PYTHON = re.compile(r"to unpack|object at 0x|invalid literal|could not convert string")  # the same, of a ValueError
 
 
 class FileError(ValueError):
@@ -15,14 +25,18 @@ class FileError(ValueError):
 def reading(file: str | os.PathLike[str], kind: str, remedy: str = "make or download it again") -> Iterator[None]:
     """Turn whatever a decoder raises over the bytes of `file` into one FileError. Wrap the decoder, not code that calls the host back.
 
-    kind: what the file should have been, "a safetensors file". Errors of the file system (OSError with an errno) and lack of memory pass.
+    kind: what the file should have been, "a safetensors file". Errors of the file system (OSError with an errno) and lack of memory pass, the
+    former with the file's name. The decoder's own words are told where it chose them.
     """
     try:
         yield
     except (FileError, MemoryError):
         raise
     except Exception as error:  # a damaged file can make a decoder fail in any way
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a place that the file named and does not have
+            error.filename = error.filename or os.fspath(file)
             raise
-        found = str(error).strip().splitlines()
-        raise FileError(f"{file}: not {kind}, or damaged ({found[0] if found else type(error).__name__}); {remedy}") from error
+        found = str(error).strip().partition("\n")[0][:200]
+        if type(error) in _STUMBLED or _OF_PYTHON.search(found):
+            found = ""
+        raise FileError(f"{file}: not {kind}, or damaged{f' ({found})' if found else ''}; {remedy}") from error

@@ -32,6 +32,7 @@ from ..models.layers.regions import (
     snap,
     visible,
 )
+from ..models.weight_files import check_numbers, read_safetensors
 from .layered_video import VideoLayers
 from .layers import CATEGORY, Layers
 from .regions import KEY, network_of, patch_regions
@@ -49,7 +50,10 @@ def _files(folder: str) -> list[str]:
 
 
 def _tensors(folder: str, name: str) -> dict[str, Tensor]:
-    return comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise(folder, name), safe_load=True)
+    path = folder_paths.get_full_path_or_raise(folder, name)
+    state, _ = read_safetensors(path)
+    check_numbers(path, state)
+    return state
 
 
 def _check_boxes(boxes: str, width: int, height: int) -> None:

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tessera.models.errors import FileError, reading
 
 
-def test_whatever_a_decoder_raises_is_one_sentence_that_names_the_file():
-    for error, found in ((KeyError("data_offsets"), "'data_offsets'"), (RecursionError("deep\nmore"), "deep"), (TypeError(), "TypeError")):
-        with pytest.raises(FileError) as caught, reading("a/b.safetensors", "a safetensors file"):
-            raise error
-        assert str(caught.value) == f"a/b.safetensors: not a safetensors file, or damaged ({found}); make or download it again"
-        assert caught.value.__cause__ is error
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [
+        (RuntimeError("storage has wrong size\nmore"), " (storage has wrong size)"),
+        (ValueError(), ""),
+        (OSError(22, "Invalid argument"), " ([Errno 22] Invalid argument)"),  # a place in the file that is none
+        (ValueError("too many values to unpack (expected 2)"), ""),
+        (KeyError("data_offsets"), ""),
+        (TypeError("'NoneType' object is not subscriptable"), ""),
+        (RecursionError("maximum recursion depth exceeded"), ""),
+    ],
+)
+def test_whatever_a_decoder_raises_is_one_sentence_that_names_the_file(error, found):
+    with pytest.raises(FileError) as caught, reading("a/b.safetensors", "a safetensors file"):
+        raise error
+    assert str(caught.value) == f"a/b.safetensors: not a safetensors file, or damaged{found}; make or download it again"
+    assert caught.value.__cause__ is error
+
+
+def test_errors_of_the_disk_name_the_file():
+    with pytest.raises(OSError, match=r"Input/output error: 'a/b.png'"), reading(Path("a/b.png"), "a picture"):
+        raise OSError(5, "Input/output error")
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file"), MemoryError(), FileError("said already"), KeyboardInterrupt()])

@@ -507,7 +507,7 @@ def test_refused_files_and_options(tmp_path, model, capsys):
         ("noise.npy: not a .npy file", tmp_path / "noise.npy", out, *with_model),
         ("empty.npy: not a .npy file", tmp_path / "empty.npy", out, *with_model),
         ("cut.npy: not a .npy file", tmp_path / "cut.npy", out, *with_model),
-        ("noise.tif: this TIFF cannot be read", tmp_path / "noise.tif", out, *with_model),
+        ("noise.tif: not a TIFF that can be read", tmp_path / "noise.tif", out, *with_model),
         ("shape (9, 9); use three axes", tmp_path / "grey.tif", out, *with_model),
         ("--model is missing", good, out),
         ("gone.safetensors: no such file", good, out, "--model", tmp_path / "gone.safetensors"),
@@ -652,7 +652,7 @@ def test_a_class_of_a_right_name_is_not_imported(tmp_path, monkeypatch):
     torch.save({"model": hostile.ESSA()}, tmp_path / "bad.pth")
     marker.unlink()
     monkeypatch.delitem(sys.modules, "hostile")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="not a checkpoint of an ESSAformer"):
         convert_essaformer.read_checkpoint(tmp_path / "bad.pth")
     assert not marker.exists()
     assert "hostile" not in sys.modules
@@ -673,10 +673,10 @@ def test_refused_checkpoints(tmp_path, capsys):
         ("noise", "not a checkpoint of torch 1.6 or later"),
         ("old", "not a checkpoint of torch 1.6 or later"),
         ("cut", "not a checkpoint of torch 1.6 or later"),
-        ("list", "the checkpoint cannot be read"),
-        ("numbers", "neither a network nor a state dict"),
+        ("list", "list.pth holds no weights"),
+        ("numbers", "numbers.pth holds no weights"),
         ("other", "these are not the weights of an ESSAformer"),
-        ("call", "the checkpoint cannot be read"),
+        ("call", "not a checkpoint of an ESSAformer"),
         ("gone", "gone.pth: no such file"),
     ):
         refused(tmp_path, capsys, message, "--convert", tmp_path / f"{name}.pth", target)

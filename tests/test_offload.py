@@ -364,7 +364,7 @@ def test_bad_files(tmp_path):
     state = whole.state_dict()
     save_file(state, path)
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="truncated"):
+    with pytest.raises(ValueError, match=r"weights\.safetensors: not a safetensors file, or damaged .*get a complete copy"):
         tessera.offload(module, 1, device="cpu", weights=path)
     path.write_bytes(b"no safetensors file at all")
     with pytest.raises(ValueError, match="not a safetensors file"):

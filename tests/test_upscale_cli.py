@@ -210,10 +210,10 @@ def test_weight_files_that_are_not(tmp_path, capsys):
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     torch.save({"weight": torch.zeros(3, 3)}, tmp_path / "other.pth")
     for name, message in [
-        ("evil.pth", "cannot be read as weights"),
-        ("text.safetensors", "cannot be read as weights"),
+        ("evil.pth", "evil.pth: asks for io.open, which is code and is not run"),
+        ("text.safetensors", "text.safetensors: not a safetensors file"),
         ("empty.pth", "holds no weights"),
-        ("none.pth", "no such weight file"),
+        ("none.pth", "none.pth does not exist"),
         ("a.png", "a weight file ends in"),
         ("other.pth", "spandrel"),
     ]:

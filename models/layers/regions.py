@@ -158,7 +158,7 @@ def layer_embedding(state: Mapping[str, Tensor], regions: Regions, width: int) -
     """
     table = state.get(LAYER_PE)
     if table is None:
-        raise ValueError(f"the layer embedding has no tensor {LAYER_PE!r}; its tensors are {', '.join(sorted(state)[:5]) or 'none'}")
+        raise ValueError(f"the layer embedding has no tensor {LAYER_PE!r}; its tensors are {', '.join(sorted(state)[:5])[:200] or 'none'}")
     if table.ndim != 5 or tuple(table.shape[::2]) != (1, 1, width) or table.shape[3] != 1 or table.shape[1] < len(regions.boxes):
         raise ValueError(
             f"the layer embedding is {tuple(table.shape)}; model and boxes need (1, {len(regions.boxes)} or more, 1, 1, {width}): "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels.attention import attention
+from ..weight_files import check_fit
 from .regions import Regions, positions
 
 PIXELS = 8  # of a token's side
@@ -25,6 +27,7 @@ HEAD_DIM = 64
 AXES = (8, 28, 28)  # head dimensions that turn with layer and frame, row, column
 PREFIX = "decoder."
 SPACING = f"{PREFIX}layer_spacing"  # int64 `(1,)`; absent: 1
+MAX_SPACING = 1024
 
 
 def grey_blended(image: Tensor) -> Tensor:
@@ -172,33 +175,31 @@ def build(state: Mapping[str, Tensor], operations: Any = nn, dtype: torch.dtype 
     """
     found = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
     entry, first = found.get("fc_in.weight"), found.get(f"{_block(0)}mlp.0.weight")
-    if entry is None or first is None or entry.shape[0] % HEAD_DIM:
+    if entry is None or first is None or entry.ndim != 2 or first.ndim != 2 or not len(entry) or len(entry) % HEAD_DIM:
         raise ValueError(
             f"no transparent decoder: it needs {PREFIX}fc_in.weight, of {HEAD_DIM} features a head, and {PREFIX}{_block(0)}mlp.0.weight; "
-            f"the tensors are {', '.join(sorted(state)[:5]) or 'none'}"
+            f"the tensors are {', '.join(sorted(state)[:5])[:200] or 'none'}"
         )
     width, channels = entry.shape
     blocks = sum(name.endswith(".mlp.0.weight") for name in found)
-    network = TransparentDecoder(
-        *(channels, width, blocks, first.shape[0], operations, dtype, device),
-        tail="tail.out.weight" in found,
-        layer_spacing=int(state.get(SPACING, 1)),
-    )
+    spacing = state.get(SPACING, torch.ones(1, dtype=torch.int64))
+    if spacing.shape != (1,) or spacing.dtype != torch.int64 or not 1 <= spacing.item() <= MAX_SPACING:
+        raise ValueError(f"{SPACING} of the transparent decoder is {spacing.flatten()[:5].tolist()}; it is one whole number, 1 to {MAX_SPACING}")
+    make = partial(TransparentDecoder, channels, width, blocks, first.shape[0], tail="tail.out.weight" in found, layer_spacing=int(spacing))
     renamed = {name: value for name, value in found.items() if name.startswith(("fc_", "tail."))}
     renamed |= {f"norm.{name.removeprefix('encoder.ln.')}": value for name, value in found.items() if name.startswith("encoder.ln.")}
     for index in range(blocks):
         old, new = _block(index), f"blocks.{index}."
         for name, value in ((name, value) for name, value in found.items() if name.startswith(old)):
             part = name.removeprefix(old).removeprefix("self_attention.")
-            if part.startswith("in_proj_"):
+            if part.startswith("in_proj_") and value.ndim:
                 kind = part.removeprefix("in_proj_")
                 renamed[f"{new}qk.{kind}"], renamed[f"{new}v.{kind}"] = value[: 2 * width], value[2 * width :]
             else:
                 renamed[new + part.replace("mlp.3.", "mlp.2.")] = value
-    try:
-        network.load_state_dict(renamed)
-    except RuntimeError as error:
-        raise ValueError(f"the tensors of the transparent decoder do not fit together: {error}") from error
+    check_fit(renamed, make, "a transparent decoder")
+    network = make(operations=operations, dtype=dtype, device=device)
+    network.load_state_dict(renamed)
     return network.eval()
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..weight_files import read_safetensors
 from .blocks import find_blocks
 from .devices import CpuArena, CudaDevice
-from .disk import open_weights
 from .memory import Packing, Segment, plain_parts, set_data, tensors_of
 from .planner import GB, Prediction, choose, device_bytes, predict, smallest_budget
 from .schedule import BACKWARD, FORWARD, Plan, Scheduler, superpipeline
@@ -103,7 +103,7 @@ class Offload:
         self.policy, self.k, self.k_prime, self.batch = policy, k, k_prime, batch
         self.pin_bytes = None if pin_gb is None else int(pin_gb * GB)
         blocks = find_blocks(module)
-        files = None if weights is None else open_weights(weights)
+        files = None if weights is None else read_safetensors(weights)[0]
         self._file_of = tensors_in(module, files, weights)
         self._units, fixed = divide(module, blocks, self._file_of)
         self._fixed = Packing(fixed)

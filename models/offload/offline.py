@@ -6,14 +6,14 @@ the file's bytes at an assumed rate of the link. The schedule between them is no
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
+from ..errors import FileError
+from ..weight_files import read_sizes
 from .shards import model_files
 
 # Share of the data sheet's rate that matrix products of a transformer reach. An assumption; a measured rate can be given instead.
@@ -73,46 +73,33 @@ class FileBlock:
         return 2.0 * self.weights * tokens + 4.0 * tokens**2 * self.width
 
 
-def _read_header(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header: dict[str, Any] = json.loads(file.read(min(length, 1 << 28)))
-        except ValueError as error:
-            raise ValueError(f"model: {path} is not a safetensors file; convert it first, or give the original") from error
-    header.pop("__metadata__", None)
-    return header
-
-
 def read_blocks(path: str | Path) -> tuple[list[FileBlock], int]:
     """(repeated blocks in the order of the file's names, bytes outside them), from the headers of the safetensors files of a model.
 
-    path: as for `model_files`. Raises FileNotFoundError or ValueError that names the file, what was found and what to do.
+    path: as for `model_files`. Raises FileNotFoundError or FileError that names the file, what was found and what to do.
     """
-    header: dict[str, Any] = {}
+    tensors: dict[str, tuple[tuple[int, ...], int]] = {}
     for file in model_files(path):
-        header |= _read_header(file)
-    sizes = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}
-    total = sum(sizes.values())
+        tensors |= read_sizes(file)
+    total = sum(nbytes for _, nbytes in tensors.values())
     lists: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for name in header:
-        found = re.match(r"(.*?)\.?(?<![^.])(\d+)\.", name)
+    for name in tensors:
+        found = re.match(r"(.*?)\.?(?<![^.])(\d{1,9})\.", name)
         if found:
             lists[found[1]][int(found[2])].append(name)
     blocks = []
     for prefix, members in lists.items():
-        nbytes = {index: sum(sizes[name] for name in names) for index, names in members.items()}
-        if len(members) < 2 or sum(nbytes.values()) < 0.05 * total:
+        nbytes = {index: sum(tensors[name][1] for name in names) for index, names in members.items()}
+        if len(members) < 2 or sum(nbytes.values()) <= 0.05 * total:
             continue
         for index in sorted(members):
-            shapes = [header[name]["shape"] for name in members[index]]
-            matrices = [shape for shape in shapes if len(shape) > 1]
+            matrices = [tensors[name][0] for name in members[index] if len(tensors[name][0]) > 1]
             # The width of a token is the size that the block's matrices have in common.
             sizes_seen = Counter(size for shape in matrices for size in {shape[0], prod(shape[1:])})
             width = max(sizes_seen, key=lambda size: (sizes_seen[size], -size)) if sizes_seen else 1
             blocks.append(FileBlock(f"{prefix}.{index}", nbytes[index], sum(prod(shape) for shape in matrices), width))
     if not blocks:
-        raise ValueError(f"model: {path} has no repeated blocks (names such as blocks.0.): give the file of a transformer")
+        raise FileError(f"{path} has no repeated blocks (names such as blocks.0.): give the file of a transformer")
     return blocks, total - sum(block.nbytes for block in blocks)
 
 

@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..errors import reading
 from ..families.wan import WAN
+from ..weight_files import read_safetensors
 from .attention import AttentionPatch, ModelCall
 
 TRAIN_TIMESTEPS = 1000.0
@@ -44,30 +45,32 @@ class WanModel:
 def load(diffusion_model: Path, vae: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> WanModel:
     """Load single files in Wan's native key layout, the ones that ComfyUI's UNETLoader and VAELoader take.
 
-    dtype: of the transformer; the VAE stays in float32.
+    dtype: of the transformer; the VAE stays in float32. Raises FileNotFoundError, and FileError for a file of something else.
     """
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
 
     device = torch.device(device)
     weights, config = _read(diffusion_model)
-    dim, _, *patch_size = weights["patch_embedding.weight"].shape
-    heads = config.get("num_heads", dim // 128)
-    transformer = WanTransformer3DModel(
-        patch_size=tuple(patch_size),
-        num_attention_heads=heads,
-        attention_head_dim=dim // heads,
-        in_channels=weights["patch_embedding.weight"].shape[1],
-        out_channels=weights["head.head.weight"].shape[0] // (patch_size[0] * patch_size[1] * patch_size[2]),
-        text_dim=weights["text_embedding.0.weight"].shape[1],
-        freq_dim=weights["time_embedding.0.weight"].shape[1],
-        ffn_dim=weights["blocks.0.ffn.0.weight"].shape[0],
-        num_layers=len({key.split(".")[1] for key in weights if key.startswith("blocks.")}),
-    )
-    transformer.load_state_dict(convert_wan_transformer_to_diffusers(weights))
+    with reading(diffusion_model, "a Wan text-to-video transformer in the layout that ComfyUI takes", "use that of Wan"):
+        dim, _, *patch_size = weights["patch_embedding.weight"].shape
+        heads = config.get("num_heads", dim // 128)
+        transformer = WanTransformer3DModel(
+            patch_size=tuple(patch_size),
+            num_attention_heads=heads,
+            attention_head_dim=dim // heads,
+            in_channels=weights["patch_embedding.weight"].shape[1],
+            out_channels=weights["head.head.weight"].shape[0] // (patch_size[0] * patch_size[1] * patch_size[2]),
+            text_dim=weights["text_embedding.0.weight"].shape[1],
+            freq_dim=weights["time_embedding.0.weight"].shape[1],
+            ffn_dim=weights["blocks.0.ffn.0.weight"].shape[0],
+            num_layers=len({key.split(".")[1] for key in weights if key.startswith("blocks.")}),
+        )
+        transformer.load_state_dict(convert_wan_transformer_to_diffusers(weights))
     vae_weights, _ = _read(vae)
-    autoencoder = AutoencoderKLWan(base_dim=vae_weights["decoder.head.0.gamma"].shape[0], z_dim=vae_weights["conv2.weight"].shape[0])
-    autoencoder.load_state_dict(convert_wan_vae_to_diffusers(vae_weights))
+    with reading(vae, "the VAE of Wan 2.1 in the layout that ComfyUI takes", "use that of Wan 2.1"):
+        autoencoder = AutoencoderKLWan(base_dim=vae_weights["decoder.head.0.gamma"].shape[0], z_dim=vae_weights["conv2.weight"].shape[0])
+        autoencoder.load_state_dict(convert_wan_vae_to_diffusers(vae_weights))
     sensitive = transformer._keep_in_fp32_modules  # norms and the timestep embedding, by diffusers' own list
     for name, parameter in transformer.named_parameters():
         if not set(name.split(".")) & set(sensitive):
@@ -219,7 +222,7 @@ class _Intercept(TorchFunctionMode):
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors of a safetensors file in float32, and the transformer's configuration from its metadata."""
-    with safe_open(str(file), "pt") as handle:
-        metadata = handle.metadata() or {}
-        tensors = {key: handle.get_tensor(key).float() for key in handle.keys()}
-    return tensors, json.loads(metadata.get("config", "{}")).get("transformer", {})
+    tensors, metadata = read_safetensors(file)
+    with reading(file, "a model of which the metadata describe the transformer"):
+        config = json.loads(metadata.get("config", "{}")).get("transformer", {})
+    return {name: value.float() for name, value in tensors.items()}, config

@@ -9,12 +9,15 @@ Features are (batch, channels, height, width); inside the token aggregation bloc
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..weight_files import check_fit
 
 # The architecture's constants (section 4.1 of the paper); the weights do not tell the last three.
 DIM = 40
@@ -338,16 +341,17 @@ class CATANet(nn.Module):
 def build(state_dict: Mapping[str, Tensor], operations: Any = torch.nn) -> CATANet:
     """The network of a state dict in the published layout, in evaluation mode and float32; the scale is that of the tail.
 
-    Raises ValueError when the tail is none of CATANet's, RuntimeError when other keys or shapes do not fit.
+    Raises ValueError when the tail is none of CATANet's, and for the first key or shape that does not fit.
     """
+    first, tail = state_dict.get("first_conv.weight"), state_dict.get("upconv.weight")
     if "upconv1.weight" in state_dict:
         upscale = 4
-    elif "upconv.weight" in state_dict:
-        upscale = {DIM * scale**2: scale for scale in (2, 3)}.get(state_dict["upconv.weight"].shape[0], 0)
     else:
-        upscale = 0
-    if not upscale or "first_conv.weight" not in state_dict:
+        upscale = 0 if tail is None or not tail.ndim else {DIM * scale**2: scale for scale in (2, 3)}.get(tail.shape[0], 0)
+    if not upscale or first is None or first.ndim != 4:
         raise ValueError("CATANet: no first_conv, or an upsampling tail that is neither upconv (x2, x3) nor upconv1 and upconv2 (x4)")
-    network = CATANet(upscale, state_dict["first_conv.weight"].shape[1], operations=operations)
+    make = partial(CATANet, upscale, first.shape[1])
+    check_fit(state_dict, make, "CATANet")
+    network = make(operations=operations)
     network.load_state_dict(state_dict)
     return network.eval()

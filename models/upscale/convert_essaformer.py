@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from ..errors import FileError, reading
+from ..weight_files import COPY, check_numbers, read_torch, state_dict
 from .essaformer import ESSAformer, build
 
 # Under whatever module the authors' script had: their names, and what they are made of.
@@ -47,28 +48,26 @@ def _stand_in(name: str) -> type[_Module]:
 def read_checkpoint(path: Path) -> ESSAformer:
     """The network of a published checkpoint (whole network or state dict, bare or under "model"), in evaluation mode and float32.
 
-    Raises ValueError, before anything of the file is built, when it names another class or function than those of the network; also for a
+    Raises FileError, before anything of the file is built, when it names another class or function than those of the network; also for a
     file that is no checkpoint or holds other tensors.
     """
-    try:
+    with reading(path, "a checkpoint of torch 1.6 or later that can be read safely", COPY):
         asked = set(get_unsafe_globals_in_checkpoint(path))
-    except Exception as error:  # a damaged pickle can fail in any way
-        raise ValueError(f"{path}: not a checkpoint of torch 1.6 or later that can be read safely ({error or type(error).__name__})") from error
     refused = sorted(name for name in asked if name not in ALLOWED and not _is_network(name))
     if refused:
-        raise ValueError(f"{path}: asks for {', '.join(refused)}, which no ESSAformer needs; nothing was run. Do not load it by other means either")
+        raise FileError(f"{path}: asks for {', '.join(refused)}, which no ESSAformer needs; nothing was run. Do not load it by other means either")
+    with safe_globals([_stand_in(name) for name in asked]):
+        checkpoint = read_torch(path)
+    if isinstance(checkpoint, dict) and "model" in checkpoint:
+        checkpoint = checkpoint["model"]
+    with reading(path, "a checkpoint of an ESSAformer", COPY):
+        found = dict(_tensors(checkpoint)) if isinstance(checkpoint, _Module) else checkpoint
+    tensors = {name.removeprefix("module."): tensor for name, tensor in state_dict(path, found).items()}  # of DataParallel
+    check_numbers(path, tensors)
     try:
-        with safe_globals([_stand_in(name) for name in asked]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(checkpoint, dict) and "model" in checkpoint:
-            checkpoint = checkpoint["model"]
-        tensors = dict(_tensors(checkpoint) if isinstance(checkpoint, _Module) else checkpoint)
-    except Exception as error:
-        raise ValueError(f"{path}: the checkpoint cannot be read ({error or type(error).__name__})") from error
-    tensors = {str(name).removeprefix("module."): tensor for name, tensor in tensors.items()}  # of DataParallel
-    if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{path}: neither a network nor a state dict, bare or under 'model'")
-    return build(tensors)
+        return build(tensors)
+    except ValueError as error:
+        raise FileError(f"{path}: {error}") from error
 
 
 def _tensors(module: _Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

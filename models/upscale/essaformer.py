@@ -10,6 +10,7 @@ Features are (batch, channels, height, width); inside the attention they are tok
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from math import log2, prod, sqrt
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..weight_files import check_fit
 from .tiling import Progress, Tiling, overlapping, run_within_memory, stream
 
 EPSILON = 1e-7  # what the published code adds to the energy of a key's spectrum
@@ -136,17 +138,12 @@ def build(state_dict: Mapping[str, Tensor], operations: Any = torch.nn) -> ESSAf
     """
     first = state_dict.get("conv_first.weight")
     stages = [tensor for key, tensor in state_dict.items() if key.startswith("blockup.convupsample.") and key.endswith(".weight")]
-    if first is None or first.ndim != 4 or not stages:
+    if first is None or first.ndim != 4 or 0 in first.shape or not stages or not all(stage.ndim for stage in stages):
         raise ValueError("these are not the weights of an ESSAformer: conv_first.weight or blockup.convupsample is missing")
-    factors = [round(sqrt(stage.shape[0] / first.shape[0])) for stage in stages]
-    network = ESSAformer(first.shape[1], first.shape[0], prod(factors), operations=operations)
-    expected = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
-    found = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
-    for key in sorted(expected.keys() | found.keys()):
-        if expected.get(key) != found.get(key):
-            raise ValueError(
-                f"these are not the weights of an ESSAformer: {key} is {found.get(key, 'missing')} and should be {expected.get(key, 'absent')}"
-            )
+    upscale = prod(round(sqrt(stage.shape[0] / first.shape[0])) for stage in stages)
+    make = partial(ESSAformer, first.shape[1], first.shape[0], upscale)
+    check_fit(state_dict, make, "an ESSAformer")
+    network = make(operations=operations)
     network.load_state_dict(state_dict)
     return network.eval()
 

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import errno
-import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..errors import FileError, reading
+from ..weight_files import check_numbers, read_safetensors, read_torch, state_dict
 from . import catanet
 from .pictures import Network
 from .tiling import Operator
 
 BUILT_IN = {scale: Path(__file__).parent / "upscale_models" / f"tessera_catanet_x{scale}.safetensors" for scale in (2, 4)}
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
+WRAPPERS = ("params_ema", "params-ema", "params", "state_dict", "model_state_dict", "model", "net")  # what training code puts them in
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,10 @@ class NetworkFile:
         """The network on a device, in evaluation mode and float32."""
         state = safetensors.torch.load(self.weights)
         if "first_conv.weight" in state and "mid_convs.7.weight" in state:
-            network = catanet.build(state).to(device)
+            try:
+                network = catanet.build(state).to(device)
+            except ValueError as error:
+                raise FileError(f"{self.name}: {error}; use another upscaling network") from error
             return Network(network, network.upscale)
         return _spandrel(self.name, state, device)
 
@@ -50,40 +54,42 @@ def built_in(factor: float) -> NetworkFile:
 def read_network(file: Path) -> NetworkFile:
     """A file of CATANet's published layout, or of an architecture that spandrel knows.
 
-    Nothing in it is executed. Raises FileNotFoundError, and ValueError for what is no state dict.
+    Nothing in it is executed. Raises FileNotFoundError, and FileError for what is no state dict, or one with NaN.
     """
-    if not file.is_file():
-        raise FileNotFoundError(errno.ENOENT, "there is no such weight file; give a path, catanet or bicubic", str(file))
-    if file.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{file} ends in {file.suffix!r}; a weight file ends in {', '.join(SUFFIXES)}")
-    state: Any
-    try:
-        if file.suffix.lower() == ".safetensors":
-            state = safetensors.torch.load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{file} cannot be read as weights ({reason}); get a complete copy of it, best as .safetensors") from error
-    for key in ("params_ema", "params", "state_dict"):  # what training code wraps them in
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    tensors = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)} if isinstance(state, Mapping) else {}
-    if not tensors:
-        raise ValueError(f"{file} holds no weights, but {type(state).__name__}; use the state dict of an upscaling network")
-    return NetworkFile(file.name, safetensors.torch.save({key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}))
+    suffix = file.suffix.lower()
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist; give the path of a weight file, catanet or bicubic")
+    if suffix not in SUFFIXES:
+        raise FileError(f"{file} ends in {file.suffix!r}; a weight file ends in {', '.join(SUFFIXES)}")
+    if suffix == ".safetensors":
+        tensors = read_safetensors(file)[0]
+    else:
+        state = read_torch(file)
+        for key in WRAPPERS:
+            if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+                state = state[key]
+        tensors = state_dict(file, state)
+    check_numbers(file, tensors)
+    tensors = {key.removeprefix("module."): value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+    largest = max((int(number) for key in tensors for number in re.findall(r"\d{1,18}", key)), default=0)
+    if largest > 1000 + 10 * len(tensors):  # an architecture that counts its layers by their names would be built with that many
+        raise FileError(f"{file} has {len(tensors)} tensors and names one of them layer {largest}; use the state dict of an upscaling network")
+    return NetworkFile(file.name, safetensors.torch.save(tensors))
 
 
 def _spandrel(name: str, state: dict[str, Tensor], device: torch.device) -> Network:
     try:
         import spandrel
     except ImportError as error:
-        raise ValueError(f"{name} is not CATANet, and other architectures need spandrel ({error}); pip install spandrel") from error
-    try:
-        found: Any = spandrel.ModelLoader(device).load_from_state_dict(state)
-    except spandrel.UnsupportedModelError as error:
-        raise ValueError(f"{name} is no architecture that spandrel {spandrel.__version__} or Tessera knows; use another upscaling network") from error
+        raise FileError(f"{name} is not CATANet, and other architectures need spandrel ({error}); pip install spandrel") from error
+    with reading(name, f"a network that spandrel {spandrel.__version__} can build", "use another upscaling network"):
+        try:
+            found: Any = spandrel.ModelLoader(device).load_from_state_dict(state)
+        except spandrel.UnsupportedModelError as error:
+            raise FileError(
+                f"{name} is no architecture that spandrel {spandrel.__version__} or Tessera knows; use another upscaling network"
+            ) from error
     if not isinstance(found, spandrel.ImageModelDescriptor) or found.input_channels != 3 or found.output_channels != 3:
-        raise ValueError(f"{name} is {found.architecture.name} for {found.purpose}; use a network that maps RGB pictures to larger ones")
+        raise FileError(f"{name} is {found.architecture.name} for {found.purpose}; use a network that maps RGB pictures to larger ones")
     requirements = found.size_requirements
     return Network(found.eval(), found.scale, max(requirements.minimum, 1), max(requirements.multiple_of, 1))

@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import FileError
+from ..weight_files import COPY, check_fit, check_numbers, read_safetensors
+
 KIND = "tessera_patch_adapter"
 LORA = "lora."
+LARGEST = 1024  # side of a native latent: four times what the largest video models are trained on
 
 
 @dataclass(frozen=True)
@@ -192,19 +195,60 @@ def initialise(adapter: PatchAdapter, seed: int = 0) -> PatchAdapter:
 
 
 def load(path: str | Path) -> tuple[Config, dict[str, Tensor], dict[str, Tensor]]:
-    """A file's configuration, the adapter's state dict, and the LoRA's tensors by their base module's name.
+    """A file's configuration, the adapter's state dict, which fits it, and the LoRA's tensors by their base module's name.
 
-    Raises ValueError for a file that is not an adapter.
+    Raises FileNotFoundError, and FileError for a file that is not an adapter, or of which the configuration and the tensors disagree.
     """
-    with safe_open(str(path), "pt") as file:
-        metadata = file.metadata() or {}
-        if KIND not in metadata:
-            raise ValueError(f"{Path(path).name} is not a patch adapter: its metadata has no {KIND!r}; train one with train_patch_adapter")
-        settings = json.loads(metadata[KIND])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    config = Config(**{**settings, "native": tuple(settings["native"])})
+    tensors, metadata = read_safetensors(path)
+    if KIND not in metadata:
+        raise FileError(f"{path} is not a patch adapter: its metadata has no {KIND!r}; use a file of train_patch_adapter")
+    check_numbers(path, tensors)
     lora = {name.removeprefix(LORA): value for name, value in tensors.items() if name.startswith(LORA)}
-    return config, {name: value for name, value in tensors.items() if not name.startswith(LORA)}, lora
+    state = {name: value for name, value in tensors.items() if not name.startswith(LORA)}
+    try:
+        config = _config(metadata[KIND], state)
+        check_fit(state, lambda: PatchAdapter(config), "the patch adapter that its metadata describe")
+        _check_lora(lora)
+    except ValueError as error:
+        raise FileError(f"{path}: {error}; {COPY}") from error
+    return config, state, lora
+
+
+def _config(text: str, state: Mapping[str, Tensor]) -> Config:
+    """What `metadata` wrote. Raises ValueError, also for parts that the tensors do not bear out: a number costs a file nothing."""
+    try:
+        settings = json.loads(text)
+        config = Config(**{**settings, "native": tuple(settings["native"])})
+    except (KeyError, RecursionError, TypeError, ValueError):
+        raise ValueError(f"its metadata describe no patch adapter: {text[:200]!r}") from None
+    numbers = (config.channels, config.dim, config.layers, config.width, config.heads, config.blocks, config.global_blocks, *config.native)
+    if not all(type(number) is int and 0 < number for number in numbers) or len(config.native) != 2:
+        raise ValueError(f"its metadata describe no patch adapter: {text[:200]!r}")
+    if max(config.native) > LARGEST or any(side % 2 for side in config.native):
+        raise ValueError(f"native is {config.native} in its metadata; a latent has even sides of {LARGEST} at most")
+    for name, part in (("layers", "to_base"), ("blocks", "blocks"), ("global_blocks", "global_blocks")):
+        found = len({key.split(".")[1] for key in state if key.startswith(f"{part}.")})
+        if getattr(config, name) != found:
+            raise ValueError(f"{name} is {getattr(config, name)} in its metadata, and its tensors are of {found}")
+    if config.width % (2 * config.heads):
+        raise ValueError(f"width is {config.width} and heads {config.heads} in its metadata; a head has an even share of the width")
+    return config
+
+
+def _check_lora(lora: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for a half of a pair of matrices, and for two that have no product."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for name, value in lora.items():
+        module, _, part = name.removesuffix(".weight").rpartition(".")
+        pairs.setdefault(module, {})[part] = value
+    for module, pair in pairs.items():
+        if (
+            pair.keys() != {"lora_up", "lora_down"}
+            or any(value.ndim != 2 for value in pair.values())
+            or pair["lora_up"].shape[1] != len(pair["lora_down"])
+        ):
+            shapes = ", ".join(f"{part} {tuple(value.shape)}" for part, value in pair.items())
+            raise ValueError(f"{LORA}{module} is no pair of matrices of a LoRA: {shapes}")
 
 
 def metadata(config: Config) -> dict[str, str]:

@@ -1,0 +1,120 @@
+"""Weight files: safetensors, whose header the library checks against the file, and checkpoints of torch, of which nothing is run.
+
+Every reader raises FileNotFoundError for what is no file, and FileError that names the file, what was found and what to do.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import FileError, reading
+
+ROOM, SMALL = 16, 1 << 20  # a file's tensors may take so many times its bytes, as tied weights are stored once, and so many bytes in any case
+COPY = "get a complete copy of it"
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(name -> memory-mapped tensor, the file's metadata)."""
+    from safetensors import safe_open  # here, because everything else runs where there is torch alone
+
+    _check_file(path)
+    with reading(path, "a safetensors file", COPY), safe_open(str(path), "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    _check_claims(path, tensors)
+    return tensors, metadata
+
+
+def read_sizes(path: str | Path) -> dict[str, tuple[tuple[int, ...], int]]:
+    """name -> (shape, bytes) of a safetensors file's tensors, with none of them mapped: the file may be larger than this machine's memory."""
+    from safetensors import safe_open
+
+    _check_file(path)
+    with reading(path, "a safetensors file", f"{COPY}, or convert it first"), safe_open(str(path), "np") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    return {name: (shape, prod(shape) * _bits(dtype) // 8) for name, (shape, dtype) in found.items()}
+
+
+def _bits(dtype: str) -> int:
+    """Of one element of a safetensors dtype: F32, BF16, F8_E4M3, BOOL."""
+    number = re.search(r"\d+", dtype)
+    return int(number[0]) if number else 8
+
+
+def read_torch(path: str | Path) -> Any:
+    """What `torch.save` wrote: tensors in dicts and lists. Any other class or function in it is refused by name, and nothing of it is run."""
+    _check_file(path)
+    with reading(path, "a checkpoint of torch", f"{COPY}, best as .safetensors"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on pickles of other versions
+        packed = zipfile.is_zipfile(path)  # torch 1.6 and later
+        if packed:
+            asked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            if asked:
+                wanted = ", ".join(sorted(asked)[:5])
+                raise FileError(f"{path}: asks for {wanted}, which is code and is not run; get its weights alone, best as .safetensors")
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise FileError(f"{path}: its tensors are compressed, which torch.save does not do; {COPY}")
+        try:
+            # Mapped, no tensor reaches beyond the file; older versions of torch, reading into memory, believe whatever size is claimed.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
+        except pickle.UnpicklingError as error:  # its text tells how to run the file's code
+            raise FileError(f"{path}: damaged, or holds more than weights; nothing of it was run; {COPY}, best as .safetensors") from error
+
+
+def state_dict(path: str | Path, found: Any) -> dict[str, Tensor]:
+    """The tensors of what `read_torch` returned."""
+    tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)} if isinstance(found, Mapping) else {}
+    if not tensors:
+        raise FileError(f"{path} holds no weights; use the state dict of a network")
+    odd = [name for name, value in tensors.items() if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized]
+    if odd:
+        raise FileError(f"{path}: {odd[0]} is no plain tensor; save the weights dense and unquantized")
+    _check_claims(path, tensors)
+    return tensors
+
+
+def check_numbers(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise FileError that names a tensor with NaN, from which a network makes nothing but NaN."""
+    for name, value in tensors.items():
+        if value.is_floating_point() and value.element_size() > 1 and value.isnan().any():
+            raise FileError(f"{path}: {name} has NaN (not a number) among its values, so the result would be empty; {COPY}, or train it again")
+
+
+def check_fit(state: Mapping[str, Tensor], make: Callable[[], nn.Module], what: str) -> None:
+    """Raise ValueError that names the first tensor that differs from the network of `make`, which is built without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            expected = {name: tuple(value.shape) for name, value in make().state_dict().items()}
+    except (RuntimeError, TypeError, OverflowError, ZeroDivisionError) as error:  # sizes that torch cannot even write down
+        raise ValueError(f"these are not the weights of {what}: no network has the sizes that they ask for") from error
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            wrong = f"{name[:200]} is {found.get(name, 'missing')} and should be {expected.get(name, 'absent')}"
+            raise ValueError(f"these are not the weights of {what}: {wrong}")
+
+
+def _check_file(path: str | Path) -> None:
+    if not Path(path).is_file():
+        found = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {found}; give a weight file")
+
+
+def _check_claims(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """A small file can claim much: tensors whose elements are one and the same, and empty ones of any size."""
+    size = Path(path).stat().st_size
+    claimed = {name: prod(max(side, 1) for side in value.shape) * value.element_size() for name, value in tensors.items()}
+    if sum(claimed.values()) > max(ROOM * size, SMALL):
+        name = max(claimed, key=claimed.__getitem__)
+        raise FileError(f"{path}: {name} is {tuple(tensors[name].shape)}, which a file of {size:,} bytes cannot hold; {COPY}")
