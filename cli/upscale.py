@@ -6,6 +6,7 @@ import argparse
 import errno
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,25 +32,37 @@ def run(options: argparse.Namespace) -> None:
     _check(options)
     jobs = find_jobs(options.source, options.target, options.overwrite)
     weights = read_network(Path(options.model)) if options.model not in ("catanet", "bicubic") else None
+    if weights is not None:
+        weights.load(torch.device("cpu"))  # or is refused, before any work
     failed = []
     with ExitStack() as stack:
         engine = _Engine(options, weights, stack)
         for source, target in jobs:
             work = _video if target.suffix.lower() in CONTAINERS else _picture
             try:
-                work(source, target, options, engine)
-            except (ValueError, OSError) as error:
-                if not options.source.is_dir() or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+                _do(work, source, target, options, engine)
+            except Exception as error:  # one file's fault must not end the folder
+                if not options.source.is_dir() or isinstance(error, _EndingError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
                     raise
-                print(f"{error}", file=sys.stderr)
+                unknown = f"{source}: an error in Tessera itself. Please report it, with the picture if you can give it away"
+                print(error if isinstance(error, ValueError | OSError) else unknown, file=sys.stderr)
                 failed.append(source.name)
-            except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-                what = f"there is no memory for a patch of {SMALLEST_TILE} pixels"
-                raise ValueError(f"{source}: {what}; close other programs, use a smaller network or fewer --workers") from error
-            except WorkerError as error:
-                raise ValueError(f"{source}: {error}") from error
     if failed:
         raise ValueError(f"{len(failed)} of {len(jobs)} pictures could not be done: {', '.join(failed)}")
+
+
+class _EndingError(ValueError):
+    """What would happen with every other file as well."""
+
+
+def _do(work: Callable[..., None], source: Path, target: Path, options: argparse.Namespace, engine: _Engine) -> None:
+    try:
+        work(source, target, options, engine)
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        what = f"there is no memory for a patch of {SMALLEST_TILE} pixels"
+        raise ValueError(f"{source}: {what}; close other programs, use a smaller network or fewer --workers") from error
+    except WorkerError as error:
+        raise _EndingError(f"{source}: {error}") from error
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -200,7 +213,10 @@ def _picture(source: Path, target: Path, options: argparse.Namespace, engine: _E
     count = passes(width, height, size, run.network.scale)
     with ProgressLine(source.name) as line:
         seen = _Passes(count, run.network.scale, line)
-        pixels = run.enlarge(picture.pixels, size, options.tile, seen)
+        try:
+            pixels = run.enlarge(picture.pixels, size, options.tile, seen)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
     write_picture(target, replace(picture, pixels=pixels))
     run.report(target, size, count, "", start, [*picture.notes, *seen.steps_down])
 

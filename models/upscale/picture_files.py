@@ -7,7 +7,9 @@ import io
 import os
 import secrets
 import struct
+import warnings
 import zlib
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,8 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
+
+from ..errors import FileError, reading
 
 # What is written, and the longest side that it can hold. All four hold profiles and EXIF.
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
@@ -29,7 +33,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 # Pillow has no colour with 16 bits a channel; PyAV has. By the number of channels.
 _AV16 = {1: "gray16", 2: "ya16", 3: "rgb48", 4: "rgba64"}
+LARGEST = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow's own limit
+DENSEST, SMALL = 8 * 1032, 1 << 24  # pixels a byte, as deflate makes them of an empty PNG of 1 bit; and how many may be claimed in any case
 _ORIENTATION = 274
+_DIRECTORIES = (0x8769, 0x8825)  # EXIF and GPS have directories of their own
+_PHOTOMETRIC = {0: "grey", 1: "grey", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "Lab", 9: "Lab", 10: "Lab"}
 # TIFF 6.0 tags that say how the old file's pixels lie in it, which is the new file's own affair.
 _LAYOUT = {
     254,
@@ -56,6 +64,10 @@ _LAYOUT = {
 }
 
 
+class UnreadError(ValueError):
+    """What is not read of a picture, as the rest of a sentence about its file."""
+
+
 @dataclass
 class Picture:
     """pixels: float32 `(channels, height, width)` in 0..1, upright; 1 (grey), 3 (RGB) or 4 (RGBA, straight alpha) channels.
@@ -73,34 +85,48 @@ class Picture:
 
 
 def read_picture(file: Path) -> Picture:
-    """Any file that Pillow reads. Raises FileNotFoundError, PermissionError, or ValueError for what is no whole picture of up to 16 bits."""
+    """Any file that Pillow reads. Raises FileNotFoundError, PermissionError, or FileError for what is no whole picture of up to 16 bits."""
     if not file.is_file():
         raise FileNotFoundError(errno.ENOENT, "there is no such file; check the path", str(file))
     data = file.read_bytes()
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            picture = _decoded(image, data)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{file} is no picture that Pillow {Image.__version__} reads; export it as PNG or TIFF") from error
-    except (OSError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); get a complete copy of it, or export it again") from error
-    except ValueError as error:
-        raise ValueError(f"{file} {error}") from error
-    return picture
+    with warnings.catch_warnings(), reading(file, "a whole picture", "get a complete copy of it, or export it again"):
+        warnings.simplefilter("ignore")  # Pillow's on large pictures, and on each odd tag
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                _check_size(image, len(data))
+                return _decoded(image, data)
+        except UnidentifiedImageError as error:
+            raise FileError(f"{file} is no picture that Pillow {Image.__version__} reads; export it as PNG or TIFF") from error
+        except Image.DecompressionBombError as error:
+            raise FileError(f"{file} has more pixels than the {LARGEST / 1e6:.0f} million that Pillow reads; cut it into parts") from error
+        except UnreadError as error:
+            raise FileError(f"{file} {error}") from error
+
+
+def _check_size(image: Any, size: int) -> None:
+    """Formats that draw with predictions claim any number of pixels in a few bytes."""
+    pixels = image.width * image.height
+    if pixels > max(DENSEST * size, SMALL):
+        raise UnreadError(f"claims {image.width} x {image.height} pixels in {size:,} bytes, which is no picture; export it again")
 
 
 def _decoded(image: Any, data: bytes) -> Picture:
     notes = []
     if getattr(image, "n_frames", 1) > 1:
         notes.append(f"only the first of {image.n_frames} pictures in the file was used")
-    profile, text, exif = image.info.get("icc_profile"), dict(getattr(image, "text", {})), image.getexif()
+    profile, text, exif = image.info.get("icc_profile"), dict(getattr(image, "text", {})), _exif(image, notes)
     deep = image.format in DEEP and _bits(image, data) == 16
+    if image.format == "TIFF":
+        _check_tiff(image.tag_v2, deep)
     if deep:
         values = _decoded16(image.format.lower(), data)
+        if image.format == "TIFF" and 1 in image.tag_v2.get(338, ()):  # premultiplied
+            alpha = np.maximum(values[..., -1:], 1)
+            values = np.concatenate([(values[..., :-1] * 65535.0 / alpha).clip(0, 65535).round(), values[..., -1:]], -1)
     elif image.mode.startswith("I;16"):
         values, deep = np.asarray(image).astype(np.uint16)[..., None], True
     elif image.mode in ("I", "F"):
-        raise ValueError("has 32 bits a channel; export it with 8 or 16")
+        raise UnreadError("has 32 bits a channel; export it with 8 or 16")
     else:
         if image.mode in ("CMYK", "LAB"):
             image, profile = _to_srgb(image, profile), None
@@ -108,7 +134,7 @@ def _decoded(image: Any, data: bytes) -> Picture:
         clear = "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
         grey = image.mode in ("1", "L", "LA", "La")
         if image.mode in ("La", "RGBa"):
-            image = image.convert("RGBA")
+            image = image.convert(image.mode.upper())
         values = np.asarray(image.convert(("LA" if clear else "L") if grey else ("RGBA" if clear else "RGB")))
         values = values.reshape(*values.shape[:2], -1)
     turn = exif.get(_ORIENTATION, 1)
@@ -132,6 +158,45 @@ def _bits(image: Any, data: bytes) -> int:
     return data[24] if image.format == "PNG" else max(image.tag_v2.get(258, (1,)))
 
 
+def _exif(image: Any, notes: list[str]) -> Image.Exif:
+    """What can also be written: cameras and programs store entries as other types than theirs."""
+    try:
+        exif = image.getexif()
+        directories = [exif, *(exif.get_ifd(tag) for tag in _DIRECTORIES)]
+        left = [(found, tag) for found in directories for tag in set(found) - set(_DIRECTORIES) if not _writable(tag, found[tag])]
+        for found, tag in left:
+            del found[tag]
+        exif.tobytes()
+    except Exception:  # of a damaged directory Pillow raises whatever comes
+        notes.append("its EXIF data are damaged and were left out")
+        return Image.Exif()
+    if left:
+        notes.append(f"EXIF entries of a wrong type were left out: {', '.join(ExifTags.TAGS.get(tag, str(tag)) for _, tag in left)}")
+    return exif
+
+
+def _writable(tag: int, value: Any) -> bool:
+    probe = Image.Exif()
+    probe[tag] = value
+    try:
+        probe.tobytes()
+    except Exception:  # as above
+        return False
+    return True
+
+
+def _check_tiff(tags: Mapping[int, Any], deep: bool) -> None:
+    """Raise UnreadError for what Pillow, or with 16 bits FFmpeg, would give wrongly without a word."""
+    kind, samples, bits = tags.get(262, 1), tags.get(277, 1), tags.get(258, (1,))
+    if 2 in tags.get(339, ()):
+        raise UnreadError("is a TIFF with signed numbers; export it with unsigned ones")
+    if deep and 322 in tags:
+        raise UnreadError("is a TIFF with 16 bits in tiles; export it in strips")
+    if deep and (kind not in (0, 1, 2) or samples > 4 or len(set(bits)) > 1):
+        colours = _PHOTOMETRIC.get(kind, "unknown")
+        raise UnreadError(f"is a TIFF with 16 bits of {colours} colours in {samples} channels; export it as grey or RGB")
+
+
 def _decoded16(codec: str, data: bytes) -> np.ndarray:
     """uint16 (height, width, channels)."""
     import av
@@ -140,7 +205,7 @@ def _decoded16(codec: str, data: bytes) -> np.ndarray:
     try:
         frame = [*context.decode(av.Packet(data)), *context.decode(None)][0]
     except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"cannot be decoded with 16 bits ({error}); export it again, as PNG") from error
+        raise UnreadError("is damaged, or of a kind that FFmpeg does not decode with 16 bits; export it again, as PNG") from error
     channels = len(frame.format.components)
     plane = frame.reformat(format=f"{_AV16[channels]}le").planes[0]
     return np.frombuffer(plane, "<u2").reshape(plane.height, -1)[:, : plane.width * channels].reshape(plane.height, plane.width, channels)
@@ -155,7 +220,7 @@ def _to_srgb(image: Any, profile: bytes | None) -> Any:
     try:
         return ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
     except ImageCms.PyCMSError as error:
-        raise ValueError(f"has a colour profile that cannot be used ({error}); export it as RGB") from error
+        raise UnreadError(f"has a colour profile that cannot be used ({error}); export it as RGB") from error
 
 
 def fitted(picture: Picture, target: Path, size: tuple[int, int]) -> Picture:
@@ -246,7 +311,7 @@ def _tiff(codes: np.ndarray, picture: Picture) -> bytes:
     directory = TiffImagePlugin.ImageFileDirectory_v2()
     for tag, value in picture.exif.items():
         directory[tag] = value
-    for tag in (0x8769, 0x8825):  # EXIF and GPS have directories of their own
+    for tag in _DIRECTORIES:
         if inner := picture.exif.get_ifd(tag):
             directory[tag] = inner
     directory[256], directory[257], directory[258], directory[259] = width, height, (picture.bits,) * channels, 8
