@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import shutil
+import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -156,22 +157,45 @@ def _read(path: Path) -> tuple[np.ndarray, str | None]:
     return cube, stored
 
 
+def _check_directories(path: Path) -> None:
+    """Raise FileError for directories that go round in a circle, which tifffile would follow some millions of times."""
+    with path.open("rb") as file:
+        head = file.read(16)
+        order, big = "<" if head[:2] == b"II" else ">", head[2:4] in (b"+\0", b"\0+")
+        count, link = (struct.Struct(order + kind) for kind in ("QQ" if big else "HI"))
+        entry = 20 if big else 12  # bytes
+        seen: set[int] = set()
+        found = head[8:] if big else head[4:8]
+        while len(found) == link.size and (place := link.unpack(found)[0]):
+            if place in seen:
+                raise FileError(f"{path}: damaged, its pictures follow each other in a circle; {COPY}")
+            seen.add(place)
+            file.seek(place)
+            entries = file.read(count.size)
+            if len(entries) < count.size:
+                break
+            file.seek(count.unpack(entries)[0] * entry, os.SEEK_CUR)
+            found = file.read(link.size)
+
+
 def _read_tiff(path: Path) -> tuple[np.ndarray, str | None]:
     tifffile, stored = _tifffile(), None
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it tells of each tag that it does not understand
-    # OME's description would be believed on the number of planes, and on other files.
-    with reading(path, "a TIFF that can be read", "save it uncompressed"), tifffile.TiffFile(path, is_ome=False) as file:
-        series = file.series[0]
-        size = path.stat().st_size
-        if series.nbytes > DENSEST * size:
-            raise FileError(f"{path}: claims {series.nbytes / GB:.1f} GB, which {size:,} bytes cannot hold; {COPY}")
-        if len(series.axes) == 3 and "S" in series.axes:
-            stored = LAYOUTS[0] if series.axes.startswith("S") else LAYOUTS[1]
-        if series.dataoffset is None:  # compressed, or scattered over the file
-            return series.asarray(), stored
-        if series.dataoffset + series.nbytes > size:
-            raise FileError(f"{path}: cut off: {series.nbytes:,} bytes of numbers begin at {series.dataoffset:,} and it has {size:,}; {COPY}")
-        return tifffile.memmap(path, mode="r", series=0, is_ome=False), stored
+    with reading(path, "a TIFF that can be read", "save it uncompressed"):
+        _check_directories(path)
+        # OME's description would be believed on the number of planes, and on other files.
+        with tifffile.TiffFile(path, is_ome=False) as file:
+            series = file.series[0]
+            size = path.stat().st_size
+            if series.nbytes > DENSEST * size:
+                raise FileError(f"{path}: claims {series.nbytes / GB:.1f} GB, which {size:,} bytes cannot hold; {COPY}")
+            if len(series.axes) == 3 and "S" in series.axes:
+                stored = LAYOUTS[0] if series.axes.startswith("S") else LAYOUTS[1]
+            if series.dataoffset is None:  # compressed, or scattered over the file
+                return series.asarray(), stored
+            if series.dataoffset + series.nbytes > size:
+                raise FileError(f"{path}: cut off: {series.nbytes:,} bytes of numbers begin at {series.dataoffset:,} and it has {size:,}; {COPY}")
+            return tifffile.memmap(path, mode="r", series=0, is_ome=False), stored
 
 
 def _bands_first(cube: np.ndarray, layout: str, bands: int, path: Path) -> np.ndarray:

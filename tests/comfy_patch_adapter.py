@@ -7,6 +7,7 @@ Prints one JSON object per case.
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 COMFYUI, PACKAGE_PARENT, SCRATCH = sys.argv[1:]
@@ -134,9 +135,13 @@ def refusals():
     plain = "plain.safetensors"
     save_file({"x": torch.zeros(1)}, str(Path(SCRATCH) / plain))
     name = adapter_file(initialise(PatchAdapter(small)).state_dict(), small, "small.safetensors")
+    Path(SCRATCH, "cut.safetensors").write_bytes(Path(SCRATCH, name).read_bytes()[:-100])
+    many = adapter_file(initialise(PatchAdapter(small)).state_dict(), replace(small, layers=10**8), "many.safetensors")
     for case, action in (
         ("other base", lambda: host.adapted(unet, host.LoadPatchAdapter.execute(name).args[0])),
         ("no adapter", lambda: host.LoadPatchAdapter.execute(plain)),
+        ("cut off", lambda: host.LoadPatchAdapter.execute("cut.safetensors")),
+        ("many layers", lambda: host.LoadPatchAdapter.execute(many)),
     ):
         try:
             action()

@@ -256,6 +256,20 @@ def test_tiffs_that_claim_much(tmp_path):
         hyperspectral._read(path)
 
 
+@pytest.mark.parametrize("big", [False, True])
+def test_a_tiff_that_goes_round_in_a_circle(big, tmp_path):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, np.zeros((4, 16, 16), np.uint16), photometric="minisblack", metadata=None, bigtiff=big, contiguous=False)
+    with tifffile.TiffFile(path) as file:
+        last, second = file.pages[-1], file.pages[1].offset
+        link = last.offset + (8 if big else 2) + len(last.tags) * (20 if big else 12)
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<Q" if big else "<I", data, link, second)
+    path.write_bytes(data)
+    with pytest.raises(FileError, match=r"a\.tif: damaged, its pictures follow each other in a circle"):
+        hyperspectral._read(path)
+
+
 def test_pictures_that_claim_much(tmp_path):
     def chunk(tag: bytes, value: bytes) -> bytes:
         return struct.pack(">I", len(value)) + tag + value + struct.pack(">I", zlib.crc32(tag + value))

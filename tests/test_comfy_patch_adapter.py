@@ -48,6 +48,8 @@ def test_the_node_start_to_end(results):
 def test_what_does_not_fit_is_refused(results):
     assert "adapter small.safetensors is for a model of (2, 96, 16) blocks" in results["other base"]["error"]
     assert "plain.safetensors is not a patch adapter" in results["no adapter"]["error"]
+    assert "cut.safetensors: not a safetensors file, or damaged" in results["cut off"]["error"]
+    assert "many.safetensors: layers is 100000000 in its metadata, and its tensors are of 2" in results["many layers"]["error"]
 
 
 def graph(adapter: str) -> dict[str, dict]:
