@@ -9,7 +9,8 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,19 @@ ROOM, SMALL = 16, 1 << 20  # a file's tensors may take so many times its bytes, 
 COPY = "get a complete copy of it"
 
 
+# What the safetensors library says of a header, older versions in one word, and what that means.
+MEANINGS = {
+    "not fully covered|MetadataIncompleteBuffer": "its header speaks of another number of bytes than follow: cut off, or written over",
+    "header length|header too|InvalidHeaderLength|HeaderToo": "it does not begin with the length of a header, or is cut off in it",
+    "unknown variant": "its header names a dtype that is not known, perhaps of a later version",
+    "JSON|UTF-8|InvalidHeader": "its header is no list of tensors, or one of a later version",
+    "offset|overflow|slic|InvalidOffset|Overflow|TensorInvalidInfo": "its header's shapes and places do not agree",
+}
+
+
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(name -> memory-mapped tensor, the file's metadata)."""
-    from safetensors import safe_open  # here, because everything else runs where there is torch alone
-
-    _check_file(path)
-    with reading(path, "a safetensors file", COPY), safe_open(str(path), "pt") as file:
+    with _opened(path, "pt", COPY) as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     _check_claims(path, tensors)
     return tensors, metadata
@@ -36,13 +44,24 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
 
 def read_sizes(path: str | Path) -> dict[str, tuple[tuple[int, ...], int]]:
     """name -> (shape, bytes) of a safetensors file's tensors, with none of them mapped: the file may be larger than this machine's memory."""
-    from safetensors import safe_open
-
-    _check_file(path)
-    with reading(path, "a safetensors file", f"{COPY}, or convert it first"), safe_open(str(path), "np") as file:
+    with _opened(path, "np", f"{COPY}, or convert it first") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}
         found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     return {name: (shape, prod(shape) * _bits(dtype) // 8) for name, (shape, dtype) in found.items()}
+
+
+@contextmanager
+def _opened(path: str | Path, framework: str, remedy: str) -> Iterator[Any]:
+    """The library's open file; what it raises is one FileError."""
+    from safetensors import SafetensorError, safe_open  # here, because everything else runs where there is torch alone
+
+    _check_file(path)
+    with reading(path, "a safetensors file", remedy):
+        try:
+            with safe_open(str(path), framework) as file:
+                yield file
+        except SafetensorError as error:
+            raise ValueError(next((meaning for said, meaning in MEANINGS.items() if re.search(said, str(error))), str(error))) from error
 
 
 def _bits(dtype: str) -> int:
@@ -94,7 +113,8 @@ def check_numbers(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
 def check_fit(state: Mapping[str, Tensor], make: Callable[[], nn.Module], what: str) -> None:
     """Raise ValueError that names the first tensor that differs from the network of `make`, which is built without memory for its weights."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on sizes of 0, which are told below
             expected = {name: tuple(value.shape) for name, value in make().state_dict().items()}
     except (RuntimeError, TypeError, OverflowError, ZeroDivisionError) as error:  # sizes that torch cannot even write down
         raise ValueError(f"these are not the weights of {what}: no network has the sizes that they ask for") from error

@@ -476,6 +476,16 @@ def test_refused_cubes(tmp_path, model, capsys, cube, message):
     refused(tmp_path, capsys, message, tmp_path / "in.npy", tmp_path / "out.npy", "--model", model)
 
 
+def test_a_model_that_makes_no_numbers(tmp_path, capsys):
+    state = network(6).state_dict()
+    state["conv_first.bias"][0] = torch.inf
+    save_file(state, tmp_path / "inf.safetensors")
+    np.save(tmp_path / "in.npy", cube_of("u2"))
+    assert command(tmp_path / "in.npy", tmp_path / "out.npy", "--model", tmp_path / "inf.safetensors") == 1
+    assert "inf.safetensors: makes NaN (not a number) of" in capsys.readouterr().err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in.npy", "inf.safetensors"]
+
+
 def refused(folder, capsys, message, *arguments):
     """One message that names the cause, and no file written."""
     before = sorted(folder.iterdir())
@@ -676,7 +686,7 @@ def test_refused_checkpoints(tmp_path, capsys):
         ("list", "list.pth holds no weights"),
         ("numbers", "numbers.pth holds no weights"),
         ("other", "these are not the weights of an ESSAformer"),
-        ("call", "not a checkpoint of an ESSAformer"),
+        ("call", "call.pth: not a checkpoint of torch"),
         ("gone", "gone.pth: no such file"),
     ):
         refused(tmp_path, capsys, message, "--convert", tmp_path / f"{name}.pth", target)

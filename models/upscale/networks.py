@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,8 @@ def _spandrel(name: str, state: dict[str, Tensor], device: torch.device) -> Netw
         import spandrel
     except ImportError as error:
         raise FileError(f"{name} is not CATANet, and other architectures need spandrel ({error}); pip install spandrel") from error
-    with reading(name, f"a network that spandrel {spandrel.__version__} can build", "use another upscaling network"):
+    with reading(name, f"a network that spandrel {spandrel.__version__} can build", "use another upscaling network"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, on how architectures are written
         try:
             found: Any = spandrel.ModelLoader(device).load_from_state_dict(state)
         except spandrel.UnsupportedModelError as error:
