@@ -43,7 +43,7 @@ def _plain(entry: tuple) -> Delta | None:
     up, down, alpha, middle, dora, reshape = adapter.weights
     if any(part is not None for part in (middle, dora, reshape)):
         return None
-    scale = strength * (1.0 if alpha is None else alpha / down.shape[0])
+    scale = strength * (1.0 if alpha is None else alpha / max(down.shape[0], 1))
     return Delta(up.flatten(1).float() * scale, down.flatten(1), 0 if offset is None else offset[1])
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load, load_file
 from tessera.cli import demo
 from tessera.models.default import networks
 from tessera.models.default.vocabulary import encode
+from tessera.models.errors import FileError
 from tessera.models.patchers import diffusers as host
 from tessera.models.patchers.attention import AttentionPatch, AttentionSettings
 from tessera.models.patchers.report import SPARSE
@@ -30,6 +31,16 @@ def files(tiny_models):
 @pytest.fixture(scope="module")
 def model(files):
     return host.load(*files)
+
+
+def test_files_of_something_else_are_named(files, tmp_path):
+    transformer, vae = files
+    for given, name in (((vae, vae), vae.name), ((transformer, transformer), transformer.name)):
+        with pytest.raises(FileError, match=rf"{name}: not (a Wan text-to-video transformer|the VAE of Wan 2\.1)"):
+            host.load(*given)
+    (tmp_path / "cut.safetensors").write_bytes(transformer.read_bytes()[:-9])
+    with pytest.raises(FileError, match=r"cut\.safetensors: not a safetensors file"):
+        host.load(tmp_path / "cut.safetensors", vae)
 
 
 def settings(**changes) -> AttentionSettings:

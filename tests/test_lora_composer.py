@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from tessera.models.patchers.lora_composer.composer import ALL, BLOCK_TOKENS, Call, Composer
-from tessera.models.patchers.lora_composer.concepts import Box, Concept, validate
+from tessera.models.patchers.lora_composer.composer import ALL, BLOCK_TOKENS, Call, Composer, _fits
+from tessera.models.patchers.lora_composer.concepts import Box, Concept, Delta, validate
 from tessera.models.patchers.lora_composer.isolation import Isolation, skip
 from tessera.models.patchers.lora_composer.latent import Schedule, enhancement_loss, reinitialise
 from tessera.models.patchers.lora_composer.maps import Maps
@@ -44,6 +44,24 @@ def test_boxes_that_do_not_fit_are_refused(boxes, message):
     with pytest.raises(ValueError, match=message):
         validate(boxes, CANVAS)
     validate([Box(0, 0, 64, 96), Box(64, 0, 128, 96)], CANVAS)  # side by side is no overlap
+
+
+@pytest.mark.parametrize(
+    ("up", "down", "message"),
+    [
+        ((8, 2), (3, 6), r"concept 2's LoRA is damaged: to_q has matrices of ranks 2 and 3"),
+        ((8, 2), (2, 7), r"concept 2's LoRA belongs to another base: its to_q goes from 7 to 8 channels, the model's from 6 to 8"),
+        ((9, 2), (2, 6), "belongs to another base"),
+        ((8, 7), None, "belongs to another base"),
+    ],
+)
+def test_loras_that_do_not_fit_are_refused(up, down, message):
+    layer = torch.nn.Linear(6, 8)
+    assert _fits(2, "to_q", layer, [Delta(torch.zeros(8, 2), torch.zeros(2, 6)), Delta(torch.zeros(8, 6))])
+    with pytest.raises(ValueError, match=message):
+        _fits(2, "to_q", layer, [Delta(torch.zeros(up), None if down is None else torch.zeros(down))])
+    with pytest.raises(ValueError, match="concept 2's LoRA is damaged: to_q has NaN"):
+        _fits(2, "to_q", layer, [Delta(torch.zeros(8, 2), torch.full((2, 6), torch.nan))])
 
 
 def test_an_unknown_network_is_refused():

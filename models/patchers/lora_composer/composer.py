@@ -171,10 +171,15 @@ class Composer:
 
 
 def _fits(index: int, name: str, module: Any, deltas: Sequence[Delta]) -> bool:
-    """Whether a layer takes a concept's deltas. Only linear layers do. Raises ValueError where the shapes are another base's."""
+    """Whether a layer takes a concept's deltas. Only linear layers do. Raises ValueError where the shapes are another base's or no LoRA's."""
     if not hasattr(module, "in_features"):
         return False
     for delta in deltas:
+        broken = f"concept {index}'s LoRA is damaged: {name} has"
+        if delta.down is not None and delta.up.shape[1] != len(delta.down):
+            raise ValueError(f"{broken} matrices of ranks {delta.up.shape[1]} and {len(delta.down)}; load another file")
+        if delta.up.isnan().any() or (delta.down is not None and delta.down.isnan().any()):
+            raise ValueError(f"{broken} NaN (not a number), so the picture would be black; load another file")
         columns = (delta.up if delta.down is None else delta.down).shape[1]
         if columns != module.in_features or delta.start + delta.up.shape[0] > module.out_features:
             raise ValueError(
