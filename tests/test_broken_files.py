@@ -383,6 +383,23 @@ def test_tiffs_of_other_kinds_are_right(tmp_path):
     np.testing.assert_allclose(found.pixels.numpy(), planes / 65535, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_sixteen_bits_damaged_in_the_middle(name, tmp_path):
+    """FFmpeg, which decodes them, fills in what it cannot read and says nothing."""
+    codes = (np.arange(200 * 300).reshape(200, 300) % 65536).astype(np.uint16)
+    path = tmp_path / name
+    if name == "a.tif":
+        tiff(path, np.stack([codes] * 3, -1), photometric="rgb", compression="deflate")
+    else:
+        Image.fromarray(codes).save(path)
+    read_picture(path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 40] = bytes(range(40))
+    path.write_bytes(data)
+    with pytest.raises(FileError, match=rf"{name}: not a whole picture"):
+        read_picture(path)
+
+
 def jpeg_with_text_as_resolution(path: Path) -> Path:
     """Its EXIF has XResolution (282), a fraction, as text, and the camera's name (271)."""
     entries = struct.pack("<HHI4s", 271, 2, 4, b"Cam\0") + struct.pack("<HHI4s", 282, 2, 3, b"72\0\0")

@@ -119,6 +119,7 @@ def _decoded(image: Any, data: bytes) -> Picture:
     if image.format == "TIFF":
         _check_tiff(image.tag_v2, deep)
     if deep:
+        image.load()  # stops at what is damaged, where FFmpeg fills it in
         values = _decoded16(image.format.lower(), data)
         if image.format == "TIFF" and 1 in image.tag_v2.get(338, ()):  # premultiplied
             alpha = np.maximum(values[..., -1:], 1)
