@@ -11,7 +11,7 @@ from tessera.kernels import reference
 from tessera.kernels.block_mask import num_blocks
 from tessera.kernels.sparsity import RECIPES, Layout, TokenGrid, describe, get, prepare, sparse_attention
 from tessera.kernels.sparsity.compensate import COMPENSATORS
-from tessera.kernels.sparsity.estimate import ESTIMATORS, block_mean
+from tessera.kernels.sparsity.estimate import ESTIMATORS, block_mean, hidden_blocks
 from tessera.kernels.sparsity.permute import PERMUTERS
 from tessera.kernels.sparsity.select import SELECTORS, Forced
 
@@ -108,7 +108,7 @@ def test_block_mean_counts_the_real_tokens(tokens, block):
 
 def test_pooled_is_the_formula_and_ignores_a_common_key_offset():
     q, k, _ = tensors(100, heads=4, kv_heads=2)
-    scores, must = ESTIMATORS["pooled"](q, k, 16, 0.3, {})
+    scores, must = ESTIMATORS["pooled"](q, k, None, None, 16, 0.3, {})
     assert must is None
     q_mean = torch.stack([part.mean(2) for part in q.split(16, 2)], 2)
     k_smooth = (k - k.mean(2, keepdim=True)).repeat_interleave(2, 1)
@@ -116,7 +116,7 @@ def test_pooled_is_the_formula_and_ignores_a_common_key_offset():
     torch.testing.assert_close(scores, (q_mean @ k_mean.mT * 0.3).softmax(-1))
     assert scores.shape == (1, 4, 7, 7)
     torch.testing.assert_close(scores.sum(-1), torch.ones(1, 4, 7))
-    torch.testing.assert_close(ESTIMATORS["pooled"](q, k + 3.0, 16, 0.3, {})[0], scores, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ESTIMATORS["pooled"](q, k + 3.0, None, None, 16, 0.3, {})[0], scores, atol=1e-5, rtol=1e-4)
 
 
 def test_similarity_guard():
@@ -124,10 +124,10 @@ def test_similarity_guard():
     q[:, :, :16] = torch.randn(16)  # block 0 of q: all alike
     k[:, :, 16:32] = 5 * torch.randn(16)  # blocks 1 and 2 of k: all alike, and opposite, so that the mean of k stays where it is
     k[:, :, 32:48] = -k[:, :, 16:32]
-    off, none = ESTIMATORS["pooled_similarity"](q, k, 16, 0.3, {"similarity": 0.0})
+    off, none = ESTIMATORS["pooled_similarity"](q, k, None, None, 16, 0.3, {"similarity": 0.0})
     assert none is None, "nothing may be insisted on where the guard is off: the selection would lose its even rows"
-    torch.testing.assert_close(off, ESTIMATORS["pooled"](q, k, 16, 0.3, {})[0])
-    scores, must = (x[0, 0] for x in ESTIMATORS["pooled_similarity"](q, k, 16, 0.3, {"similarity": 0.5}))
+    torch.testing.assert_close(off, ESTIMATORS["pooled"](q, k, None, None, 16, 0.3, {})[0])
+    scores, must = (x[0, 0] for x in ESTIMATORS["pooled_similarity"](q, k, None, None, 16, 0.3, {"similarity": 0.5}))
     assert must.shape == scores.shape and must[1:].all(), "query blocks that disagree are dense"
     assert must[0].tolist() == [True, False, False, True]
     assert scores[0, 1:3].sum().item() == pytest.approx(1.0), "the softmax runs over the judged columns only"
@@ -138,11 +138,76 @@ def test_similarity_guard():
         assert ((unit @ unit.T).mean() <= 0.5).item() == must[0, block].item()
 
 
+def hide(bias, share, seed=0):
+    """bias with that share of the keys hidden in every sample, but one at least left."""
+    generator = torch.Generator().manual_seed(seed)
+    ranks = torch.rand(bias.shape, generator=generator).argsort(-1).argsort(-1)
+    return bias.masked_fill(ranks < min(round(share * bias.shape[1]), bias.shape[1] - 1), float("-inf"))
+
+
+@quick
+@given(st.integers(1, 100), st.sampled_from([7, 16, 64]), st.sampled_from([0.0, 0.5, 0.95]), st.sampled_from([0.0, -1e6, -3e38]))
+def test_block_mean_weighs_the_tokens(tokens, block, hidden, level):
+    x = torch.randn(2, 3, tokens, 4)
+    bias = hide(torch.randn(2, tokens) + level, hidden)
+    weights = (bias.double() - bias.double().amax(1, keepdim=True)).exp()  # of one sample; a block's own largest cancels
+    for block_index, (part, weight) in enumerate(zip(x.double().split(block, 2), bias.double().split(block, 1), strict=True)):
+        peak = weight.amax(1, keepdim=True).nan_to_num(neginf=0.0)
+        weight = (weight - peak).exp()
+        total = weight.sum(1).clamp(min=1e-300)[:, None, None]
+        expected = (part * weight[:, None, :, None]).sum(2) / total
+        torch.testing.assert_close(block_mean(x, block, bias)[:, :, block_index].double(), expected, atol=1e-5, rtol=1e-4)
+    assert weights.shape == bias.shape
+
+
+@pytest.mark.parametrize("similarity", [0.0, 0.06])
+@pytest.mark.parametrize("name", ["pooled", "pooled_similarity"])
+def test_a_bias_of_zero_is_none(name, similarity):
+    q, k, _ = tensors(100, batch=2, heads=4, kv_heads=2)
+    zero = torch.zeros(2, 100)
+    plain = ESTIMATORS[name](q, k, None, None, 16, 0.3, {"similarity": similarity})
+    biased = ESTIMATORS[name](q, k, zero[:1], zero, 16, 0.3, {"similarity": similarity})
+    torch.testing.assert_close(biased[0], plain[0])
+    if plain[1] is None:
+        assert biased[1] is None
+    else:
+        assert torch.equal(plain[1], biased[1]) and plain[1].any() and not plain[1].all()
+
+
+@pytest.mark.parametrize("name", ["pooled", "pooled_similarity"])
+def test_scores_are_the_exact_attention_where_the_tokens_of_a_block_are_alike(name):
+    """The bias of each key is weighed as the softmax does: whole blocks, hidden or partly hidden, and finite numbers."""
+    q, k, _ = tensors(96, batch=2, heads=4, kv_heads=2)
+    q, k = (x[:, :, ::16].repeat_interleave(16, 2) for x in (q, k))
+    bias = hide(2 * torch.randn(2, 96), 0.4)
+    bias[1, 32:48] = -torch.inf
+    scores, _ = ESTIMATORS[name](q, k, None, bias, 16, 0.3, {"similarity": 0.0})
+    exact = (q @ k.repeat_interleave(2, 1).mT * 0.3 + bias[:, None, None]).softmax(-1)[:, :, ::16].unflatten(-1, (6, 16)).sum(-1)
+    torch.testing.assert_close(scores, exact)
+    assert hidden_blocks(bias, 16).tolist() == [[False] * 6, [False, False, True, False, False, False]]
+
+
+@pytest.mark.parametrize("similarity", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["pooled", "pooled_similarity"])
+def test_hidden_tokens_judge_nothing(name, similarity):
+    q, k, _ = tensors(100)
+    query_bias, key_bias = hide(torch.zeros(1, 100), 0.4, 1), hide(torch.randn(1, 100), 0.6, 2)
+    before = ESTIMATORS[name](q, k, query_bias, key_bias, 16, 0.3, {"similarity": similarity})
+    q = torch.where(query_bias.isneginf()[:, None, :, None], 100 * torch.randn_like(q), q)
+    k = torch.where(key_bias.isneginf()[:, None, :, None], 100 * torch.randn_like(k), k)
+    after = ESTIMATORS[name](q, k, query_bias, key_bias, 16, 0.3, {"similarity": similarity})
+    torch.testing.assert_close(after[0], before[0])
+    if before[1] is None:
+        assert after[1] is None
+    else:
+        assert torch.equal(before[1], after[1]) and before[1].any() and not before[1].all()
+
+
 def test_random_scores_are_the_same_every_time():
     q, k, _ = tensors(100)
-    scores, must = ESTIMATORS["random"](q, k, 16, 1.0, {})
+    scores, must = ESTIMATORS["random"](q, k, None, None, 16, 1.0, {})
     assert must is None and scores.shape == (1, 2, 7, 7)
-    assert torch.equal(scores, ESTIMATORS["random"](k, q, 16, 1.0, {})[0])
+    assert torch.equal(scores, ESTIMATORS["random"](k, q, None, None, 16, 1.0, {})[0])
 
 
 # select
@@ -230,9 +295,15 @@ def test_topk_reads_nothing_from_the_device(monkeypatch):
     def read(*_):
         raise AssertionError("a read from the device")
 
+    hidden = torch.zeros(2, scores.shape[-1], dtype=torch.bool)
+    hidden[1, :5] = True
+    text_free = prepare(get("sparge"), TokenGrid(3, 16, 16), CPU, block=32)
+    text_free.forced.row_counts(0.4)
     for name in ("item", "tolist", "cpu", "__int__", "__float__", "__bool__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, read)
     SELECTORS["topk"](scores, layout.forced, 0.4, 32, {})
+    SELECTORS["topk"](scores, layout.forced, 0.4, 32, {}, None, hidden)
+    SELECTORS["topk"](scores[..., :24, :24], text_free.forced, 0.4, 32, {}, None, hidden[:, :24])
 
 
 def test_equal_scores_do_not_raise_the_density():
@@ -282,6 +353,49 @@ def test_what_the_estimator_insists_on_comes_on_top(name, method):
     worst = scores.masked_fill(~chosen, 2.0).amin(-1)
     best = scores.masked_fill(kept, -1.0).amax(-1)
     assert name == "global_quantile" or (worst >= best).all(), "within a row, what is chosen is better than what is left"
+
+
+@quick
+@given(st.sampled_from(sorted(SELECTORS)), grids, blocks, st.floats(0.01, 1.0), st.sampled_from([0.1, 0.5, 0.9]), st.booleans(), st.integers(0, 99))
+def test_hidden_blocks_are_never_kept_and_take_no_budget(name, grid, block, density, share, insists, seed):
+    layout = layouts(grid, block, "draft")
+    columns = layout.forced.pairs.shape[1]
+    scores = scores_for(layout, seed)
+    hidden = hide(torch.zeros(2, columns), share, seed).isneginf()
+    must = torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed)) < 0.1 if insists else None
+    kept = SELECTORS[name](scores, layout.forced, density, block, {}, must, hidden).to_dense(columns)
+    visible = ~hidden[:, None, None]
+    anyway = layout.forced.pairs.expand(scores.shape) if must is None else layout.forced.pairs | must
+    assert not (kept & ~visible).any()
+    assert (kept | ~(anyway & visible)).all()
+    assert kept.any(-1).all() or columns == 1
+    is_open = ~anyway & visible
+    own = (kept & is_open).sum(-1)
+    starved = ~(anyway & visible).any(-1) & (own == 1)
+    if name == "topk":
+        wanted = (density * (~layout.forced.pairs).sum(-1)).expand(own.shape)
+        assert ((own - torch.minimum(wanted, is_open.sum(-1).float())).abs() < 1 + 1e-4)[~starved].all()
+    elif not starved.any():
+        wanted = torch.full((2, 3), round(density * int((~layout.forced.pairs).sum())))
+        assert torch.equal(own.sum(-1), torch.minimum(wanted, is_open.sum((2, 3))))
+    if name == "topk" and columns > 1:
+        chosen, left = scores.masked_fill(~(kept & is_open), 2.0).amin(-1), scores.masked_fill(kept | ~is_open, -1.0).amax(-1)
+        assert (chosen >= left).all()
+
+
+@pytest.mark.parametrize("name", sorted(SELECTORS))
+def test_a_row_with_nothing_forced_reads_its_best_block(name):
+    forced = Forced.of(torch.zeros(6, 6, dtype=torch.bool), CPU)
+    scores = torch.rand(1, 2, 6, 6)
+    scores[0, 0, 1, 4] = 2.0
+    kept = SELECTORS[name](scores, forced, 0.01, 16, {}).to_dense(6)
+    assert (kept.sum(-1) == 1).all() and torch.equal(kept.long().argmax(-1), scores.argmax(-1))
+    for must in (None, torch.zeros(1, 2, 6, 6, dtype=torch.bool)):
+        hidden = torch.tensor([[False] * 4 + [True] * 2])
+        kept = SELECTORS[name](scores, forced, 0.01, 16, {}, must, hidden).to_dense(6)
+        assert (kept.sum(-1) == 1).all() and torch.equal(kept.long().argmax(-1), scores[..., :4].argmax(-1))
+    nothing = SELECTORS[name](scores, forced, 0.5, 16, {}, None, torch.ones(1, 6, dtype=torch.bool))
+    assert not nothing.counts.any()
 
 
 @pytest.mark.parametrize("name", sorted(SELECTORS))
@@ -373,6 +487,70 @@ def test_sparse_attention_is_attention_over_the_blocks_it_reports(name, grid, bl
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=0)
     again, same = sparse_attention(recipe, layout, q, k, v, density=density, precision="native", key_bias=bias, mask=mask)
     assert same is mask and torch.equal(out, again)
+
+
+BIASES = {
+    "the second half": lambda tokens: torch.zeros(2, tokens).index_fill(1, torch.arange(tokens // 2, tokens), float("-inf")),
+    "every other key": lambda tokens: hide(torch.zeros(2, tokens), 0.5),
+    "another half a sample": lambda tokens: torch.stack([hide(torch.zeros(1, tokens), 0.5, seed)[0] for seed in (1, 2)]),
+    "blocks": lambda tokens: hide(torch.zeros(2, tokens // 32), 0.5).repeat_interleave(32, 1),
+    "all but one": lambda tokens: hide(torch.zeros(2, tokens), 1.0),
+}
+
+
+@pytest.mark.parametrize("bias", sorted(BIASES))
+@pytest.mark.parametrize("name, similarity", [*((name, 0.0) for name in sorted(RECIPES)), ("sparge", 0.5), ("sparge_top_p", 0.5)])
+def test_the_choice_sees_what_is_hidden(name, similarity, bias):
+    recipe = get(name)
+    settings = {"similarity": similarity} if recipe.settings else {}
+    grid = TokenGrid(3, 16, 16)
+    layout = prepare(recipe, grid, CPU, block=32)
+    q, k, v = (x.expand(2, -1, -1, -1) for x in smooth_video(grid, heads=1))
+    key_bias = BIASES[bias](grid.seq_len)
+    exact = reference.attention(q, k, v, key_bias=key_bias)[0]
+    plain = reference.attention(q, k, v)[0]
+    hidden = hidden_blocks(key_bias.index_select(1, layout.order), 32)
+    for density in (0.01, 0.3):
+        out, mask = sparse_attention(recipe, layout, q, k, v, density=density, precision="native", key_bias=key_bias, settings=settings)
+        assert not (mask.to_dense(24) & hidden[:, None, None]).any()
+        assert (out != 0).any(-1).all(), "a row of zeros although there are visible keys"
+    without = sparse_attention(recipe, layout, q, k, v, density=0.3, precision="native", settings=settings)[0]
+    error, usual = ((x - y).norm() / y.norm() for x, y in ((out, exact), (without, plain)))
+    assert error <= 1.1 * usual + 0.02
+
+
+def test_a_sample_without_a_visible_key_gives_zeros():
+    grid = TokenGrid(2, 16, 16, after=20)
+    q, k, v = tensors(grid.seq_len, batch=2)
+    key_bias = torch.zeros(2, grid.seq_len)
+    key_bias[1] = -torch.inf
+    for name in sorted(RECIPES):
+        layout = prepare(get(name), grid, CPU, block=32)
+        out, mask = sparse_attention(get(name), layout, q, k, v, density=0.3, precision="native", key_bias=key_bias)
+        assert not out[1].any() and not mask.counts[1].any() and (out[0] != 0).any(-1).all(), name
+
+
+def test_what_fills_a_block_of_a_box_judges_nothing():
+    """Each box is judged by the means of its own tokens, as if they were alone in their block."""
+    recipe = get("draft")
+    layout = prepare(recipe, REGIONS, CPU, block=32)
+    q, k, v = tensors(REGIONS.seq_len)
+    seen = {}
+
+    def note(*arguments):
+        seen["scores"] = pooled(*arguments)[0]
+        return seen["scores"], None
+
+    pooled = ESTIMATORS["pooled"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ESTIMATORS, "pooled", note)
+        sparse_attention(recipe, layout, q, k, v, density=0.3, precision="native")
+    order, shown = layout.order, ~layout.hidden
+    parts = [order[start : start + 32][shown[start : start + 32]] for start in range(0, len(order), 32)]
+    assert any(len(part) < 32 for part in parts[:-1])
+    q_mean, k_mean = (torch.stack([x[:, :, part].mean(2) for part in parts], 2) for x in (q, k))
+    size = torch.tensor([len(part) / len(order[32 * i : 32 * i + 32]) for i, part in enumerate(parts)])
+    torch.testing.assert_close(seen["scores"], (q_mean @ k_mean.mT * 16**-0.5 + size.log()).softmax(-1))
 
 
 @quick

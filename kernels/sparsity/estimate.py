@@ -1,8 +1,13 @@
 """estimate: a cheap score for each (head, query block, key block).
 
-An estimator is `f(q, k, block, scale, settings) -> (scores, must)`: q, k `(batch, heads, tokens, head_dim)` in permuted order (k may have
-fewer heads), scores float32 `(batch, heads, query blocks, key blocks)`, and must, bool of that shape, the pairs that it insists on, or None
-where there can be none.
+An estimator is `f(q, k, query_bias, key_bias, block, scale, settings) -> (scores, must)`, all in permuted order: q, k
+`(batch, heads, tokens, head_dim)` (k may have fewer heads); query_bias float32 `(1, tokens)`, -inf for what only fills a block, or None;
+key_bias float32 `(batch, tokens)`, added to every score of a key, or None; scores float32 `(batch, heads, query blocks, key blocks)`, and
+must, bool of that shape, the pairs that it insists on, or None where there can be none. What is said of key blocks that are hidden as a
+whole does not matter: the selection never takes them.
+
+Both biases are logarithms of weights. A block with a bias is judged by its weighted mean, so that hidden tokens have no part in it, and by
+its weight, log of the mean of exp(bias): the first-order estimate of the attention that it gets.
 """
 
 from __future__ import annotations
@@ -14,7 +19,8 @@ from torch import Tensor
 
 from ..block_mask import num_blocks
 
-Estimator = Callable[[Tensor, Tensor, int, float, Mapping[str, float]], "tuple[Tensor, Tensor | None]"]
+Scores = tuple[Tensor, "Tensor | None"]
+Estimator = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None", int, float, Mapping[str, float]], Scores]
 ESTIMATORS: dict[str, Estimator] = {}
 
 
@@ -24,38 +30,52 @@ def estimator(function: Estimator) -> Estimator:
 
 
 @estimator
-def pooled(q: Tensor, k: Tensor, block: int, scale: float, settings: Mapping[str, float]) -> tuple[Tensor, Tensor | None]:
+def pooled(
+    q: Tensor, k: Tensor, query_bias: Tensor | None, key_bias: Tensor | None, block: int, scale: float, settings: Mapping[str, float]
+) -> Scores:
     """softmax of block means of q against block means of k: RainFusion2.0, DraftAttention, SpargeAttn."""
-    return torch.softmax(_pooled_logits(q, k, block, scale), -1), None
+    return torch.softmax(_pooled_logits(q, k, query_bias, key_bias, block, scale), -1), None
 
 
 @estimator
-def pooled_similarity(q: Tensor, k: Tensor, block: int, scale: float, settings: Mapping[str, float]) -> tuple[Tensor, Tensor | None]:
+def pooled_similarity(
+    q: Tensor, k: Tensor, query_bias: Tensor | None, key_bias: Tensor | None, block: int, scale: float, settings: Mapping[str, float]
+) -> Scores:
     """`pooled` with SpargeAttn's guard: blocks whose tokens disagree are not judged by their mean but kept.
 
     Self-similarity of a block is the squared norm of its mean unit vector, in 0..1; at or below `similarity` it does not count as
     similar. A threshold of 0 or less switches the guard off.
     """
-    logits = _pooled_logits(q, k, block, scale)
+    logits = _pooled_logits(q, k, query_bias, key_bias, block, scale)
     threshold = settings["similarity"]
     if threshold <= 0:
         return torch.softmax(logits, -1), None
-    loose_q = _self_similarity(q, block) <= threshold
-    loose_k = _heads_like(_self_similarity(k - k.mean(2, keepdim=True), block), q)[:, :, None] <= threshold
+    loose_q = _self_similarity(q, block, query_bias) <= threshold
+    smooth = k - block_mean(k, k.shape[2], key_bias)
+    loose_k = _heads_like(_self_similarity(smooth, block, key_bias), q)[:, :, None] <= threshold
     # Columns that the guard keeps anyway take no part in the softmax of the others (SpargeAttn's order of steps).
     scores = torch.softmax(logits.masked_fill(loose_k, float("-inf")), -1)
     return scores, loose_k | loose_q[..., None]
 
 
 @estimator
-def random(q: Tensor, k: Tensor, block: int, scale: float, settings: Mapping[str, float]) -> tuple[Tensor, Tensor | None]:
-    """Noise, the same for every call: what a selection is worth is measured against it."""
+def random(
+    q: Tensor, k: Tensor, query_bias: Tensor | None, key_bias: Tensor | None, block: int, scale: float, settings: Mapping[str, float]
+) -> Scores:
+    """Noise, the same for every call, whatever the biases: what a selection is worth is measured against it."""
     shape = (*q.shape[:2], num_blocks(q.shape[2], block), num_blocks(k.shape[2], block))
     return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(q.device), None
 
 
-def block_mean(x: Tensor, block: int) -> Tensor:
-    """Means of blocks of tokens: `(batch, heads, tokens, head_dim)` -> float32 `(batch, heads, blocks, head_dim)`; the last may be ragged."""
+def block_mean(x: Tensor, block: int, bias: Tensor | None = None) -> Tensor:
+    """Means of blocks of tokens: `(batch, heads, tokens, head_dim)` -> float32 `(batch, heads, blocks, head_dim)`; the last may be ragged.
+
+    bias: float32 `(batch or 1, tokens)`, the logarithms of the tokens' weights. A block that is hidden as a whole has a mean of 0.
+    """
+    if bias is not None:
+        weights, _ = _weights(bias, block)
+        # Equal biases have weights of exactly 1, so that x may keep its precision.
+        return block_mean(x * weights.to(x.dtype), block) / block_mean(weights, block).clamp(min=0.5 / block)
     whole = x.shape[2] - x.shape[2] % block
     means = x[:, :, :whole].unflatten(2, (-1, block)).mean(3, dtype=torch.float32)
     if whole == x.shape[2]:
@@ -63,14 +83,31 @@ def block_mean(x: Tensor, block: int) -> Tensor:
     return torch.cat([means, x[:, :, whole:].mean(2, keepdim=True, dtype=torch.float32)], 2)
 
 
-def _pooled_logits(q: Tensor, k: Tensor, block: int, scale: float) -> Tensor:
+def hidden_blocks(key_bias: Tensor, block: int) -> Tensor:
+    """Bool `(batch, key blocks)`: every key of the block has a bias of -inf. key_bias: `(batch, tokens)`."""
+    return _weights(key_bias, block)[1][:, 0, :, 0].isneginf()
+
+
+def _weights(bias: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """exp(bias) over its largest in the block, `(batch, 1, tokens, 1)`, and the logarithm of that, `(batch, 1, blocks, 1)`."""
+    blocks = torch.nn.functional.pad(bias, (0, -bias.shape[1] % block), value=float("-inf")).unflatten(1, (-1, block))
+    peak = blocks.amax(-1, keepdim=True)
+    weights = (blocks - peak.masked_fill(peak.isneginf(), 0.0)).exp().flatten(1)[:, : bias.shape[1]]
+    return weights[:, None, :, None], peak[:, None]
+
+
+def _pooled_logits(q: Tensor, k: Tensor, query_bias: Tensor | None, key_bias: Tensor | None, block: int, scale: float) -> Tensor:
     """Products of block means. Smoothing k by its mean would add the same number to a whole row, which a softmax does not see."""
-    return block_mean(q, block) @ _heads_like(block_mean(k, block), q).transpose(-1, -2) * scale
+    logits = block_mean(q, block, query_bias) @ _heads_like(block_mean(k, block, key_bias), q).transpose(-1, -2) * scale
+    if key_bias is None:
+        return logits
+    weights, peak = _weights(key_bias, block)
+    return logits + (peak + block_mean(weights, block).log()).transpose(-1, -2)
 
 
-def _self_similarity(x: Tensor, block: int) -> Tensor:
+def _self_similarity(x: Tensor, block: int, bias: Tensor | None) -> Tensor:
     """`(batch, heads, blocks)`: mean cosine between the tokens of a block, which is the squared norm of their mean unit vector."""
-    return block_mean(torch.nn.functional.normalize(x, dim=-1), block).square().sum(-1)
+    return block_mean(torch.nn.functional.normalize(x, dim=-1), block, bias).square().sum(-1)
 
 
 def _heads_like(k: Tensor, q: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from .. import attention as kernel
 from ..block_mask import BlockMask, num_blocks
 from ..dispatch import Choice, Problem
 from .compensate import COMPENSATORS
-from .estimate import ESTIMATORS
+from .estimate import ESTIMATORS, hidden_blocks
 from .grid import TokenGrid
 from .permute import PERMUTERS, ragged
 from .recipes import Recipe
@@ -95,9 +95,10 @@ def sparse_attention(
     """Self-attention of q `(batch, heads, tokens, head_dim)` and k, v `(batch, kv_heads, tokens, head_dim)` as `recipe` does it.
 
     density: share to choose, in (0, 1], of the block pairs that the recipe does not keep anyway. What it keeps anyway (text, first frame, own
-    block, what the estimator insists on) comes on top: `BlockMask.density` of the mask says how much that is of all pairs. key_bias:
-    `(batch, tokens)`. settings: the method's own numbers, where they differ from its defaults. mask: reuse this mask instead of choosing one.
-    choice: what `kernels.attention.explain` answered for `describe` of this call, in place of precision.
+    block, what the estimator insists on) comes on top: `BlockMask.density` of the mask says how much that is of all pairs.
+    key_bias: as for `attention`. The choice knows it: no block is taken whose keys are all hidden, and hidden keys judge none.
+    settings: the method's own numbers, where they differ from its defaults. mask: reuse this mask instead of choosing one. choice: what
+    `kernels.attention.explain` answered for `describe` of this call, in place of precision.
     Returns the output in the tokens' own order, and the mask used.
     """
     if scale is None:
@@ -106,11 +107,13 @@ def sparse_attention(
     if layout.order is not None:
         q, k, v = (x.index_select(2, layout.order) for x in (q, k, v))
         key_bias = None if key_bias is None else key_bias.index_select(1, layout.order)
+    query_bias = None
     if layout.hidden is not None:
-        bias = q.new_zeros(q.shape[0], len(layout.hidden)) if key_bias is None else key_bias
-        key_bias = bias.masked_fill(layout.hidden, float("-inf"))
+        query_bias = torch.zeros(1, len(layout.hidden), device=q.device).masked_fill_(layout.hidden, float("-inf"))
+        key_bias = query_bias.expand(q.shape[0], -1) if key_bias is None else key_bias + query_bias
     if mask is None:
-        scores, must = ESTIMATORS[recipe.estimate](q, k, layout.block, scale, values)
-        mask = SELECTORS[recipe.select](scores, layout.forced, density, layout.block, values, must)
+        scores, must = ESTIMATORS[recipe.estimate](q, k, query_bias, key_bias, layout.block, scale, values)
+        hidden = None if key_bias is None else hidden_blocks(key_bias, layout.block)
+        mask = SELECTORS[recipe.select](scores, layout.forced, density, layout.block, values, must, hidden)
     out = COMPENSATORS[recipe.compensate](q, k, v, mask, key_bias, precision, choice, scale)
     return (out if layout.inverse is None else out.index_select(2, layout.inverse)), mask

@@ -1,9 +1,13 @@
 """select: which blocks to keep.
 
-A selector is `f(scores, forced, density, block, settings, must) -> BlockMask`: scores `(batch, heads, query blocks, key blocks)`; forced,
-the pairs that the layout always keeps; must, bool like scores, the pairs that the estimator insists on, or None where it never does;
-density, the share of the pairs outside `forced` to choose, best first. What is forced or insisted on comes on top of that choice and never
-takes its place, as in the authors' codes (RainFusion2.0, DraftAttention, SpargeAttn), so that more is kept than `density` of all pairs.
+A selector is `f(scores, forced, density, block, settings, must, hidden) -> BlockMask`: scores `(batch, heads, query blocks, key blocks)`;
+forced, the pairs that the layout always keeps; must, bool like scores, the pairs that the estimator insists on, or None where it never does;
+hidden, bool `(batch, key blocks)`, the blocks without a visible key, or None where there are none; density, the share of the pairs outside
+`forced` to choose, best first.
+
+What is forced or insisted on comes on top of that choice and never takes its place, as in the authors' codes (RainFusion2.0, DraftAttention,
+SpargeAttn), so that more is kept than `density` of all pairs. A hidden block is never kept, forced or not; and a row is never empty where
+there is a visible block.
 """
 
 from __future__ import annotations
@@ -40,13 +44,15 @@ class Forced:
     dense_rows: Tensor
     free_rows: Tensor
     open: Tensor  # int64 (query blocks,), on the host: pairs of each row that are not forced
+    bare: bool  # in some row nothing is forced
     _counts: dict[float, RowCounts] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, pairs: Tensor, device: torch.device) -> Forced:
         """From pairs on the host, for calls on `device`."""
         dense = pairs.all(1)
-        return cls(pairs.to(device), dense.nonzero()[:, 0].to(device), (~dense).nonzero()[:, 0].to(device), (~pairs).sum(1))
+        bare = not bool(pairs.any(1).all())
+        return cls(pairs.to(device), dense.nonzero()[:, 0].to(device), (~dense).nonzero()[:, 0].to(device), (~pairs).sum(1), bare)
 
     def row_counts(self, density: float) -> RowCounts:
         """Own choices that are `density` of what each row may choose from, to within a block, and of all open pairs to within a pair."""
@@ -66,7 +72,7 @@ class Forced:
         return RowCounts(own[:, None].to(device), int(own.amax()), counts.to(device, torch.int32), width, bool((free == width).all()))
 
 
-Selector = Callable[[Tensor, Forced, float, int, Mapping[str, float], "Tensor | None"], BlockMask]
+Selector = Callable[[Tensor, Forced, float, int, Mapping[str, float], "Tensor | None", "Tensor | None"], BlockMask]
 SELECTORS: dict[str, Selector] = {}
 
 
@@ -76,15 +82,23 @@ def selector(function: Selector) -> Selector:
 
 
 @selector
-def topk(scores: Tensor, forced: Forced, density: float, block: int, settings: Mapping[str, float], must: Tensor | None = None) -> BlockMask:
+def topk(
+    scores: Tensor,
+    forced: Forced,
+    density: float,
+    block: int,
+    settings: Mapping[str, float],
+    must: Tensor | None = None,
+    hidden: Tensor | None = None,
+) -> BlockMask:
     """The same number of blocks in every free row: even work, and no read from the device (RainFusion2.0, SpargeAttn top-k)."""
     batch, heads, query_blocks, key_blocks = scores.shape
     rows = forced.row_counts(density)
-    if must is not None:
-        best = scores.masked_fill(forced.pairs | must, float("-inf")).topk(rows.widest_own, -1).indices
+    if must is not None or hidden is not None or forced.bare:
+        best = _open(scores, forced, must, hidden).topk(rows.widest_own, -1).indices
         best = best.masked_fill(torch.arange(rows.widest_own, device=scores.device) >= rows.own, key_blocks)
         chosen = scores.new_zeros((*scores.shape[:3], key_blocks + 1), dtype=torch.bool).scatter_(-1, best, True)[..., :-1]
-        return _mask(chosen, forced, must, block)
+        return _mask(chosen, scores, forced, must, hidden, block, width=None if must is not None else max(rows.width, 1))
     best = scores.masked_fill(forced.pairs, float("inf")).index_select(2, forced.free_rows).topk(rows.width, -1).indices
     if not rows.even:  # what a row does not keep sorts behind every block
         short = torch.arange(rows.width, device=scores.device) >= rows.counts[forced.free_rows, None]
@@ -100,37 +114,70 @@ def topk(scores: Tensor, forced: Forced, density: float, block: int, settings: M
 
 @selector
 def global_quantile(
-    scores: Tensor, forced: Forced, density: float, block: int, settings: Mapping[str, float], must: Tensor | None = None
+    scores: Tensor,
+    forced: Forced,
+    density: float,
+    block: int,
+    settings: Mapping[str, float],
+    must: Tensor | None = None,
+    hidden: Tensor | None = None,
 ) -> BlockMask:
     """One threshold a head over all its pairs: rows that need more get more (DraftAttention)."""
-    return _mask(_best_of_head(scores, forced, must, density), forced, must, block)
+    return _mask(_best_of_head(scores, forced, must, hidden, density), scores, forced, must, hidden, block)
 
 
 @selector
-def top_p(scores: Tensor, forced: Forced, density: float, block: int, settings: Mapping[str, float], must: Tensor | None = None) -> BlockMask:
+def top_p(
+    scores: Tensor,
+    forced: Forced,
+    density: float,
+    block: int,
+    settings: Mapping[str, float],
+    must: Tensor | None = None,
+    hidden: Tensor | None = None,
+) -> BlockMask:
     """In every row the fewest best blocks that hold the share p of its attention; p is solved for, a head, so that the density is met.
 
     SpargeAttn's cumulative rule (cdfthreshd) under a density. Scores are 0..1 and sum to 1 in a row.
     """
     ordered, ids = scores.sort(-1, descending=True)
     before = torch.empty_like(scores).scatter_(-1, ids, ordered.cumsum(-1) - ordered)
-    return _mask(_best_of_head(-before, forced, must, density), forced, must, block)
+    return _mask(_best_of_head(-before, forced, must, hidden, density), scores, forced, must, hidden, block)
 
 
-def _best_of_head(rank: Tensor, forced: Forced, must: Tensor | None, density: float) -> Tensor:
+def _best_of_head(rank: Tensor, forced: Forced, must: Tensor | None, hidden: Tensor | None, density: float) -> Tensor:
     """Bool like rank: per head the open pairs of highest rank, as many as the density asks for."""
-    flat = rank.masked_fill(forced.pairs if must is None else forced.pairs | must, float("-inf")).flatten(2)
+    flat = _open(rank, forced, must, hidden).flatten(2)
     keep = round(density * int(forced.open.sum()))
     # By index and not by comparison with a threshold: equal scores (many are 0 where attention is sharp) would all pass it.
     return torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, flat.topk(keep, -1).indices, True).view_as(rank)
 
 
-def _mask(chosen: Tensor, forced: Forced, must: Tensor | None, block: int) -> BlockMask:
-    """The BlockMask of a choice, with what comes on top. The longest row is known without asking the device where some row is dense.
+def _open(rank: Tensor, forced: Forced, must: Tensor | None, hidden: Tensor | None) -> Tensor:
+    """rank where there is a choice, elsewhere -inf."""
+    rank = rank.masked_fill(forced.pairs, float("-inf"))
+    if must is not None:
+        rank.masked_fill_(must, float("-inf"))
+    if hidden is not None:
+        rank.masked_fill_(hidden[:, None, None], float("-inf"))
+    return rank
 
-    Where fewer pairs than were asked for are open to choice, `chosen` has some that are kept anyway.
+
+def _mask(
+    chosen: Tensor, scores: Tensor, forced: Forced, must: Tensor | None, hidden: Tensor | None, block: int, width: int | None = None
+) -> BlockMask:
+    """The BlockMask of a choice, with what comes on top and without what is hidden.
+
+    `chosen` has some of either where fewer pairs than were asked for are open. width: as for `BlockMask.from_dense`; the longest row is known
+    without asking the device where some row is dense, too.
     """
     kept = chosen | forced.pairs
     if must is not None:
         kept |= must
-    return BlockMask.from_dense(kept, block, block, width=kept.shape[-1] if len(forced.dense_rows) else None)
+    if hidden is not None:
+        kept &= ~hidden[:, None, None]
+        scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
+    if hidden is not None or forced.bare:
+        best, where = scores.max(-1, keepdim=True)
+        kept |= torch.zeros_like(kept).scatter_(-1, where, True) & ~kept.any(-1, keepdim=True) & ~best.isneginf()
+    return BlockMask.from_dense(kept, block, block, width=kept.shape[-1] if len(forced.dense_rows) else width)
