@@ -2,7 +2,8 @@
 
     out = attention(q, k, v, block_mask=BlockMask.from_dense(mask, 128, 64))
 
-Backends are chosen by `kernels.dispatch`; `explain` tells which and why. Under torch.compile the op is one opaque node.
+Backends are chosen by `kernels.dispatch`; `explain` tells which and why. Under torch.compile the op is one opaque node; with gradients, for
+which that node has no formula, it is a break in the graph, and as exact as without.
 """
 
 from __future__ import annotations
@@ -59,30 +60,42 @@ def attention(
     q: `(batch, heads, q_len, head_dim)`. k, v: `(batch, kv_heads, k_len, head_dim)`; kv_heads divides heads (GQA).
         Any strides whose last dimension is contiguous; float16, bfloat16 or float32, all the same.
     block_mask: which key blocks each query block reads; None for dense.
-    key_bias: float `(batch, k_len)`, added to every score of a key (-inf hides it).
+    key_bias: `(batch, k_len)`, added to every score of a key (-inf hides it), in float32 whatever its dtype and q's; or bool as in torch's
+        own attention: False hides.
     precision: "auto", "native", "fp16", "bf16" or "int8" (see `dispatch.PRECISIONS`).
     scale: defaults to head_dim ** -0.5.
     choice: what `explain` answered for exactly this call (`describe`), in place of precision: the implementation that was named is the one
         that runs.
     Returns `(batch, heads, q_len, head_dim)` in q's dtype, and with return_lse also the natural-log sum of exponentials,
-    float32 `(batch, heads, q_len)`. A query that reads nothing yields zeros and an lse of -inf.
+    float32 `(batch, heads, q_len)`. A query that reads nothing yields zeros and an lse of -inf. With float64 operands, on the torch backend,
+    bias and lse are float64. Gradients of both results flow to q, k, v and key_bias.
     Raises ValueError on malformed input or a choice made for another call, `dispatch.NoBackendError` when no implementation takes it.
     """
     problem = describe(q, k, v, block_mask=block_mask, key_bias=key_bias)
+    if key_bias is not None:
+        key_bias = as_bias(key_bias, q)
     if choice is not None and choice.problem != problem:
         raise ValueError(f"attention: choice was made for {choice.problem}, but this call is {problem}; ask `explain` about `describe` of it")
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not problem.requires_grad:
         indices, counts, block_m, block_n = (
             (None, None, 0, 0) if block_mask is None else (block_mask.indices, block_mask.counts, block_mask.block_m, block_mask.block_n)
         )
         name = "" if choice is None else choice.taken().name
         out, lse = _attention_op(q, k, v, indices, counts, block_m, block_n, key_bias, precision, name, scale, return_lse)
     else:
-        implementation = (choice or explain(problem, precision)).taken()
-        out, lse = implementation.load()(q, k, v, block_mask, key_bias, scale, return_lse)
+        run = _run_beside_graph if torch.compiler.is_compiling() else _run
+        out, lse = run(problem, precision, choice, q, k, v, block_mask, key_bias, scale, return_lse)
     return (out, lse) if return_lse else out
+
+
+def _run(problem, precision, choice, q, k, v, block_mask, key_bias, scale, return_lse) -> tuple[Tensor, Tensor | None]:
+    chosen = (choice or explain(problem, precision)).taken()
+    return chosen.load()(q, k, v, block_mask, key_bias, scale, return_lse)
+
+
+_run_beside_graph = torch.compiler.disable(_run)
 
 
 def explain(problem: dispatch.Problem, precision: str = "auto") -> dispatch.Choice:
@@ -124,10 +137,21 @@ def describe(
             f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit; "
             "k and v must share one shape, batch and head_dim must match q, and kv_heads must divide heads"
         )
-    if key_bias is not None and key_bias.shape != (batch, k_len):
-        raise ValueError(f"attention: key_bias has shape {tuple(key_bias.shape)}; expected (batch, k_len) = {(batch, k_len)}")
+    if key_bias is not None:
+        if key_bias.shape != (batch, k_len):
+            raise ValueError(f"attention: key_bias has shape {tuple(key_bias.shape)}; expected (batch, k_len) = {(batch, k_len)}")
+        if not (key_bias.is_floating_point() or key_bias.dtype == torch.bool) or key_bias.device != q.device:
+            raise ValueError(f"attention: key_bias is {key_bias.dtype} on {key_bias.device}; expected floating point or bool on {q.device}, as q")
     if block_mask is not None:
         blocks = (block_mask.block_m, block_mask.block_n)
+        key_blocks = num_blocks(k_len, block_mask.block_n)
+        if block_mask.indices.device != q.device:
+            raise ValueError(f"attention: block_mask is on {block_mask.indices.device} but q is on {q.device}; move one of them")
+        if block_mask.key_blocks not in (None, key_blocks) or (block_mask.last or 0) >= key_blocks:
+            covered = block_mask.key_blocks or f"{block_mask.last} and more"
+            raise ValueError(
+                f"attention: block_mask covers {covered} key blocks; expected {key_blocks} for k_len {k_len} and block_n {block_mask.block_n}"
+            )
         mask_batch, mask_heads, query_blocks, _ = block_mask.indices.shape
         if mask_batch not in (1, batch) or mask_heads not in (1, heads) or query_blocks != num_blocks(q_len, block_mask.block_m):
             raise ValueError(
@@ -144,8 +168,22 @@ def describe(
         head_dim,
         blocks,
         key_bias is not None,
-        torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+        torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, key_bias) if x is not None),
     )
+
+
+def as_bias(key_bias: Tensor, q: Tensor) -> Tensor:
+    """key_bias as every backend takes it: float32, or float64 with a q of float64. Raises ValueError where one on the host has NaN or +inf."""
+    if key_bias.dtype == torch.bool:
+        return torch.zeros(key_bias.shape, device=key_bias.device).masked_fill(~key_bias, float("-inf")).to(_bias_dtype(q))
+    bias = key_bias.to(_bias_dtype(q))
+    if bias.device.type == "cpu" and not torch.compiler.is_compiling() and not (bias < float("inf")).all():
+        raise ValueError("attention: key_bias has NaN or +inf; use finite numbers, and -inf to hide a key")
+    return bias
+
+
+def _bias_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 @torch.library.custom_op("tessera::attention", mutates_args=())
@@ -163,13 +201,16 @@ def _attention_op(
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    mask = None if indices is None or counts is None else BlockMask(indices, counts, block_m, block_n)
+    mask = None
+    if indices is not None and counts is not None:
+        mask = BlockMask(indices, counts, block_m, block_n, num_blocks(k.shape[2], block_n))
+    key_bias = None if key_bias is None else as_bias(key_bias, q)
     chosen = dispatch.named(implementation) if implementation else explain(describe(q, k, v, block_mask=mask, key_bias=key_bias), precision).taken()
     out, lse = chosen.load()(q, k, v, mask, key_bias, scale, return_lse)
-    return out.contiguous(), q.new_empty(0, dtype=torch.float32) if lse is None else lse.contiguous()
+    return out.contiguous(), q.new_empty(0, dtype=_bias_dtype(q)) if lse is None else lse.contiguous()
 
 
 @_attention_op.register_fake
 def _(q, k, v, indices, counts, block_m, block_n, key_bias, precision, implementation, scale, return_lse):
     lse_shape = q.shape[:3] if return_lse else (0,)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(lse_shape, dtype=torch.float32)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(lse_shape, dtype=_bias_dtype(q))

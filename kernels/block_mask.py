@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,6 +13,10 @@ def num_blocks(tokens: int, block: int) -> int:
     return -(-tokens // block)
 
 
+CHECK_ON_DEVICE = False
+"""Look at the ids of masks on a device, too, which waits for it. Tests set it; a mask on the host is always looked at."""
+
+
 @dataclass(frozen=True)
 class BlockMask:
     """For every (batch, head, query block) the ascending list of key blocks that it reads.
@@ -21,19 +25,57 @@ class BlockMask:
         order, the rest is padding that no kernel reads. `batch` and `heads` may be 1, which stands for "the same for all".
     counts: int32 `(batch, heads, query blocks)`. 0 is allowed: such a row's output is zero and its lse is -inf.
     block_m, block_n: tokens in a query block and in a key block. The last block of either side may be ragged.
+    key_blocks: how many key blocks there are; None where the maker does not say, then the ids tell the least number.
+    trusted: the maker vouches for counts and ids, which are not looked at.
+    Raises ValueError on anything else, because a kernel would read other heads' keys or beyond them.
     """
 
     indices: Tensor
     counts: Tensor
     block_m: int
     block_n: int
+    key_blocks: int | None = None
+    trusted: InitVar[bool] = False
+    last: int | None = field(init=False, default=None, repr=False, compare=False)  # the largest id, where ids were looked at
+
+    def __post_init__(self, trusted: bool) -> None:
+        indices, counts = self.indices, self.counts
+        if self.block_m < 1 or self.block_n < 1:
+            raise ValueError(f"BlockMask: block_m is {self.block_m}, block_n {self.block_n}; both must be 1 or more")
+        if indices.ndim != 4 or indices.shape[:3] != counts.shape:
+            raise ValueError(
+                f"BlockMask: indices has shape {tuple(indices.shape)}, counts {tuple(counts.shape)}; "
+                "expected (batch, heads, query blocks, width) and (batch, heads, query blocks)"
+            )
+        if indices.dtype != torch.int32 or counts.dtype != torch.int32:
+            raise ValueError(f"BlockMask: indices is {indices.dtype}, counts {counts.dtype}; both must be torch.int32")
+        if indices.device != counts.device:
+            raise ValueError(f"BlockMask: indices is on {indices.device}, counts on {counts.device}; move one of them")
+        # Nothing on a device is looked at unless a test wants it, and nothing while torch.compile traces.
+        looked_at = not trusted and not torch.compiler.is_compiling() and (indices.device.type == "cpu" or CHECK_ON_DEVICE)
+        object.__setattr__(self, "last", self._check() if looked_at else None)
+
+    def _check(self) -> int:
+        """The largest id. Raises ValueError unless counts and ids are in range and ids ascend."""
+        counts, width = self.counts, self.indices.shape[-1]
+        if ((counts < 0) | (counts > width)).any():
+            raise ValueError(f"BlockMask: counts go from {int(counts.min())} to {int(counts.max())}; expected 0 to the width of indices, {width}")
+        used = torch.arange(width, device=counts.device) < counts[..., None]
+        ids = self.indices.masked_fill(~used, 0)
+        first, last = (int(bound) for bound in ids.aminmax()) if ids.numel() else (0, 0)
+        if first < 0 or (self.key_blocks is not None and last >= self.key_blocks):
+            limit = "" if self.key_blocks is None else f", {self.key_blocks - 1}"
+            raise ValueError(f"BlockMask: ids go from {first} to {last}; expected 0 to the last key block{limit}")
+        if ((ids.diff(dim=-1) <= 0) & used[..., 1:]).any():
+            raise ValueError("BlockMask: the ids of a row do not ascend, or one occurs twice; sort them, and list each once")
+        return last
 
     @classmethod
     def from_dense(cls, mask: Tensor, block_m: int, block_n: int, *, width: int | None = None) -> BlockMask:
         """Build from a boolean `(batch, heads, query blocks, key blocks)` mask.
 
-        width: an upper bound of the longest row, where the caller knows one. Without it the longest row is read back from the device,
-        so build a mask once and use it often. Raises ValueError on anything but a boolean mask of four dimensions.
+        width: an upper bound of the longest row, where the caller knows one and vouches for it. Without it the longest row is read back from
+        the device, so build a mask once and use it often. Raises ValueError on anything but a boolean mask of four dimensions.
         """
         if mask.dtype != torch.bool or mask.ndim != 4:
             raise ValueError(
@@ -45,11 +87,16 @@ class BlockMask:
             width = max(int(counts.amax()), 1)
         # A stable descending sort of booleans lists the kept ids first and keeps them ascending.
         indices = mask.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :width]
-        return cls(indices.to(torch.int32).contiguous(), counts.contiguous(), block_m, block_n)
+        return cls(indices.to(torch.int32).contiguous(), counts.contiguous(), block_m, block_n, mask.shape[-1], trusted=True)
 
     @classmethod
     def from_indices(cls, indices: Tensor, block_m: int, block_n: int) -> BlockMask:
-        """Build from key-block ids `(batch, heads, query blocks, kept)`, the same number in every row. Never reads the device."""
+        """Build from key-block ids `(batch, heads, query blocks, kept)`, integers, the same number in every row. Never reads the device."""
+        if indices.ndim != 4 or indices.is_floating_point() or indices.dtype == torch.bool:
+            raise ValueError(
+                f"BlockMask.from_indices: indices is {indices.dtype} with shape {tuple(indices.shape)}; "
+                "pass an integer (batch, heads, query blocks, kept) tensor"
+            )
         counts = torch.full(indices.shape[:-1], indices.shape[-1], dtype=torch.int32, device=indices.device)
         return cls(indices.sort(dim=-1).values.to(torch.int32), counts, block_m, block_n)
 

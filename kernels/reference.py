@@ -19,10 +19,12 @@ def attention(
     groups = q.shape[1] // k.shape[1]
     q, k, v = q.double(), k.double().repeat_interleave(groups, 1), v.double().repeat_interleave(groups, 1)
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if key_bias is not None:
-        scores = scores + key_bias.double()[:, None, None, :]
+    bias = scores.new_zeros(1, 1, 1, k.shape[2]) if key_bias is None else key_bias.double()[:, None, None, :]
     if block_mask is not None:
-        scores = scores.masked_fill(~block_mask.token_mask(q.shape[2], k.shape[2]), float("-inf"))
+        bias = bias.masked_fill(~block_mask.token_mask(q.shape[2], k.shape[2]), float("-inf"))
+    # A common number changes no weight; taken out, biases of -3e38 leave the scores whole, which not even float64 would.
+    peak = bias.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+    scores = scores + (bias - peak)
     lse = scores.logsumexp(-1)
     weights = torch.where(lse.isneginf()[..., None], 0.0, (scores - lse.nan_to_num(neginf=0.0)[..., None]).exp())
-    return weights @ v, lse
+    return weights @ v, lse + peak[..., 0]

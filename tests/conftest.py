@@ -30,6 +30,9 @@ _load_package()
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 
 from tessera.cli.comfy_server import HOW_TO_GET, ComfyInstall, ComfyServer, find_comfy  # noqa: E402
+from tessera.kernels import block_mask  # noqa: E402
+
+block_mask.CHECK_ON_DEVICE = True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -50,6 +50,36 @@ def test_a_choice_is_what_runs_in_the_compiled_call(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(compiled(q, k, v), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_gradients_of_the_compiled_call_are_those_of_the_eager_one(return_lse: bool, sparse: bool) -> None:
+    """To q, k, v and the bias, through both results, with a mask that the compiled function makes from its arguments."""
+    indices, counts = arguments(50)[1:3]
+    tensors = [torch.randn(2, 2, 50, 16), torch.randn(2, 1, 50, 16), torch.randn(2, 1, 50, 16), torch.randn(2, 50)]
+    tensors[3][:, 4:9] = -torch.inf
+
+    def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        mask = BlockMask(indices, counts, 32, 16) if sparse else None
+        if not return_lse:
+            return attention(q, k, v, block_mask=mask, key_bias=bias).sin()
+        out, lse = attention(q, k, v, block_mask=mask, key_bias=bias, return_lse=True)
+        return out.sin() + lse[..., None].cos()
+
+    gradients = []
+    for function in (call, torch.compile(call, backend="aot_eager")):
+        inputs = [x.clone().requires_grad_() for x in tensors]
+        function(*inputs).sum().backward()
+        gradients.append([x.grad for x in inputs])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert all(gradient.any() for gradient in gradients[0])
+
+
+def test_with_gradients_there_is_no_whole_graph() -> None:
+    compiled = torch.compile(lambda q: attention(q, q, q), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="_run"):
+        compiled(torch.randn(1, 2, 20, 16, requires_grad=True))
+
+
 @pytest.mark.parametrize("return_lse", [False, True])
 def test_the_op_is_what_torch_expects_of_one(return_lse: bool) -> None:
     """Schema, fake kernel and shapes, checked by torch itself."""

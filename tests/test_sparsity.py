@@ -621,7 +621,33 @@ def test_describe_is_the_problem_that_the_kernel_gets(name, grid, with_bias, gra
     monkeypatch.setattr(kernel, "describe", note)
     monkeypatch.setattr(kernel, "explain", None)
     sparse_attention(get(name), layout, q, k, v, density=0.3, key_bias=bias, choice=choice)
-    assert seen == [asked] and asked.requires_grad == grad and asked.blocks == (16, 16)
+    assert seen[-1] == asked and asked.requires_grad == grad and asked.blocks == (16, 16)
+
+
+@pytest.mark.parametrize("grid", [None, TokenGrid(3, 8, 9, before=4), REGIONS])
+def test_a_layout_of_other_lengths_is_refused(grid):
+    tokens = 200 if grid is None else grid.seq_len
+    layout = prepare(get("sparge"), grid, CPU, block=16, seq_len=tokens)
+    for wrong in (tokens - 1, tokens + 1):
+        with pytest.raises(ValueError, match=f"the layout is for {tokens} tokens, but q has {wrong} and k {wrong}"):
+            sparse_attention(get("sparge"), layout, *tensors(wrong), density=0.5)
+    q, k, v = tensors(tokens)
+    with pytest.raises(ValueError, match="q has"):
+        sparse_attention(get("sparge"), layout, q[:, :, :-1], k, v, density=0.5)
+    with pytest.raises(ValueError, match="key_bias has shape"):
+        sparse_attention(get("sparge"), layout, q, k, v, density=0.5, key_bias=torch.zeros(1, tokens + 1))
+    with pytest.raises(ValueError, match="NaN"):
+        sparse_attention(get("sparge"), layout, q, k, v, density=0.5, key_bias=torch.full((1, tokens), torch.nan))
+
+
+def test_a_bool_bias_hides_in_a_sparse_call():
+    q, k, v = tensors(200)
+    layout = prepare(get("sparge"), None, CPU, block=16, seq_len=200)
+    visible = torch.arange(200)[None] < 70
+    out, mask = sparse_attention(get("sparge"), layout, q, k, v, density=0.9, key_bias=visible)
+    expected = reference.attention(q, k, v, block_mask=mask, key_bias=torch.zeros(1, 200).masked_fill(~visible, -torch.inf))[0]
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=0)
+    assert not mask.to_dense(13)[..., 5:].any() and mask.to_dense(13)[..., :5].any(-1).all()
 
 
 def smooth_video(grid, heads=2, head_dim=16):

@@ -37,7 +37,7 @@ def check(q, k, v, mask=None, key_bias=None, scale=0.2, atol=1e-5):
     assert nothing is None and out.dtype == again.dtype == q.dtype and lse.dtype == torch.float32
     torch.testing.assert_close(out.double(), expected, atol=atol, rtol=0)
     torch.testing.assert_close(again.double(), expected, atol=atol, rtol=0)
-    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-4, rtol=0)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-4, rtol=1e-6)
 
 
 @quick
@@ -172,6 +172,9 @@ def _row(backend):
     return next(row for row in dispatch.implementations() if row.backend == backend)
 
 
+WHOLE = BlockMask.from_dense(torch.ones(1, 1, 4, 4, dtype=torch.bool), 16, 16)
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -180,7 +183,16 @@ def _row(backend):
         ({"v": torch.randn(1, 2, 63, 16)}, "do not fit"),
         ({"k": torch.randn(1, 3, 64, 16), "v": torch.randn(1, 3, 64, 16)}, "do not fit"),
         ({"key_bias": torch.zeros(1, 65)}, "key_bias has shape"),
-        ({"block_mask": BlockMask.from_indices(torch.zeros(1, 1, 3, 1), 16, 16)}, "block_mask covers"),
+        ({"key_bias": torch.zeros(1, 64, dtype=torch.int64)}, "key_bias is torch.int64 on cpu; expected floating point or bool on cpu"),
+        ({"key_bias": torch.zeros(1, 64, device="meta")}, "key_bias is torch.float32 on meta"),
+        ({"key_bias": torch.full((1, 64), math.nan)}, "key_bias has NaN or \\+inf"),
+        ({"key_bias": torch.full((1, 64), math.inf)}, "key_bias has NaN or \\+inf"),
+        ({"block_mask": BlockMask.from_indices(torch.zeros(1, 1, 3, 1).int(), 16, 16)}, "block_mask covers"),
+        ({"block_mask": BlockMask.from_indices(torch.full((1, 1, 4, 1), 4), 16, 16)}, "block_mask covers 4 and more key blocks; expected 4"),
+        ({"block_mask": WHOLE, "k": torch.randn(1, 2, 65, 16), "v": torch.randn(1, 2, 65, 16)}, "block_mask covers 4 key blocks; expected 5"),
+        ({"block_mask": WHOLE, "k": torch.randn(1, 2, 48, 16), "v": torch.randn(1, 2, 48, 16)}, "block_mask covers 4 key blocks; expected 3"),
+        ({"block_mask": WHOLE, "q": torch.randn(1, 2, 65, 16)}, "block_mask covers"),
+        ({"block_mask": BlockMask(WHOLE.indices.to("meta"), WHOLE.counts.to("meta"), 16, 16, trusted=True)}, "block_mask is on meta but q is on cpu"),
         ({"q": torch.empty(1, 2, 0, 16)}, "non-empty"),
         ({"precision": "int3"}, "int3"),
     ],
@@ -189,3 +201,128 @@ def test_malformed_input_is_named(change, words):
     arguments = {"q": torch.randn(1, 2, 64, 16), "k": torch.randn(1, 2, 64, 16), "v": torch.randn(1, 2, 64, 16)} | change
     with pytest.raises(ValueError, match=words):
         attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+
+
+# the key bias
+
+
+LEVELS = {
+    "-1e6": lambda bias: torch.where(bias > 0, -1e6, bias),
+    "-3e38": lambda bias: torch.where(bias > 0, -3e38, bias),
+    "-inf": lambda bias: torch.where(bias > 0, -math.inf, bias),
+    "all far below": lambda bias: bias - 1e6,
+    "all lowest": lambda bias: torch.full_like(bias, -3e38),
+    "all lowest or hidden": lambda bias: torch.where(bias > 0, -3e38, -math.inf),
+    "one block far below": lambda bias: torch.where(torch.arange(len(bias[0])) < 32, bias - 1e6, bias),
+    "one block lowest": lambda bias: torch.where(torch.arange(len(bias[0])) < 32, -3e38, bias),
+}
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_low_bias_loses_no_score(level, dtype, atol):
+    """The first query block reads the first key block only, whatever is elsewhere."""
+    q, k, v = tensors(2, 4, 2, 100, 90, 16, dtype=dtype)
+    bias = LEVELS[level](torch.randn(2, 90))
+    kept = torch.rand(2, 1, 4, 3) < 0.7
+    kept[:, :, 0] = torch.tensor([True, False, False])
+    for mask in (None, BlockMask.from_dense(kept, 32, 32)):
+        check(q, k, v, mask, bias, atol=atol)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_bias_is_float32_beside_half_operands(dtype, sparse):
+    """-70000 is -inf in float16 and 1000.5 is 1000 in bfloat16: neither rounding may happen."""
+    q = torch.full((1, 1, 32, 16), 4.0).to(dtype)
+    k = torch.zeros(1, 1, 64, 16, dtype=dtype)
+    k[:, :, :32] = 16.0  # a score of 1024 for half the keys, that the bias takes away again
+    v = torch.randn(1, 1, 64, 16).to(dtype)
+    bias = torch.zeros(1, 64)
+    bias[:, :32] = -1024.5 + torch.rand(32)
+    mask = BlockMask.from_dense(torch.ones(1, 1, 1, 2, dtype=torch.bool), 32, 32) if sparse else None
+    check(q, k, v, mask, bias, scale=1.0, atol=2e-3 if dtype == torch.float16 else 2e-2)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.bfloat16, torch.float64])
+def test_a_bias_of_another_dtype(dtype, sparse):
+    q, k, v = tensors(2, 2, None, 64, 64, 16)
+    bias = torch.rand(2, 64) < 0.5 if dtype == torch.bool else torch.randn(2, 64).to(dtype)
+    expected_bias = torch.zeros(2, 64).masked_fill(~bias, -math.inf) if dtype == torch.bool else bias.float()
+    mask = random_mask(q, k, 16, 16) if sparse else None
+    out, lse = attention(q, k, v, block_mask=mask, key_bias=bias, return_lse=True)
+    expected, expected_lse = reference.attention(q, k, v, block_mask=mask, key_bias=expected_bias)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=0)
+    if dtype == torch.bool and not sparse:
+        torch.testing.assert_close(attention(q, k, v, key_bias=bias), F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None, None]))
+
+
+# float64 and gradients
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_float64_stays_float64(sparse):
+    q, k, v = tensors(2, 4, 2, 70, 90, 8, dtype=torch.float64)
+    mask = random_mask(q, k, 16, 32) if sparse else None
+    bias = torch.randn(2, 90, dtype=torch.float64)
+    expected, expected_lse = reference.attention(q, k, v, block_mask=mask, key_bias=bias)
+    for return_lse in (False, True):
+        found = attention(q, k, v, block_mask=mask, key_bias=bias, return_lse=return_lse)
+        out, lse = found if return_lse else (found, expected_lse)
+        assert out.dtype == lse.dtype == torch.float64
+        torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+        torch.testing.assert_close(lse, expected_lse, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gradients(sparse, with_bias, return_lse):
+    """Against finite differences, through both results; with rows that read nothing, hidden keys and a ragged end."""
+    q, k, v = (x.requires_grad_() for x in tensors(2, 2, 1, 9, 11, 3, dtype=torch.float64))
+    hidden = torch.zeros(2, 11, dtype=torch.bool)
+    hidden[0, 3:6] = hidden[1, :4] = True
+    bias = torch.randn(2, 11, dtype=torch.float64, requires_grad=True)
+    kept = torch.rand(2, 2, 3, 3) < 0.6
+    kept[0, 0, 1] = False
+    kept[1, :, 2] = torch.tensor([True, False, False])  # of the second sample, hidden keys only
+    mask = BlockMask.from_dense(kept, 4, 4) if sparse else None
+
+    def call(q, k, v, bias):
+        key_bias = bias.masked_fill(hidden, -math.inf) if with_bias else None
+        if not return_lse:
+            return attention(q, k, v, block_mask=mask, key_bias=key_bias)
+        out, lse = attention(q, k, v, block_mask=mask, key_bias=key_bias, return_lse=True)
+        return out, lse.masked_fill(lse.isneginf(), 0.0)  # a finite difference of -inf is no number
+
+    assert torch.autograd.gradcheck(call, (q, k, v, bias), atol=1e-6)
+
+
+def test_gradients_of_rows_that_read_nothing_are_zeros():
+    q, k, v = (x.requires_grad_() for x in tensors(1, 1, None, 32, 32, 4))
+    kept = torch.zeros(1, 1, 2, 2, dtype=torch.bool)
+    kept[..., 0, 0] = True
+    out, lse = attention(q, k, v, block_mask=BlockMask.from_dense(kept, 16, 16), return_lse=True)
+    (out.sum() + lse[:, :, :16].sum()).backward()
+    for x in (q, k, v):
+        assert x.grad.isfinite().all() and not x.grad[:, :, 16:].any() and x.grad[:, :, :16].any()
+
+
+# a call that silently ran otherwise
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_a_sparse_call_that_ran_dense_would_show(return_lse):
+    """Keys and values that no row keeps are enormous: whoever reads them has nothing else in its result."""
+    q, k, v = tensors(1, 2, None, 128, 128, 16)
+    kept = torch.rand(1, 2, 4, 4) < 0.6
+    kept[..., 2] = False
+    kept[..., 0] = True
+    mask = BlockMask.from_dense(kept, 32, 32)
+    clean = attention(q, k, v, block_mask=mask)
+    k[:, :, 64:96], v[:, :, 64:96] = q[:, :, :32] * 1e3, 1e6
+    found = attention(q, k, v, block_mask=mask, return_lse=return_lse)
+    assert torch.equal(found[0] if return_lse else found, clean) or torch.allclose(found[0] if return_lse else found, clean, atol=1e-5)
+    assert attention(q, k, v).abs().max() > 1e5, "dense, it shows"

@@ -153,6 +153,90 @@ def test_a_sample_with_every_key_hidden_gives_zeros() -> None:
     check(q, k, v, None, key_bias, "int8")
 
 
+LOW_BIASES = {
+    "far below": lambda bias: bias - 1e6,
+    "lowest": lambda bias: bias.new_full(bias.shape, -3e38),
+    "lowest and hidden": lambda bias: torch.where(bias > 0, -3e38, -torch.inf),
+    "some far below": lambda bias: torch.where(torch.arange(bias.shape[1]) < 64, bias - 1e6, bias),
+    "some lowest": lambda bias: torch.where(torch.arange(bias.shape[1]) < 64, -3e38, bias),
+    "high": lambda bias: bias + 1e6,
+}
+
+
+@inside
+@pytest.mark.parametrize("precision", ["native", "int8"])
+@pytest.mark.parametrize("low", LOW_BIASES)
+def test_low_biases_lose_no_score(low: str, precision: str) -> None:
+    """Of two samples, with and without a mask whose second row reads nothing but the first 64 keys."""
+    dtype = PRECISIONS[precision]
+    q, k, v = (torch.randn(2, 2, tokens, 64).to(dtype) for tokens in (40, 150, 150))
+    key_bias = LOW_BIASES[low](torch.randn(2, 150))
+    kept = torch.rand(1, 2, 2, 5) < 0.6
+    kept[..., 1, :] = torch.tensor([True, True, False, False, False])
+    for mask in (None, BlockMask.from_dense(kept, 32, 32)):
+        check(q, k, v, mask, key_bias, precision)
+
+
+@inside
+def test_low_scores_are_not_lost() -> None:
+    """Every score of a row is below -5e6."""
+    q = torch.full((1, 1, 20, 64), 1e4).bfloat16()
+    k = -q + torch.randn(1, 1, 20, 64).bfloat16()
+    v = torch.randn(1, 1, 20, 64).bfloat16()
+    out, lse = attention(q, k, v, precision="native", return_lse=True)
+    assert lse.isfinite().all() and (lse < -5e6).all() and out.abs().sum(-1).all()
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.bool])
+def test_a_bias_of_any_dtype_is_float32(dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(1, 2, 40, 64).half() for _ in range(3))
+    key_bias = torch.rand(1, 40) < 0.5 if dtype == torch.bool else torch.randn(1, 40).to(dtype)
+    plain = torch.zeros(1, 40).masked_fill(~key_bias, -torch.inf) if dtype == torch.bool else key_bias.float()
+    for precision in ("native", "int8"):
+        assert torch.equal(attention(q, k, v, key_bias=key_bias, precision=precision), attention(q, k, v, key_bias=plain, precision=precision))
+
+
+@inside
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_a_sparse_call_that_ran_dense_would_show(precision: str, return_lse: bool) -> None:
+    """Keys and values that no row keeps are enormous: whoever reads them has nothing else in its result."""
+    q, k, v = (torch.randn(1, 2, 128, 64).to(PRECISIONS[precision]) for _ in range(3))
+    kept = torch.rand(1, 2, 4, 4) < 0.6
+    kept[..., 2] = False
+    kept[..., 0] = True
+    mask = BlockMask.from_dense(kept, 32, 32)
+    k[:, :, 64:96] = 20 * q[:, :, :32]
+    v[:, :, 64:96] = 3e4
+    expected, _ = reference.attention(q, k, v, block_mask=mask)
+    found = attention(q, k, v, block_mask=mask, precision=precision, return_lse=return_lse)
+    out = found[0] if return_lse else found
+    assert (out - expected).abs().max() < 1.0
+    assert attention(q, k, v, precision=precision).abs().max() > 1e3, "dense, it shows"
+
+
+@inside
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_an_int8_call_that_ran_native_would_show(sparse: bool, with_bias: bool) -> None:
+    """The result is attention over the rounded q and k, not over q and k: three times nearer to the one than to the other."""
+    q, k, v = (torch.randn(1, 2, tokens, 64).half() for tokens in (70, 150, 150))
+    scale = 1.0
+    mean = quantize.key_mean(k)
+    (q8, q_scale), (k8, k_scale) = quantize.quantize_q(q, scale), quantize.quantize_k(k, mean)
+    rounded_q = q8 * q_scale[..., None] / quantize.LOG2E / scale
+    rounded_k = k8 * k_scale.repeat_interleave(quantize.K_BLOCK, 2)[:, :, :150, None] + mean[:, :, None]
+    mask = BlockMask.from_dense(torch.rand(1, 2, 3, 5) < 0.7, 32, 32) if sparse else None
+    bias = torch.randn(1, 150) if with_bias else None
+    quantized, _ = reference.attention(rounded_q, rounded_k, v, block_mask=mask, key_bias=bias, scale=scale)
+    exact, _ = reference.attention(q, k, v, block_mask=mask, key_bias=bias, scale=scale)
+    out = attention(q, k, v, block_mask=mask, key_bias=bias, precision="int8", scale=scale)
+    assert 3 * (out - quantized).norm() < (out - exact).norm()
+    native = attention(q, k, v, block_mask=mask, key_bias=bias, precision="native", scale=scale)
+    assert 3 * (native - exact).norm() < (native - quantized).norm(), "native, it shows"
+
+
 @inside
 def test_constant_keys_and_zero_queries() -> None:
     """Keys that equal their mean and queries of zero leave INT8 nothing to quantize."""

@@ -27,6 +27,7 @@ class Layout:
     inverse: Tensor | None
     forced: Forced
     block: int
+    tokens: int
     hidden: Tensor | None = None  # bool (positions,): what only fills a block; None where nothing does
 
 
@@ -61,16 +62,18 @@ def prepare(recipe: Recipe, grid: TokenGrid | None, device: torch.device, *, blo
         pairs = pairs | torch.eye(blocks, dtype=torch.bool)
     forced = Forced.of(pairs, device)
     if order is None:
-        return Layout(None, None, forced, block)
+        return Layout(None, None, forced, block, tokens)
     if hidden is None:
-        return Layout(order.to(device), order.argsort().to(device), forced, block)
+        return Layout(order.to(device), order.argsort().to(device), forced, block, tokens)
     shown = (~hidden).nonzero()[:, 0]
-    return Layout(order.to(device), shown[order[shown].argsort()].to(device), forced, block, hidden.to(device))
+    return Layout(order.to(device), shown[order[shown].argsort()].to(device), forced, block, tokens, hidden.to(device))
 
 
 def describe(layout: Layout, q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | None = None) -> Problem:
     """The kernel's `Problem` of `sparse_attention` with these tensors: what to ask `kernels.attention.explain` about before the call."""
     problem = kernel.describe(q, k, v, blocks=(layout.block, layout.block), key_bias=key_bias)
+    if not problem.q_len == problem.k_len == layout.tokens:
+        raise ValueError(f"sparse_attention: the layout is for {layout.tokens} tokens, but q has {problem.q_len} and k {problem.k_len}")
     if layout.order is None:
         return problem
     positions = len(layout.order)
@@ -104,6 +107,9 @@ def sparse_attention(
     if scale is None:
         scale = q.shape[-1] ** -0.5
     values = {name: setting.default for name, setting in recipe.settings.items()} | dict(settings or {})
+    describe(layout, q, k, v, key_bias=key_bias)  # before anything is chosen from tensors that do not fit
+    if key_bias is not None:
+        key_bias = kernel.as_bias(key_bias, q)
     if layout.order is not None:
         q, k, v = (x.index_select(2, layout.order) for x in (q, k, v))
         key_bias = None if key_bias is None else key_bias.index_select(1, layout.order)

@@ -109,7 +109,7 @@ def topk(
         indices = torch.arange(key_blocks, dtype=torch.int32, device=scores.device).repeat(batch, heads, query_blocks, 1)
         indices[:, :, forced.free_rows, : rows.width] = best
         best = indices
-    return BlockMask(best, counts, block, block)
+    return BlockMask(best, counts, block, block, key_blocks, trusted=True)
 
 
 @selector

@@ -30,7 +30,7 @@ def run(
 
     # A row is one query block of one head: (batch * heads * query blocks) of them.
     queries, keys, values = _blocks(q, block_m), _blocks(k, block_n), _blocks(v, block_n)
-    bias = _bias_blocks(key_bias, batch, k_len, block_n, q.device)
+    bias = _bias_blocks(key_bias, batch, k_len, block_n, q)
     counts = block_mask.counts.expand(batch, heads, query_blocks).reshape(-1)
     indices = block_mask.indices.expand(batch, heads, query_blocks, -1).flatten(0, 2)
     sample = torch.arange(batch, dtype=torch.int32, device=q.device).repeat_interleave(heads * query_blocks)[:, None]
@@ -47,7 +47,7 @@ def run(
     for length, size in zip(lengths, sizes, strict=True):
         if length == 0:
             outs.append(queries.new_zeros((size, block_m, head_dim)))
-            lses.append(torch.full((size, block_m), float("-inf"), device=q.device))
+            lses.append(torch.full((size, block_m), float("-inf"), dtype=_exact(q), device=q.device))
         else:
             limit = CUDA_CHUNK_BYTES if q.is_cuda else CPU_CHUNK_BYTES
             chunk = max(1, limit // (2 * length * block_n * head_dim * q.element_size()))
@@ -79,18 +79,48 @@ def run(
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float, return_lse: bool) -> tuple[Tensor, Tensor]:
     """Dense attention of `(rows, block_m, head_dim)` on `(rows, keys, head_dim)` with bias `(rows, 1, keys)`; the lse is empty unless asked for."""
-    if return_lse:  # torch's fused op keeps the lse to itself
-        scores = torch.bmm(queries.float(), keys.float().transpose(1, 2)) * scale
-        if bias is not None:
-            scores += bias
-        lse = scores.logsumexp(-1)
-        weights = scores.sub_(lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp_()
-        return torch.bmm(weights, values.float()).to(values.dtype), lse
-    mask = None if bias is None else bias[:, None].to(queries.dtype)
-    out = F.scaled_dot_product_attention(queries[:, None], keys[:, None], values[:, None], attn_mask=mask, scale=scale)[:, 0]
+    mask = peak = hidden = None
     if bias is not None:
-        out = out.masked_fill(bias.isneginf().all(-1, keepdim=True), 0.0)  # every key is hidden: the row reads nothing
+        bias, peak, hidden = shifted(bias)
+        mask = as_attn_mask(bias, queries)[:, None]
+    if return_lse:  # torch's fused op keeps the lse to itself
+        exact = _exact(queries)
+        scores = torch.bmm(queries.to(exact), keys.to(exact).transpose(1, 2)) * scale
+        if bias is not None:
+            scores = scores + bias
+        top = scores.detach().amax(-1, keepdim=True)
+        weights = (scores - top.masked_fill(top.isneginf(), 0.0)).exp()
+        total = weights.sum(-1, keepdim=True)
+        empty = total == 0
+        total = total.masked_fill(empty, 1.0)  # torch's own logsumexp has NaN for gradient where every score is -inf
+        lse = (total.log() + top).masked_fill(empty, float("-inf"))[..., 0]
+        out = torch.bmm(weights / total, values.to(exact)).to(values.dtype)
+        return out, lse if peak is None else lse + peak[..., 0]
+    out = F.scaled_dot_product_attention(queries[:, None], keys[:, None], values[:, None], attn_mask=mask, scale=scale)[:, 0]
+    if hidden is not None:
+        out = out.masked_fill(hidden, 0.0)  # every key is hidden: the row reads nothing
     return out, queries.new_empty(0)
+
+
+def shifted(bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(bias `(..., keys)` less its largest, that `(..., 1)` or 0 where every key is hidden, and bool `(..., 1)`, where that is so).
+
+    The softmax does not see a number that is common to a row. With its largest at 0, a bias swallows no score however low all of it is.
+    """
+    peak = bias.detach().amax(-1, keepdim=True)
+    hidden = peak.isneginf()
+    peak = peak.masked_fill(hidden, 0.0)
+    return bias - peak, peak, hidden
+
+
+def as_attn_mask(bias: Tensor, q: Tensor) -> Tensor:
+    """A shifted bias as torch's op takes it: on CUDA only in q's dtype, which rounds what is far below the row's largest."""
+    return bias.to(q.dtype) if q.is_cuda else bias
+
+
+def _exact(q: Tensor) -> torch.dtype:
+    """The dtype of scores and lse."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def _blocks(x: Tensor, block: int) -> Tensor:
@@ -99,12 +129,12 @@ def _blocks(x: Tensor, block: int) -> Tensor:
     return (F.pad(x, (0, 0, 0, spare)) if spare else x).reshape(-1, block, x.shape[3])
 
 
-def _bias_blocks(key_bias: Tensor | None, batch: int, k_len: int, block_n: int, device: torch.device) -> Tensor | None:
-    """float32 `(batch * key blocks, block_n)`, -inf behind the last key; None where nothing is hidden or weighed."""
+def _bias_blocks(key_bias: Tensor | None, batch: int, k_len: int, block_n: int, q: Tensor) -> Tensor | None:
+    """`(batch * key blocks, block_n)`, -inf behind the last key; None where nothing is hidden or weighed."""
     spare = -k_len % block_n
     if key_bias is None and not spare:
         return None
-    bias = torch.zeros((batch, k_len), device=device) if key_bias is None else key_bias.float()
+    bias = torch.zeros((batch, k_len), dtype=_exact(q), device=q.device) if key_bias is None else key_bias
     return F.pad(bias, (0, spare), value=float("-inf")).reshape(-1, block_n)
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..block_mask import BlockMask, num_blocks
+from .block_sparse import as_attn_mask, shifted
 from .block_sparse import run as run_blocks
 
 LSE_ROWS = 128
@@ -19,7 +20,11 @@ def run(
     """Dense attention. torch's op does not hand out the lse, so a call that wants it runs in blocks that read every key."""
     if return_lse:
         everything = torch.zeros((1, 1, num_blocks(q.shape[2], LSE_ROWS), 1), dtype=torch.int32, device=q.device)
-        mask = BlockMask(everything, torch.ones_like(everything[..., 0]), LSE_ROWS, k.shape[2])
+        mask = BlockMask(everything, torch.ones_like(everything[..., 0]), LSE_ROWS, k.shape[2], 1, trusted=True)
         return run_blocks(q, k, v, mask, key_bias, scale, True)
-    bias = None if key_bias is None else key_bias[:, None, None, :].to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=q.shape[1] != k.shape[1]), None
+    grouped = q.shape[1] != k.shape[1]
+    if key_bias is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped), None
+    bias, _, hidden = shifted(key_bias[:, None, None])
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=as_attn_mask(bias, q), scale=scale, enable_gqa=grouped)
+    return out.masked_fill(hidden, 0.0), None

@@ -27,8 +27,8 @@ from .quantize import quantize_qk
 
 TO_LOG2 = tl.constexpr(LOG2E)
 
-# The running maximum starts finite: a tile whose scores are all -inf then gives exp2(-inf - finite) = 0, never NaN.
-START_MAX = tl.constexpr(-5e6)
+# The running maximum starts finite: a tile whose scores are all -inf then gives exp2(-inf - finite) = 0, never NaN. No score is below it.
+START_MAX = tl.constexpr(-3e38)
 
 # Lengths and strides change with every resolution; a kernel compiled for one of them must serve all.
 RUNTIME_NUMBERS = (
@@ -55,7 +55,7 @@ def attention_kernel(
     lse,  # float32 (batch, heads, q_len): natural log, or None
     indices,  # int32 (mask batch, mask heads, mask query blocks, mask_width), or None for dense
     counts,  # int32 (mask batch, mask heads, mask query blocks), or None
-    key_bias,  # (batch, k_len), or None
+    key_bias,  # float32 (batch, k_len), or None
     q_scale,  # float32 (batch, heads, q_len), or None without INT8
     k_scale,  # float32 (batch, kv_heads, blocks of K_BLOCK keys), or None
     q_stride_batch,  # strides in units of STRIDE_UNIT elements
@@ -122,6 +122,18 @@ def attention_kernel(
         missing = tl.where(count > 0, tl.maximum((last_block + 1) * MASK_N - k_len, 0), 0)
         keys = count * MASK_N - missing
 
+    # The softmax does not see a number that all keys of a row share. With the largest bias at 0, none swallows the scores beside it.
+    top_bias = 0.0
+    if key_bias is not None:
+        tops = tl.full([BLOCK_N], -float("inf"), tl.float32)
+        for tile in range(0, tl.cdiv(keys, BLOCK_N)):
+            start = tile * BLOCK_N
+            if indices is not None:
+                start = tl.load(indices + start // MASK_N) * MASK_N + start % MASK_N
+            tops = tl.maximum(tops, tl.load(key_bias + start.to(tl.int64) + tl.minimum(key, k_len - start - 1)))
+        top_bias = tl.max(tops, 0)
+        top_bias = tl.where(top_bias == -float("inf"), 0.0, top_bias)
+
     row_max = tl.full([BLOCK_M], START_MAX, tl.float32)  # the largest score so far, in units of log2
     row_sum = tl.zeros([BLOCK_M], tl.float32)  # the sum of p = 2^(score - row_max) so far
     acc = tl.zeros([BLOCK_M, D], tl.float32)  # the sum of p v so far
@@ -141,7 +153,7 @@ def attention_kernel(
         if q_scale is not None:
             row_to_log2 = q_scale_tile * tl.load(k_scale + start // K_BLOCK)
         if key_bias is not None:
-            bias = tl.load(key_bias + first + real_key).to(tl.float32)
+            bias = tl.load(key_bias + first + real_key) - top_bias
             scores = scores * row_to_log2[:, None] + bias[None, :] * TO_LOG2
             row_to_log2 = tl.full([BLOCK_M], 1.0, tl.float32)
         if keys_left < BLOCK_N:
@@ -163,7 +175,7 @@ def attention_kernel(
     out_pointers = out + (row[:, None] * (out_stride_token * STRIDE_UNIT) + dim[None, :])
     tl.store(out_pointers, acc.to(out.dtype.element_ty), mask=(row < rows_left)[:, None] & (dim < HEAD_DIM)[None, :])
     if lse is not None:
-        tl.store(lse + row_offset + row, (row_max + tl.log2(row_sum)) / TO_LOG2, mask=row < rows_left)
+        tl.store(lse + row_offset + row, (row_max + tl.log2(row_sum)) / TO_LOG2 + top_bias, mask=row < rows_left)
 
 
 def _contiguous_rows(x: Tensor) -> Tensor:
