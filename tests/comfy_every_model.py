@@ -143,8 +143,8 @@ NETWORKS = {
         "chroma.model.Chroma",
         dict(
             JOINT,
-            in_channels=16,
-            out_channels=16,
+            in_channels=64,
+            out_channels=64,
             in_dim=64,
             out_dim=128,
             hidden_dim=64,
