@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tessera.models.offload import find_blocks
+from tessera.models.offload.devices import CpuArena
 from tessera.models.offload.planner import GB
 
 WIDTH = 32
@@ -88,3 +89,66 @@ def quantize(module: nn.Module) -> None:
         if isinstance(layer, nn.Linear):
             scale = layer.weight.detach().abs().amax(1, keepdim=True) / 127
             layer.weight = nn.Parameter(Scaled((layer.weight.detach() / scale).round().to(torch.int8), scale), requires_grad=False)
+
+
+# ---- edits ----------------------------------------------------------------------------------------------------------------------------------
+
+
+class Arena(CpuArena):
+    def bandwidth(self, *, pinned):
+        return 1e9  # not measured: it takes longer than all the rest
+
+
+def noise(tensor):
+    return 0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(tensor.numel())).to(tensor.dtype)
+
+
+def layers(module):
+    """Linear layers everywhere: in blocks that stay, in blocks that move, outside of them."""
+    return [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+
+
+def each(edit):
+    """An edit of every linear layer."""
+
+    def edits(module):
+        with torch.no_grad():
+            for layer in layers(module):
+                edit(layer)
+
+    return edits
+
+
+def add(layer):
+    layer.weight.data += noise(layer.weight)
+
+
+def set_data(layer):
+    layer.weight.data = layer.weight.data + noise(layer.weight)
+
+
+def replace(layer):
+    layer.weight = nn.Parameter(layer.weight + noise(layer.weight))
+
+
+def state_of(module):
+    return [(name, tensor.clone()) for name, tensor in module.state_dict().items()]
+
+
+def assert_same(mine, other):
+    assert [name for name, _ in mine] == [name for name, _ in other]
+    for (name, a), (_, b) in zip(mine, other, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b), name
+
+
+def same(module, reference, x):
+    with torch.no_grad():
+        return torch.equal(module(x), reference(x))
+
+
+def untouched_tables(module):
+    return all(type(part._parameters) is dict and type(part._buffers) is dict for part in module.modules())
+
+
+def assert_weights(module, reference):
+    assert_same(list(module.named_parameters()), list(reference.named_parameters()))

@@ -88,9 +88,6 @@ class CpuArena:
         buffer, _ = self.alloc(nbytes)
         return _gather(buffer, source())
 
-    def unplace(self, buffer: Tensor) -> None:
-        buffer.fill_(0xFF)
-
     def reset(self, slot_bytes: int) -> None:
         pass
 
@@ -179,9 +176,6 @@ class CudaDevice:
         """A packed copy that stays: the bytes of `source` in a buffer of its own."""
         buffer = self._empty(nbytes)
         return _gather(buffer, source())
-
-    def unplace(self, buffer: Tensor) -> None:
-        pass
 
     def reset(self, slot_bytes: int) -> None:
         """Make slots of another size from now on. Every buffer must have been given back."""
@@ -345,3 +339,17 @@ class _Staging:
             turn = 1 - turn
             self.jobs.task_done()
         self.jobs.task_done()
+
+
+def device_of(device: Any) -> Any:
+    """The device that is asked for: a CUDA device, "cpu" for an arena, None for the best there is; a device of this file is that itself."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(device, (str, torch.device)):
+        return device
+    device = torch.device(device)
+    if device.type == "cpu":
+        return CpuArena()
+    if device.type != "cuda":
+        raise ValueError(f"device is {device}; use a CUDA device, or 'cpu' for the arena")
+    return CudaDevice(torch.device("cuda", torch.cuda.current_device()) if device.index is None else device)

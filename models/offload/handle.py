@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..weight_files import read_safetensors
+from .backward import ONE_THREAD, Active, Backward
 from .blocks import find_blocks
-from .devices import CpuArena, CudaDevice
-from .memory import Packing, Segment, plain_parts, set_data, tensors_of
-from .planner import GB, Prediction, choose, device_bytes, predict, smallest_budget
+from .devices import CpuArena, device_of
+from .edits import HeldMemory, Hook, NotingTables, Structure, offloaded_part, places, storages_of
+from .lent import Lent
+from .memory import Packing, Segment, plain_parts, tensors_of
+from .placed import Placed
+from .planner import GB, Prediction, checked_budget, choose, device_bytes, gigabytes, predict
 from .schedule import BACKWARD, FORWARD, Plan, Scheduler, superpipeline
 from .units import Unit, divide, source_of, tensors_in
 
@@ -54,45 +56,23 @@ def offload(
 
     Training: gradients of streamed blocks accumulate on their host parameters, where any torch optimizer steps; residents and the rest
     of the module are ordinary device parameters for as long as the context lasts, so make the optimizer, or at least its state, inside.
+    A backward that is itself differentiated (create_graph) keeps copies of the weights that it used, beyond the budget.
+
+    Inside, the module may be edited as outside: weights written to (also through `.data` or NumPy), replaced, loaded, cast; adapters,
+    parametrizations, blocks added and taken away. It is laid out again where that is needed, and what was done is there after the
+    context. A weight that is taken from a block while the block runs lies in a slot: copy it. Copies and pickles of the module are
+    free of the context. One thread runs the module at a time; another gets a RuntimeError.
 
     Raises ValueError that names the smallest workable budget when the budget is not a number, too small for two blocks, or more than
-    the device has; also for a module without repeated blocks, an unknown policy, or parameters on the meta device without a file.
+    the device has; also for a module without repeated blocks, an unknown policy, or parameters on the meta device without a file. Inside,
+    a forward raises ValueError when the edited module no longer fits, and RuntimeError, which names the weight, for writes that cannot be
+    kept: to memory that somebody has held since before the context, to weights that lie in a file, between a forward and its backward.
     """
     if policy not in POLICIES:
         raise ValueError(f"policy is {policy!r}; use one of {', '.join(POLICIES)}")
     if budget_gb is None and (policy != "superpipeline" or k is None):
         raise ValueError("budget_gb is missing; give gigabytes, or policy='superpipeline' with k")
     return Offload(module, budget_gb, policy, k, k_prime, batch, device, weights, pin_gb)
-
-
-@dataclass(eq=False)
-class _Placed:
-    """Tensors that live on the device while the context lasts."""
-
-    packing: Packing
-    buffer: Tensor | None = None
-    homes: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)  # (plain part, the data it had, its version since)
-    replaced: list[tuple[dict[str, Any], str, Tensor, Tensor]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Ref:
-    """What autograd keeps instead of a weight that will have left the device: where to find it again."""
-
-    unit: Unit
-    offset: int  # in elements of dtype
-    dtype: torch.dtype
-    size: torch.Size
-    stride: tuple[int, ...]
-    versions: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Outer:
-    """What other saved-tensor hooks made of a tensor."""
-
-    unpack: Callable[[Any], Tensor]
-    packed: Any
 
 
 class Offload:
@@ -102,16 +82,16 @@ class Offload:
         self.module = module
         self.policy, self.k, self.k_prime, self.batch = policy, k, k_prime, batch
         self.pin_bytes = None if pin_gb is None else int(pin_gb * GB)
-        blocks = find_blocks(module)
-        files = None if weights is None else read_safetensors(weights)[0]
-        self._file_of = tensors_in(module, files, weights)
-        self._units, fixed = divide(module, blocks, self._file_of)
-        self._fixed = Packing(fixed)
-        self._fixed_source = source_of(self._fixed, self._file_of)
-        self.nbytes = [unit.packing.nbytes for unit in self._units]
-        self.device = _device(device)
-        self.budget = self._checked(budget_gb)
-        self.plan = self._first_plan()
+        self._budget_gb = budget_gb
+        self._files = None if weights is None else read_safetensors(weights)[0]
+        self._path = weights
+        self.device = device_of(device)
+        self._learnt: list[str] = []  # the blocks in the order in which they ran
+        self.nbytes: list[int] = []
+        self.plan: Plan
+        self._structure: Structure | None = None
+        self._lay_out()
+        self._forget()
         self.scheduler: Scheduler | None = None
         self.prediction: Prediction | None = None
         self._rates: list[float] = []
@@ -120,28 +100,43 @@ class Offload:
         self.plans = 0
         self._planned_seconds = 0.0
         self._saving: Any = None  # the saved-tensor hooks of the block that runs
-        self._active: Unit | None = None
+        self._active: Active | None = None
+        self._lock = threading.Lock()  # around a change of `_active`
+        self._thread = -1  # of the latest forward
         self._final: dict[str, Any] = {}
 
-    # ---- numbers ------------------------------------------------------------------------------------------------------------------
+    def _lay_out(self) -> None:
+        """Divide the module, as it is now, into blocks and the rest, and make a plan for them."""
+        self._file_of = tensors_in(self.module, self._files, self._path)
+        self._units, fixed = divide(self.module, find_blocks(self.module), self._file_of)
+        order = {name: index for index, name in enumerate(self._learnt)}
+        self._units.sort(key=lambda unit: order.get(unit.block.name, len(order)))
+        self._fixed = Packing(fixed)
+        self._fixed_source = source_of(self._fixed, self._file_of)
+        before, self.nbytes = self.nbytes, [unit.packing.nbytes for unit in self._units]
+        there = (part for _, _, tensor in tensors_of(self.module) for part in plain_parts(tensor) if part.is_cuda)
+        room = self.device.room() + sum(part.nbytes for part in there)
+        self.budget = checked_budget(
+            self._budget_gb, self._fixed.nbytes, self.nbytes, room, device=self.device.device, name=type(self.module).__name__
+        )
+        if self.nbytes != before:
+            self.plan = self._first_plan()
 
-    def _checked(self, budget_gb: float | None) -> int | None:
-        smallest = self._fixed.nbytes + smallest_budget(self.nbytes)
-        remedy = f"the smallest workable budget for {type(self.module).__name__} is {_gb(smallest, up=True)} GB"
-        room = self.device.room() + sum(part.nbytes for _, _, tensor in tensors_of(self.module) for part in plain_parts(tensor) if part.is_cuda)
-        if budget_gb is not None:
-            if not isinstance(budget_gb, (int, float)) or not math.isfinite(budget_gb):
-                raise ValueError(f"budget_gb is {budget_gb!r}, not a number of gigabytes; {remedy}")
-            if budget_gb * GB < smallest:
-                raise ValueError(
-                    f"budget_gb is {budget_gb:g}: too small for two blocks ({_gb(max(self.nbytes))} GB each) and what is outside the blocks "
-                    f"({_gb(self._fixed.nbytes)} GB); {remedy}"
-                )
-            if budget_gb * GB > room:
-                raise ValueError(f"budget_gb is {budget_gb:g} and {self.device.device} has {_gb(room)} GB to give; use less: {remedy}")
-        if smallest > room:
-            raise ValueError(f"{self.device.device} has {_gb(room)} GB to give; {remedy}")
-        return None if budget_gb is None else int(budget_gb * GB)
+    def _forget(self) -> None:
+        """Nothing of the layout outside the context: the module may become another, and its tensors be its own."""
+        self._learnt = [unit.block.name for unit in self._units]
+        self._units, self._fixed, self._file_of = [], Packing([]), {}
+        self._fixed_source, self._structure = self._fixed.segments, None
+
+    def _note_places(self) -> None:
+        """Where everything is as long as nobody edits the module."""
+        self._structure = Structure(self.module)
+        self._fixed_places = places(self._fixed.parts)
+        for unit in self._units:
+            unit.note_places()
+        self._storages = storages_of(self.module)
+
+    # ---- numbers ------------------------------------------------------------------------------------------------------------------
 
     def _first_plan(self) -> Plan:
         blocks = len(self._units)
@@ -156,7 +151,9 @@ class Offload:
         plan = superpipeline(blocks, k, self.k_prime, batch=self.batch)
         if room is not None and device_bytes(plan, self.nbytes) > room:
             smallest = self._fixed.nbytes + device_bytes(plan, self.nbytes)
-            raise ValueError(f"superpipeline with k={k} takes {_gb(smallest, up=True)} GB and budget_gb is {_gb(self.budget or 0)}; use a smaller k")
+            raise ValueError(
+                f"superpipeline with k={k} takes {gigabytes(smallest, up=True)} GB and budget_gb is {gigabytes(self.budget or 0)}; use a smaller k"
+            )
         return plan
 
     # ---- life cycle ---------------------------------------------------------------------------------------------------------------
@@ -164,52 +161,128 @@ class Offload:
     def __enter__(self) -> Offload:
         if self.scheduler is not None:
             raise RuntimeError("this handle is in use; leave it before you enter it again, or make another")
-        self._hooks: list[Any] = []
-        self._moved: list[tuple[Unit, Tensor, torch.device]] = []
-        self._resident: dict[Unit, _Placed] = {}
-        self._rest: _Placed | None = None
-        self._order: list[Unit] | None = []
-        self._in_backward: Unit | None = None
-        self._backward_buffer: Any = None
-        self._last = -1
-        try:
-            self._move_home()
-            self._rates = self._measured_rates()
-            self._rest = self._place(self._fixed, self._fixed_source)
-            self._start(self.plan)
-            for unit in self._units:
-                before, after = self._hooks_of(unit)
-                self._hooks.append(unit.block.module.register_forward_pre_hook(before, prepend=True))
-                self._hooks.append(unit.block.module.register_forward_hook(after, always_call=True))
-        except BaseException:
-            self._leave()
-            raise
+        used = offloaded_part(self.module)
+        if used is not None:
+            raise RuntimeError(f"{used} is offloaded already; leave that context before this module is offloaded again")
+        self._lay_out()
+        self._arrive()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._leave()
+        try:
+            if self.scheduler is not None and error[0] is None:
+                self._refuse_unreached(unseen=True)
+        finally:
+            self._leave()
 
-    def _leave(self) -> None:
+    def _arrive(self) -> None:
+        """Bring the module, as it was laid out, to the device."""
+        self._hooks: list[Any] = []
+        self._moved: list[tuple[Unit, Tensor, torch.device]] = []
+        self._resident: dict[Unit, Placed] = {}
+        self._rest: Placed | None = None
+        self._tables = NotingTables()
+        self._order: list[Unit] | None = []
+        self._backward = Backward(partial(self._fetch, direction=BACKWARD), self._release, lambda: self._active, self._lock)
+        self._last = -1
+        self._held = HeldMemory(storages_of(self.module))
+        try:
+            self._move_home()
+            self._rates = self._measured_rates()
+            users = {id(owner): unit for unit in self._units for owner, _, _ in unit.packing.entries}
+            for owner in list(self.module.modules()):
+                self._tables.put(owner, users.get(id(owner), self))
+            self._rest = Placed(self.device, self._fixed, self._fixed_source, self._file_of, self._held)
+            self._start(self.plan)
+            self._hooks.append(self.module.register_forward_pre_hook(Hook(self._before_all), prepend=True))
+            for unit in self._units:
+                block = unit.block.module
+                unit.lent = Lent(unit.packing, self._file_of)
+                self._hooks.append(block.register_forward_pre_hook(Hook(self._before), prepend=True))
+                self._hooks.append(block.register_forward_hook(Hook(self._after), always_call=True))
+        except BaseException:
+            self._leave()
+            raise
+
+    def _leave(self, why: str = "backward was called outside the offload context of its forward; call it inside") -> None:
+        """The module as it was outside. why: what is said to a backward that comes later."""
         for hook in self._hooks:
             hook.remove()
-        self._end_backward()
-        for unit in self._units:
-            self._restore(unit)
+        self._hooks.clear()
+        self._backward.end()
+        if self._active is not None and self._active.unit is not None:
+            self._restore(self._active.unit)
+            self._active = None
         if self.scheduler is not None:
             self._final = self._figures()
             self.scheduler.close()
             self.scheduler = None
         self.device.synchronize()
+        for unit in self._units:
+            unit.retired = why
         for placed in [*self._resident.values(), *([self._rest] if self._rest is not None else [])]:
-            self._unplace(placed)
+            placed.take_back()
         self._resident.clear()
         self._rest = None
+        self._tables.take_back()
         for unit, packed, origin in self._moved:
             home = torch.empty_like(packed, device=origin, pin_memory=False)
-            unit.packing.attach(home.copy_(packed))
-            unit.host = source_of(unit.packing, self._file_of)
+            unit.packing.attach(home.copy_(packed), instead_of=packed)
         self._moved.clear()
         self.device.close()
+        self._forget()
+
+    # ---- edits --------------------------------------------------------------------------------------------------------------------
+
+    touched = False  # who reaches for what stays on the device does not matter: it is compared when it leaves
+
+    def _edited(self, *, blocks: bool = False) -> bool:
+        """Whether the module has other modules or parameters than it was laid out with, or what stays on the device lies elsewhere.
+
+        blocks: look at where the tensors of all blocks lie, too. Otherwise that is done when a block runs.
+        """
+        assert self._structure is not None
+        if self._structure.changed() or self._fixed_places != places(self._fixed.parts):
+            return True
+        return blocks and not all(unit.intact() for unit in self._units)
+
+    def _refuse_unreached(self, *, unseen: bool = False) -> None:
+        part = self._held.written(unseen=unseen)
+        if part is not None:
+            tensors = [*self.module.named_parameters(), *self.module.named_buffers()]
+            name = next((name for name, tensor in tensors if any(each is part for each in plain_parts(tensor))), "a weight that was replaced")
+            raise RuntimeError(
+                f"{name} was written to through a reference from before the offload context (a state dict, an array, .data), which did not "
+                "reach the device; edit it before the context, or by a reference that is taken inside"
+            )
+
+    def _arrive_again(self) -> None:
+        """Lay the edited module out anew."""
+        assert self.scheduler is not None
+        self._refuse_unreached(unseen=True)
+        if self._backward.unit is not None:
+            raise RuntimeError("the module was edited during a backward pass; edit it before the forward or after the backward")
+        copied, misses = self.scheduler.copied_bytes, self.scheduler.misses
+        self._leave("the module was edited between forward and backward; edit it before the forward or after the backward")
+        try:
+            self._lay_out()
+        except ValueError as error:
+            raise ValueError(
+                f"{type(self.module).__name__} was edited inside the offload context and cannot go on there: {error}. "
+                "Its weights are as edited; leave the context, and enter another that suits them"
+            ) from error
+        self._arrive()
+        assert self.scheduler is not None
+        self.scheduler.copied_bytes += copied
+        self.scheduler.misses += misses
+
+    def _to_copy(self, unit: Unit) -> list[Segment]:
+        unit.held = unit.held_elsewhere(self._storages)
+        return unit.to_copy()
+
+    def _stale(self, unit: Unit) -> bool:
+        """Whether the module may have other weights by now than those that were copied."""
+        return unit.touched or unit.copied != unit.versions()
 
     def _start(self, plan: Plan) -> None:
         """Bring the residents of `plan`, send away those of the plan before, and fill the slots."""
@@ -219,11 +292,12 @@ class Offload:
             unit.index = index
         keep = {self._units[index] for index in plan.resident}
         for unit in [unit for unit in self._resident if unit not in keep]:
-            self._unplace(self._resident.pop(unit))
+            self._resident.pop(unit).take_back()
         for unit in self._units:
             if unit in keep and unit not in self._resident:
-                self._resident[unit] = self._place(unit.packing, unit.host)
-            self.device.sources[unit.index] = unit.to_copy
+                self._resident[unit] = Placed(self.device, unit.packing, unit.host, self._file_of, self._held)
+            self.device.sources[unit.index] = partial(self._to_copy, unit)
+        self._note_places()
         self.device.reset(max((self.nbytes[index] for index in plan.streamed), default=0))
         self.scheduler = Scheduler(self.device, plan, self.nbytes)
         self.scheduler.start()
@@ -232,7 +306,7 @@ class Offload:
         """Put the blocks where copies start from: pinned memory up to the cap on a GPU machine, else wherever they are."""
         if self.device.kind != "cuda":
             return
-        cap = _machine_bytes() * 2 // 5 if self.pin_bytes is None else self.pin_bytes
+        cap = CpuArena().room() * 2 // 5 if self.pin_bytes is None else self.pin_bytes
         for unit in self._units:
             origin = unit.packing.parts[0].device
             pin = self.pinned_bytes + unit.packing.nbytes <= cap and not any(id(part) in self._file_of for part in unit.packing.parts)
@@ -242,6 +316,8 @@ class Offload:
             self.pinned_bytes += unit.packing.nbytes if pin else 0
             for segment in unit.packing.segments():
                 packed[segment.offset : segment.offset + segment.source.numel()].copy_(segment.source)
+            for part in unit.packing.parts:
+                self._held.note(part)
             unit.packing.attach(packed)
             self._moved.append((unit, packed, origin))
             unit.host = partial(list, [Segment(packed, 0)])
@@ -253,105 +329,114 @@ class Offload:
         rates = {kind: self.device.bandwidth(pinned=kind) for kind in kinds}
         return [rates[id(unit) in pinned] for unit in self._units]
 
-    # ---- tensors that stay --------------------------------------------------------------------------------------------------------
-
-    def _place(self, packing: Packing, source: Callable[[], list[Segment]]) -> _Placed:
-        placed = _Placed(packing)
-        if self.device.kind == "cuda" and packing.parts and all(part.is_cuda for part in packing.parts):
-            return placed  # it is there already
-        placed.buffer = self.device.place(packing.nbytes, source)
-        for owner, name, old, new in packing.views(placed.buffer):
-            if plain_parts(old)[0] is old and not old.is_meta:
-                if not any(part is old for part, _, _ in placed.homes):
-                    home = old.data
-                    set_data(old, packing.pieces[id(old)].view(placed.buffer))
-                    placed.homes.append((old, home, old._version))
-            else:  # a wrapper subclass knows its device itself, and a meta tensor cannot be given data
-                table = _table(owner, name)
-                placed.replaced.append((table, name, old, new))
-                table[name] = new
-        return placed
-
-    def _unplace(self, placed: _Placed) -> None:
-        for table, name, old, new in placed.replaced:
-            if table.get(name) is new:
-                table[name] = old
-        with torch.no_grad():
-            for part, home, version in placed.homes:
-                # Untouched weights are not written back: they may be a read-only map of a file.
-                set_data(part, home if part._version == version else home.copy_(part))
-                if part.grad is not None and part.grad.device != part.device:
-                    part.grad = part.grad.to(part.device)
-        placed.homes.clear()
-        if placed.buffer is not None:
-            self.device.unplace(placed.buffer)
-
     # ---- around a block -----------------------------------------------------------------------------------------------------------
 
-    def _hooks_of(self, unit: Unit) -> tuple[Callable[..., None], Callable[..., None]]:
-        def before(module: nn.Module, args: Any) -> None:
-            self._before(unit, args)
+    def _claim(self, *, in_backward: bool = False) -> Active | None:
+        """Begin to run something; what ran already in this thread. Raises RuntimeError where another thread does."""
+        thread = threading.get_ident()
+        with self._lock:
+            running = self._active
+            if (running is not None and running.thread != thread) or (not in_backward and self._backward.busy(thread)):
+                raise RuntimeError(ONE_THREAD)
+            self._active = Active(None, thread)
+        return running
 
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            self._after(unit)
+    def _before_all(self, module: nn.Module, args: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            return
+        running = self._claim()
+        try:
+            if running is None:
+                self._backward.end()
+                if self._edited():
+                    self._arrive_again()
+                self._refuse_unreached()
+        finally:
+            self._active = running
 
-        return torch.compiler.disable(before), torch.compiler.disable(after)
-
-    def _before(self, unit: Unit, args: tuple[Any, ...]) -> None:
-        if self._active is not None:  # an interrupt (no Exception) got past torch's promise to call hooks always
-            self._restore(self._active)
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         in_backward = torch._C._current_graph_task_id() != -1
+        running = self._claim(in_backward=in_backward)
+        try:
+            if running is not None and running.unit is not None:  # an interrupt (no Exception) got past torch's promise to call hooks always
+                self._restore(running.unit)
+            self._bring(module, args, in_backward)
+        except BaseException:
+            self._active = None
+            raise
+
+    def _bring(self, module: nn.Module, args: tuple[Any, ...], in_backward: bool) -> None:
+        unit = self._unit_of(module)
+        if torch.jit.is_tracing():
+            raise RuntimeError("a trace would keep weights that move; trace the module outside of the offload context")
+        if torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError("transforms of torch.func do not go through an offloaded block with gradients; use autograd, or leave the context")
+        written = unit.written_in_a_file()
+        if written is not None:
+            raise RuntimeError(
+                f"{self._name_of(*written)} lies in a file and was written to; load the module's weights first, or replace the parameter"
+            )
         if not in_backward:
-            self._end_backward()
+            self._thread = threading.get_ident()
+            self._backward.end()
+            if not unit.intact():
+                self._arrive_again()
+                unit = self._unit_of(module)
             self._new_pass(unit, args)
-        assert self.scheduler is not None
-        if in_backward:  # a checkpointed block is computed again: its weights stay for the gradients that follow
-            buffer = self._for_backward(unit)
-        else:
-            buffer = self.scheduler.acquire(unit.index, FORWARD)
-        self._active, unit.swapped = unit, []
+            unit = self._unit_of(module)  # it may have been laid out again
+        elif not unit.intact():
+            raise RuntimeError(f"{unit.block.name} was edited between forward and backward; edit it before the forward or after the backward")
+        assert self.scheduler is not None and unit.lent is not None
+        # A checkpointed block is computed again in the backward: its weights stay for the gradients that follow.
+        buffer = self._backward.bring(unit, self._thread) if in_backward else self._fetch(unit, FORWARD)
+        self._active = Active(unit, threading.get_ident(), buffer)
         if buffer is None:
             return
         graph = torch.is_grad_enabled()
-        with torch.inference_mode(False):  # inference tensors would not tell when a buffer is written
-            views = list(unit.packing.views(buffer))
-        for owner, name, old, new in views:
-            table = _table(owner, name)
-            if graph and new.requires_grad:
-                new.register_post_accumulate_grad_hook(_gradient_to(old))
-            unit.swapped.append((table, name, old, new, new._version))
-            table[name] = new
+        unit.lent.put_in(buffer, graph)
         if graph:
-            outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
-            self._saving = torch.autograd.graph.saved_tensors_hooks(partial(self._pack, unit, buffer.data_ptr(), outer), self._unpack)
+            self._saving = self._backward.hooks(unit, buffer)
             self._saving.__enter__()
 
-    def _after(self, unit: Unit) -> None:
-        if unit.swapped is None:  # the block never started
-            return
-        self._restore(unit)
+    def _unit_of(self, module: nn.Module) -> Unit:
+        unit = next((unit for unit in self._units if unit.block.module is module), None)
+        if unit is None:
+            raise RuntimeError(f"this {type(module).__name__} was no block any more when it ran; edit the module between its runs")
+        return unit
+
+    def _fetch(self, unit: Unit, direction: str) -> Any:
         assert self.scheduler is not None
-        if self._in_backward is not unit:
-            self.scheduler.release(unit.index)
+        if unit.index in self.scheduler.loaded and self._stale(unit):
+            self.scheduler.reload(unit.index)
+        return self.scheduler.acquire(unit.index, direction)
+
+    def _release(self, block: int) -> None:
+        assert self.scheduler is not None
+        self.scheduler.release(block)
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        active, unit = self._active, None if self._active is None else self._active.unit
+        if active is None or unit is None or unit.block.module is not module or active.thread != threading.get_ident():
+            return  # the block never started
+        self._active = Active(None, active.thread)  # without the buffer, which would be kept while the next one is allocated
+        del active
+        try:
+            self._restore(unit)
+        finally:
+            if self._backward.unit is not unit:
+                self._release(unit.index)
+            self._active = None
 
     def _restore(self, unit: Unit) -> None:
-        """The module's own tensors again. Buffers that the block wrote are kept."""
+        """The module's own tensors again, with what the block that ran wrote to them."""
         if self._saving is not None:
             self._saving.__exit__(None, None, None)
             self._saving = None
-        self._active = None
-        swapped, unit.swapped = unit.swapped or [], None
-        for table, name, old, new, version in swapped:
-            if table.get(name) is not new:
-                continue  # the block put something else there
-            table[name] = old
-            if not isinstance(old, nn.Parameter):
-                if new._version != version:
-                    with torch.no_grad():
-                        old.copy_(new)
-            elif new.requires_grad:
-                # The graph still holds this leaf, for its gradient. It must not hold the slot.
-                new.data = torch.full((), math.nan, dtype=new.dtype, device=new.device).expand(new.shape)
+        if unit.lent is not None and unit.lent.is_in:
+            unit.touched = unit.lent.take_out(self._name_of)
+
+    def _name_of(self, owner: nn.Module, name: str) -> str:
+        return next((f"{prefix}.{name}" for prefix, part in self.module.named_modules() if part is owner), name)
 
     def _new_pass(self, unit: Unit, args: tuple[Any, ...]) -> None:
         """Learn the order of the blocks from the first pass; plan again when a pass begins and its compute has changed."""
@@ -375,9 +460,10 @@ class Offload:
             )
             if training != self.scheduler.backward:
                 self.scheduler.set_backward(training)
-            # An optimizer has stepped since these were fetched. All at once, so that the copies run ahead of the blocks.
-            for index in [index for index in self.scheduler.loaded if self._units[index].copied != self._units[index].versions()]:
-                self.scheduler.reload(index)
+            # They may have been written to since they were fetched. All at once, so that the copies run ahead of the blocks.
+            for index, other in [(index, self._units[index]) for index in self.scheduler.loaded]:
+                if self._stale(other) or other.held or other.held_elsewhere(self._storages):
+                    self.scheduler.reload(index)
         self._last = unit.index
 
     def _remade(self) -> Plan:
@@ -385,6 +471,8 @@ class Offload:
 
     def _restart(self, plan: Plan) -> None:
         assert self.scheduler is not None
+        if self._edited(blocks=True):
+            return self._arrive_again()
         copied, misses = self.scheduler.copied_bytes, self.scheduler.misses
         self.scheduler.close()
         self._start(plan)
@@ -415,48 +503,6 @@ class Offload:
             if record.kind == "compute" and record.block not in found and self.device.happened(record.end):
                 found[record.block] = self.device.seconds(record.start, record.end)
         return [found[index] for index in range(len(self._units))] if len(found) == len(self._units) else None
-
-    # ---- backward -----------------------------------------------------------------------------------------------------------------
-
-    def _pack(self, unit: Unit, address: int, outer: Any, tensor: Tensor) -> Any:
-        # By address: autograd keeps this function with every saved tensor, and with it anything that it refers to.
-        if tensor.layout != torch.strided or tensor.untyped_storage().data_ptr() != address:
-            # Only the innermost hooks are asked: hand on to those that were there before (checkpointing, save_on_cpu).
-            return tensor if outer is None else _Outer(outer[1], outer[0](tensor))
-        return _Ref(unit, int(tensor.storage_offset()), tensor.dtype, tensor.shape, tensor.stride(), unit.versions())
-
-    def _unpack(self, saved: Any) -> Tensor:
-        if isinstance(saved, _Outer):
-            return saved.unpack(saved.packed)
-        if not isinstance(saved, _Ref):
-            return saved
-        if self.scheduler is None:
-            raise RuntimeError("backward was called outside the offload context of its forward; call it inside")
-        if saved.versions != saved.unit.versions():
-            raise RuntimeError(f"weights of {saved.unit.block.name} were changed between forward and backward; step the optimizer after backward")
-        buffer = self._for_backward(saved.unit)
-        return (
-            buffer[: buffer.numel() // saved.dtype.itemsize * saved.dtype.itemsize]
-            .view(saved.dtype)
-            .as_strided(saved.size, saved.stride, saved.offset)
-        )
-
-    def _for_backward(self, unit: Unit) -> Any:
-        if self._in_backward is not unit:
-            assert self.scheduler is not None
-            if self._in_backward is None:
-                torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
-            else:
-                self._backward_buffer = None  # before the slot is filled again
-                self.scheduler.release(self._in_backward.index)
-            self._backward_buffer = self.scheduler.acquire(unit.index, BACKWARD)
-            self._in_backward = unit
-        return self._backward_buffer
-
-    def _end_backward(self) -> None:
-        unit, self._in_backward, self._backward_buffer = self._in_backward, None, None
-        if unit is not None and self.scheduler is not None:
-            self.scheduler.release(unit.index)
 
     # ---- report -------------------------------------------------------------------------------------------------------------------
 
@@ -501,46 +547,3 @@ class Offload:
             "predicted": None if self.prediction is None else vars(self.prediction),
             "events": events,
         }
-
-
-def _gradient_to(home: Tensor) -> Callable[[Tensor], None]:
-    """Move a finished gradient to the host parameter, as autograd would have accumulated it there."""
-
-    def move(leaf: Tensor) -> None:
-        assert leaf.grad is not None
-        gradient = leaf.grad.detach().to(home.device)
-        leaf.grad = None
-        with torch.no_grad():
-            if home.grad is None:
-                home.grad = gradient
-            else:
-                home.grad += gradient
-
-    return move
-
-
-def _table(owner: nn.Module, name: str) -> dict[str, Any]:
-    return owner._parameters if name in owner._parameters else owner._buffers
-
-
-def _device(device: Any) -> Any:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if isinstance(device, (str, torch.device)):
-        device = torch.device(device)
-        if device.type == "cpu":
-            return CpuArena()
-        if device.type != "cuda":
-            raise ValueError(f"device is {device}; use a CUDA device, or 'cpu' for the arena")
-        return CudaDevice(torch.device("cuda", torch.cuda.current_device()) if device.index is None else device)
-    return device
-
-
-def _machine_bytes() -> int:
-    return CpuArena().room()
-
-
-def _gb(nbytes: float, *, up: bool = False) -> str:
-    """Bytes as GB with three digits after the point; rounded up where the number is a minimum."""
-    value = nbytes / GB * 1000
-    return f"{(math.ceil(value) if up else round(value)) / 1000:g}" if value >= 1 else f"{nbytes / GB:.2g}"

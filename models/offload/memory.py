@@ -48,6 +48,11 @@ def set_data(part: Tensor, data: Tensor) -> None:
         part.data = data
 
 
+def table_of(owner: nn.Module, name: str) -> dict[str, Any]:
+    """The table of `owner` that has, or had, a tensor of that name."""
+    return owner._parameters if name in owner._parameters else owner._buffers
+
+
 def as_parameter(tensor: Tensor, like: Tensor) -> Tensor:
     """`tensor` as a new leaf, a Parameter where `like` is one."""
     if isinstance(like, nn.Parameter):
@@ -92,17 +97,11 @@ def shared_between(groups: Iterable[Iterable[Tensor]]) -> set[int]:
 class Piece:
     """One plain tensor inside a packed run of bytes."""
 
-    offset: int
-    nbytes: int
+    run: int  # which run of memory it belongs to
+    offset: int  # in bytes, from the start of the run
     dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
-
-    def view(self, buffer: Tensor) -> Tensor:
-        """This tensor as a view of `buffer` (uint8, on any device)."""
-        if not self.nbytes:
-            return torch.empty(self.size, dtype=self.dtype, device=buffer.device)
-        return buffer[self.offset : self.offset + self.nbytes].view(self.dtype).as_strided(self.size, self.stride)
 
 
 @dataclass(frozen=True)
@@ -119,44 +118,76 @@ class Packing:
     def __init__(self, tensors: Iterable[tuple[nn.Module, str, Tensor]]):
         self.entries = list(tensors)
         self.parts = list({id(part): part for _, _, tensor in self.entries for part in plain_parts(tensor)}.values())
-        self.runs: list[tuple[int, list[Tensor]]] = []  # (offset, the plain tensors of one run of memory, first the one it starts with)
+        self.runs: list[tuple[int, list[Tensor]]] = []  # (offset, the plain tensors of one run of memory, first the one it starts with), ascending
         self.pieces: dict[int, Piece] = {}
+        self._ends: list[int] = []  # of the runs
         self.nbytes = 0
         run_start = run_end = -1
         for start, length, _, part in sorted((*span(part), index, part) for index, part in enumerate(self.parts)):
             if start >= run_end:
                 self.runs.append((self.nbytes, []))
-                run_start = run_end = start
+                self._ends.append(self.nbytes)
+                run_start, run_end = start - start % 16, start  # so that every dtype is aligned as it was
             offset = self.runs[-1][0]
             self.runs[-1][1].append(part)
             run_end = max(run_end, start + length)
             self.nbytes = -(-(offset + run_end - run_start) // ALIGNMENT) * ALIGNMENT
-            self.pieces[id(part)] = Piece(offset + start - run_start, length, part.dtype, part.shape, part.stride())
+            self.pieces[id(part)] = Piece(len(self.runs) - 1, start - run_start, part.dtype, part.shape, part.stride())
+            self._ends[-1:] = [offset + run_end - run_start]
 
     def segments(self) -> list[Segment]:
         """The bytes where they are now. Valid while nobody moves the tensors."""
-        return [Segment(_bytes(part, self.pieces[id(part)].nbytes), self.pieces[id(part)].offset) for _, run in self.runs for part in _cover(run)]
+        return [Segment(bytes_of(part), self.offset_of(part)) for _, run in self.runs for part in _cover(run)]
 
-    def attach(self, buffer: Tensor) -> None:
-        """Make `buffer`, which holds the bytes, the memory of the module's own tensors."""
+    def offset_of(self, part: Tensor) -> int:
+        """Where a plain tensor starts in the packed bytes."""
+        piece = self.pieces[id(part)]
+        return self.runs[piece.run][0] + piece.offset
+
+    def parts_on(self, buffer: Tensor) -> dict[int, Tensor]:
+        """id of each plain tensor -> the same as a part of `buffer` (uint8, on any device).
+
+        Each run is a storage of its own, so that who saves or copies a tensor does not do it with all of the buffer.
+        """
+        whole = buffer.untyped_storage()
+        storages = [whole[offset:end] for (offset, _), end in zip(self.runs, self._ends, strict=True)]
+        with torch.inference_mode(False):  # inference tensors would not tell when they are written to
+            return {key: _tensor_in(storages[piece.run], piece) for key, piece in self.pieces.items()}
+
+    def attach(self, buffer: Tensor, *, instead_of: Tensor | None = None) -> None:
+        """Make `buffer`, which holds the bytes, the memory of the module's own tensors; of those alone that lie in another buffer."""
+        parts = self.parts_on(buffer)
         for part in self.parts:
-            set_data(part, self.pieces[id(part)].view(buffer))
+            if instead_of is None or 0 <= part.untyped_storage().data_ptr() - instead_of.data_ptr() < instead_of.nbytes:
+                set_data(part, parts[id(part)])
 
     def views(self, buffer: Tensor) -> Iterator[tuple[nn.Module, str, Tensor, Tensor]]:
         """(owner, name, the module's tensor, the same tensor made of views of `buffer`); a tensor used in two places comes as one object."""
         made: dict[int, Tensor] = {}
+        parts = self.parts_on(buffer)
         for owner, name, tensor in self.entries:
             if id(tensor) not in made:
-                views = (self.pieces[id(part)].view(buffer) for part in plain_parts(tensor))
-                made[id(tensor)] = as_parameter(with_parts(tensor, views), tensor)
+                made[id(tensor)] = as_parameter(with_parts(tensor, (parts[id(part)] for part in plain_parts(tensor))), tensor)
             yield owner, name, tensor, made[id(tensor)]
 
 
-def _bytes(part: Tensor, nbytes: int) -> Tensor:
+def _tensor_in(storage: torch.UntypedStorage, piece: Piece) -> Tensor:
+    return torch.empty(0, dtype=piece.dtype, device=storage.device).set_(storage, piece.offset // piece.dtype.itemsize, piece.size, piece.stride)
+
+
+def bytes_of(part: Tensor) -> Tensor:
+    """The memory that a plain tensor covers, as uint8."""
     with torch._C.DisableTorchFunctionSubclass():
         storage = part.untyped_storage()
         start = part.storage_offset() * part.element_size()
-        return torch.empty(0, dtype=torch.uint8, device=part.device).set_(storage, start, (nbytes,), (1,))
+        return torch.empty(0, dtype=torch.uint8, device=part.device).set_(storage, start, (span(part)[1],), (1,))
+
+
+def same_bytes(part: Tensor, home: Tensor) -> bool:
+    """Whether two plain tensors of one shape and dtype hold the same bits, wherever they are."""
+    if part.stride() != home.stride():
+        part, home = part.contiguous(), home.contiguous()
+    return torch.equal(bytes_of(part).to(home.device), bytes_of(home))
 
 
 def _cover(run: list[Tensor]) -> Iterator[Tensor]:

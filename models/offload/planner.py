@@ -127,3 +127,28 @@ def _fitting(nbytes: Sequence[int], budget: int, slots: int) -> Plan | None:
         if device_bytes(plan, nbytes) <= budget:
             return plan
     return None
+
+
+def checked_budget(budget_gb: float | None, fixed: int, nbytes: Sequence[int], room: int, *, device: object, name: str) -> int | None:
+    """The budget in bytes. fixed: bytes outside the blocks; room: bytes that the device can give. Raises ValueError, which names the smallest one."""
+    smallest = fixed + smallest_budget(nbytes)
+    remedy = f"the smallest workable budget for {name} is {gigabytes(smallest, up=True)} GB"
+    if budget_gb is not None:
+        if not isinstance(budget_gb, (int, float)) or not math.isfinite(budget_gb):
+            raise ValueError(f"budget_gb is {budget_gb!r}, not a number of gigabytes; {remedy}")
+        if budget_gb * GB < smallest:
+            raise ValueError(
+                f"budget_gb is {budget_gb:g}: too small for two blocks ({gigabytes(max(nbytes))} GB each) and what is outside the blocks "
+                f"({gigabytes(fixed)} GB); {remedy}"
+            )
+        if budget_gb * GB > room:
+            raise ValueError(f"budget_gb is {budget_gb:g} and {device} has {gigabytes(room)} GB to give; use less: {remedy}")
+    if smallest > room:
+        raise ValueError(f"{device} has {gigabytes(room)} GB to give; {remedy}")
+    return None if budget_gb is None else int(budget_gb * GB)
+
+
+def gigabytes(nbytes: float, *, up: bool = False) -> str:
+    """Bytes as GB with three digits after the point; rounded up where the number is a minimum."""
+    value = nbytes / GB * 1000
+    return f"{(math.ceil(value) if up else round(value)) / 1000:g}" if value >= 1 else f"{nbytes / GB:.2g}"

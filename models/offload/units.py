@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .blocks import Block
-from .memory import Packing, Segment, plain_parts, shared_between, tensors_of
+from .edits import places, references, storage_users
+from .lent import Lent
+from .memory import Packing, Segment, plain_parts, shared_between, table_of, tensors_of
 
 # Smaller buffers (counters, statistics, rotary tables) stay on the device: blocks write to them, and they weigh nothing.
 SMALL_BUFFER = 1 << 16
@@ -23,18 +26,56 @@ class Unit:
     block: Block
     packing: Packing
     host: Callable[[], list[Segment]]
+    file_versions: dict[int, int]  # id of each tensor on the meta device -> its version
     index: int = -1
-    copied: tuple[int, ...] = ()  # versions of the parameters when they were last copied to the device
-    swapped: list[tuple[dict[str, Any], str, Tensor, Tensor, int]] | None = None
+    places: list[tuple[Any, ...]] = field(default_factory=list)  # of its plain tensors
+    values: list[Tensor | None] = field(default_factory=list)  # what the module's tables have in its places
+    copied: tuple[int, ...] = ()  # versions of the tensors when they were last copied to the device
+    touched: bool = False  # somebody has reached into its tables since
+    held: bool = False  # somebody else held a tensor of it at that time
+    retired: str = ""  # why a backward cannot come back to it
+    lent: Lent | None = None
 
     def to_copy(self) -> list[Segment]:
         """What the device copies; notes of which versions."""
         self.copied = self.versions()
+        self.touched = False
         return self.host()
 
     def versions(self) -> tuple[int, ...]:
-        """Grow whenever a parameter is written to."""
-        return tuple(old._version for _, _, old in self.packing.entries if isinstance(old, nn.Parameter))
+        """Grow whenever a tensor is written to, but not through `.data`."""
+        return tuple(part._version for part in self.packing.parts)
+
+    def note_places(self) -> None:
+        self.places, self.values = places(self.packing.parts), self._values()
+
+    def in_place(self) -> bool:
+        """Whether its tensors, of the module still or not, lie where they were."""
+        return self.places == places(self.packing.parts)
+
+    def intact(self) -> bool:
+        """Whether the module has the tensors of this block where they were."""
+        return self.in_place() and all(now is then for now, then in zip(self._values(), self.values, strict=True))
+
+    def _values(self) -> list[Tensor | None]:
+        return [dict.get(table_of(owner, name), name) for owner, name, _ in self.packing.entries]
+
+    def written_in_a_file(self) -> tuple[nn.Module, str] | None:
+        """A tensor on the meta device that was written to, which has no effect."""
+        return next(
+            ((owner, name) for owner, name, tensor in self.packing.entries if tensor.is_meta and tensor._version != self.file_versions[id(tensor)]),
+            None,
+        )
+
+    def held_elsewhere(self, storages: Counter[int]) -> bool:
+        """Whether anybody but its module and ourselves holds a tensor of this block, or its memory, and so may write to it unseen."""
+        # No loop variable here outside of a comprehension: it would hold a tensor.
+        tables = [id(tensor) for owner, name, tensor in self.packing.entries if name in owner._parameters]  # those that `Structure` has, too
+        known = Counter([id(tensor) for _, _, tensor in self.packing.entries] * 3 + tables + [id(part) for part in self.packing.parts] * 2)
+        tensors = list({id(tensor): tensor for _, _, tensor in self.packing.entries}.values())
+        return any(found > known[key] for key, found in references(tensors)) or any(
+            users > storages[storage] for storage, users in storage_users(self.packing.parts)
+        )
 
 
 def divide(module: nn.Module, blocks: list[Block], file_of: dict[int, Tensor]) -> tuple[list[Unit], list[tuple[nn.Module, str, Tensor]]]:
@@ -50,7 +91,7 @@ def divide(module: nn.Module, blocks: list[Block], file_of: dict[int, Tensor]) -
     units = []
     for block, entries in zip(blocks, own, strict=True):
         packing = Packing(entries)
-        units.append(Unit(block, packing, source_of(packing, file_of)))
+        units.append(Unit(block, packing, source_of(packing, file_of), {id(part): part._version for part in packing.parts if part.is_meta}))
     return units, groups[-1] + tied
 
 
@@ -60,7 +101,7 @@ def source_of(packing: Packing, file_of: dict[int, Tensor]) -> Callable[[], list
         return packing.segments
 
     def segments() -> list[Segment]:
-        flat = ((packing.pieces[id(part)].offset, file_of.get(id(part), part)) for part in packing.parts)
+        flat = ((packing.offset_of(part), file_of.get(id(part), part)) for part in packing.parts)
         return [Segment(source.contiguous().flatten().view(torch.uint8), offset) for offset, source in flat if source.numel()]
 
     return segments
