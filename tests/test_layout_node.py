@@ -43,6 +43,9 @@ WRONG = [
     ([box(width=0), box("b", height=-3)], r"box 1 'a' has no area \(0 x 8 pixels\); box 2 'b' has no area \(8 x -3 pixels\)"),
     ([box(), box("far", 100, 0)], r"^box 2 'far' \(at 100, 0, 8 x 8\) lies outside of the canvas of 100 x 50"),
     ([box(y=-8)], r"box 1 .* lies outside"),
+    ([box(width=20_000, height=20_000)], r"box 1 'a' is 20000 x 20000 pixels, which is more than 256 x 2\*\*20 in all"),
+    (f"[{'1' * 5000}]", r"boxes is JSON with too long a number, or nested too deep; write"),
+    ("[" * 100_000, r"boxes is JSON with too long a number, or nested too deep; write"),
     ([box(width=30_001)], r"box 1 'a' has a side of more than 30000 pixels"),
     ([box(width=0)] * 200, r"box 5 'a' has no area \(0 x 8 pixels\), and 195 more boxes are wrong; change them in the editor, or write"),
 ]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .document import MAX_FAR, MAX_SIDE, Box, Document, Group, Layer, Node, Transform, clean_name
+from .document import MAX_AREA, MAX_FAR, MAX_SIDE, Box, Document, Group, Layer, Node, Transform, clean_name
 
 FITS = ("contain", "cover", "stretch")
 SIDES = ("x", "y", "width", "height")
@@ -105,10 +105,14 @@ def golden(count: int, width: int, height: int) -> list[Box]:
 
 
 def from_masks(masks: Tensor, size: tuple[int, int] | None = None, threshold: float = 0.5) -> list[Box]:
-    """The boxes of what is above the threshold in masks `(count, height, width)`, scaled to a canvas of `size` (width, height) if given.
+    """The boxes of what is above the threshold in masks `(count, height, width)`, or one `(height, width)`.
 
-    Raises ValueError for a mask that has nothing there.
+    size: (width, height) of the canvas that they are scaled to, or None. Raises ValueError, also for a mask that has nothing there.
     """
+    if not isinstance(masks, Tensor) or masks.ndim not in (2, 3) or not masks.numel():
+        found = tuple(masks.shape) if isinstance(masks, Tensor) else f"{masks!r:.40}"
+        raise ValueError(f"masks is {found}; connect masks of (count, height, width), one a layer")
+    masks = masks.reshape(-1, *masks.shape[-2:])
     across, down = (1.0, 1.0) if size is None else (size[0] / masks.shape[2], size[1] / masks.shape[1])
     boxes: list[Box] = []
     for index, mask in enumerate(masks > threshold):
@@ -125,14 +129,16 @@ def from_json(text: str, width: int, height: int) -> list[tuple[str, Box]]:
     """Names and boxes, bottom to top, of a JSON list such as `[{"name": "sky", "x": 0, "y": 0, "width": 512, "height": 128}]`, in pixels.
 
     A name may be missing, which is "". Boxes may overlap and reach beyond the canvas. Raises ValueError that says for each wrong box what is
-    wrong with it: no such object, no area, or all of it outside of the canvas.
+    wrong with it: no such object, no area or too much, or all of it outside of the canvas.
     """
     if min(width, height) < 1:
         raise ValueError(f"the canvas is {width} x {height} pixels; use 1 or more a side")
     try:
         items = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except json.JSONDecodeError as error:
         raise ValueError(f"boxes is not JSON ({error}); {_WRITE}") from error
+    except (ValueError, RecursionError) as error:  # in Python's own words: a number of thousands of digits, lists in thousands of lists
+        raise ValueError(f"boxes is JSON with too long a number, or nested too deep; {_WRITE}") from error
     if not isinstance(items, list):
         raise ValueError(f"boxes is {json.dumps(items)[:60]} and no list; {_WRITE}")
     named: list[tuple[str, Box]] = []
@@ -146,6 +152,8 @@ def from_json(text: str, width: int, height: int) -> list[tuple[str, Box]]:
                 problem = f"{name[:40]!r} has no area ({box_width} x {box_height} pixels)"
             elif max(box_width, box_height) > MAX_SIDE:
                 problem = f"{name[:40]!r} has a side of more than {MAX_SIDE} pixels"
+            elif box_width * box_height > MAX_AREA:
+                problem = f"{name[:40]!r} is {box_width} x {box_height} pixels, which is more than {MAX_AREA >> 20} x 2**20 in all"
             elif x >= width or y >= height or x + box_width <= 0 or y + box_height <= 0:
                 problem = f"{name[:40]!r} (at {x}, {y}, {box_width} x {box_height}) lies outside of the canvas of {width} x {height}"
             else:
