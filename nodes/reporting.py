@@ -12,13 +12,17 @@ from server import PromptServer
 
 
 def say(node_id: Any, text: str) -> None:
-    """Show text on the node; None is no node. Without a server, as in scripts, nobody reads it."""
-    if node_id is not None and getattr(PromptServer, "instance", None) is not None:
-        PromptServer.instance.send_progress_text(text, node_id)
+    """Show text on the node, in the window that asked for the run; another has other nodes of that number. None is no node.
+
+    Without a server, as in scripts, or for a run that no window asked for, nobody reads it.
+    """
+    server = getattr(PromptServer, "instance", None)
+    if node_id is not None and server is not None and server.client_id is not None:
+        server.send_progress_text(text, node_id, server.client_id)
 
 
 def said(cls: Any, text: str) -> dict[str, tuple[str]]:
-    """Show text on the running node `cls`; returns the part of its `ui` that carries it to the history, which the front end does not draw."""
+    """Show text on the running node `cls`; returns the part of its `ui` that carries it to the history, and back to the node (web/results.js)."""
     say(cls.hidden.unique_id, text)
     return {"text": (text,)}
 

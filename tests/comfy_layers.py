@@ -65,7 +65,7 @@ def sizes(folder, images):
 def run(node, **inputs):
     """Its `ui` and what it said on the node, or the name of what it raised."""
     said = []
-    PromptServer.instance = SimpleNamespace(send_progress_text=lambda line, node_id: said.append([line, node_id]))
+    PromptServer.instance = SimpleNamespace(client_id="window", send_progress_text=lambda line, node_id, window: said.append([line, node_id]))
     hidden = SimpleNamespace(unique_id="7", prompt=None, extra_pnginfo=None)
     try:
         out = type("Node", (node,), {"hidden": hidden}).execute(**inputs).ui

@@ -197,7 +197,7 @@ class Nearest:
 
 def interrupted():
     """A clip of 12 frames of 2 patches, stopped in the middle of the sixth: what is kept, said, and computed in the next run."""
-    PromptServer.instance = SimpleNamespace(send_progress_text=lambda line, node: said.append(line))
+    PromptServer.instance = SimpleNamespace(client_id="window", send_progress_text=lambda line, node, window: said.append(line))
     node = type("Node", (PatchUpscaleVideoFile,), {"hidden": SimpleNamespace(unique_id="7", prompt={"1": {}}, extra_pnginfo=None)})
     previews = []
     comfy.utils.PROGRESS_BAR_HOOK = lambda value, total, preview, node_id=None: previews.append((value, total, preview[1].size))
@@ -236,7 +236,7 @@ def pictures():
         image = torch.linspace(0, 1, 3 * 48 * 96).view(3, 48, 96, 1).repeat(1, 1, 1, channels)
         image[..., 3:] = 0.25
         said = []
-        PromptServer.instance = SimpleNamespace(send_progress_text=lambda line, node, said=said: said.append(line))
+        PromptServer.instance = SimpleNamespace(client_id="window", send_progress_text=lambda line, node, window, said=said: said.append(line))
         comfy.utils.PROGRESS_BAR_HOOK = lambda value, total, preview, node_id=None: preview[1].load()
         model = Nearest(stop=3)
         arguments = {"upscale_model": model, "image": image, "size": {"size": "factor", "factor": 2.0}, "tile": 64, "overlap": 16}
@@ -249,7 +249,7 @@ def pictures():
         error = (out - image.repeat_interleave(2, 1).repeat_interleave(2, 2)).abs().max()
         emit(f"pictures {channels}", calls=[stopped, model.calls], error=float(error), shape=list(out.shape), said=said)
     said = []
-    PromptServer.instance = SimpleNamespace(send_progress_text=lambda line, node: said.append(line))
+    PromptServer.instance = SimpleNamespace(client_id="window", send_progress_text=lambda line, node, window: said.append(line))
     display = Display("7", "frame", None)
     display.plan(8, 8, 1, 2, 64, 16)
     display.finished(0, None)
