@@ -10,6 +10,7 @@ const GOLDEN_ANGLE = 137.508; // degrees of hue between neighbours, as in models
 const SIDES = ["x", "y", "width", "height"];
 const LOST = "without an area or outside of the canvas";
 const HANDLES = ["nw", "n", "ne", "e", "se", "s", "sw", "w"];
+const ON_NODES = ["ctrl+a", "ctrl+b", "ctrl+g", "ctrl+m", "alt+c", "p"]; // of ComfyUI's keys those that would change the nodes that are selected
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
 const STYLE = `
@@ -53,6 +54,12 @@ function parse(text) {
     return boxes.map(({ name = "", x, y, width, height }) => ({ name, x, y, width, height }));
 }
 
+/** The editor that has the focus, unless a name is being typed. */
+function focused() {
+    const part = document.activeElement?.closest(".tessera-layout");
+    return part && !document.activeElement.matches(".name") ? editors.get(part) : undefined;
+}
+
 /** How far to move so that one of `edges` comes to one of `lines`, or the first edge to the grid where no line is within `reach`. */
 function pull(edges, lines, reach) {
     const ways = edges.flatMap((edge) => lines.map((line) => line - edge)).sort((a, b) => Math.abs(a) - Math.abs(b));
@@ -68,6 +75,9 @@ function handleAt(handle) {
     return element("div", { className: "handle", style, dataset: { handle } });
 }
 
+const editors = new WeakMap(); // of the elements
+let made = 0;
+
 class LayoutEditor {
     constructor(node, text) {
         this.node = node;
@@ -77,6 +87,7 @@ class LayoutEditor {
         this.list = element("select", { ariaLabel: "Selected box, uppermost first", onchange: () => this.select(Number(this.list.value)) });
         this.tools = {
             add: button("Add a box", "+", () => this.add()),
+            duplicate: button("Duplicate (Ctrl+D)", "×2", () => this.paste([this.boxes[this.selected]])),
             rename: button("Rename (F2)", "✎", () => this.rename()),
             raise: button("Raise ( ] )", "▲", () => this.restack(1)),
             lower: button("Lower ( [ )", "▼", () => this.restack(-1)),
@@ -88,7 +99,8 @@ class LayoutEditor {
         this.frame = element("div", { className: "frame" }, ...HANDLES.map(handleAt));
         this.canvas = element("div", { className: "canvas" }, this.layers, this.frame);
         this.stage = element("div", { className: "stage", tabIndex: 0, role: "listbox" }, this.canvas);
-        this.stage.type = "textarea"; // ComfyUI leaves undo and copying to what has the focus and this type
+        for (const part of [this.list, this.stage]) // ComfyUI leaves undo to what has the focus and this type
+            Object.defineProperty(part, "type", { value: "textarea" });
         this.status = element("div", { className: "status", role: "status" });
         this.element = element(
             "div",
@@ -97,7 +109,9 @@ class LayoutEditor {
             this.stage,
             this.status,
         );
-        const on = { pointerdown: "press", pointermove: "drag", pointerup: "release", lostpointercapture: "cancel", keydown: "key", dblclick: "name" };
+        editors.set(this.element, this);
+        this.element.addEventListener("keydown", (event) => this.key(event));
+        const on = { pointerdown: "press", pointermove: "drag", pointerup: "release", lostpointercapture: "cancel", dblclick: "name" };
         Object.entries(on).forEach(([type, method]) => this.stage.addEventListener(type, (event) => this[method](event)));
         this.element.addEventListener("pointerenter", () => this.gesture ?? this.render()); // a size may have come without a callback
         this.element.addEventListener("wheel", (event) => {
@@ -169,6 +183,21 @@ class LayoutEditor {
         const [width, height] = this.size;
         const [x, y] = [width, height].map((side) => Math.round(side / 4 / GRID) * GRID);
         this.boxes.push({ name: "", x, y, width: Math.ceil(width / 2), height: Math.ceil(height / 2) });
+        this.selected = this.boxes.length - 1;
+        this.commit();
+    }
+
+    /** Copies of boxes, uppermost, moved where they would hide what they are copies of. */
+    paste(boxes) {
+        for (const box of boxes) {
+            const copy = { ...box };
+            while (this.boxes.some((other) => SIDES.every((side) => other[side] === copy[side]))) {
+                copy.x += GRID;
+                copy.y += GRID;
+            }
+            this.fit(copy);
+            this.boxes.push(copy);
+        }
         this.selected = this.boxes.length - 1;
         this.commit();
     }
@@ -330,11 +359,18 @@ class LayoutEditor {
         const box = this.boxes[this.selected];
         const command = event.ctrlKey || event.metaKey;
         const letter = command && event.key.toLowerCase();
-        if (letter === "z" || letter === "y") {
+        const onStage = document.activeElement === this.stage; // the list and the buttons have arrows and Enter of their own
+        const named = `${command ? "ctrl+" : ""}${event.altKey ? "alt+" : ""}${event.key.toLowerCase()}`;
+        if (["c", "x", "v"].includes(letter)) return event.stopPropagation(); // the browser makes it an event of the clipboard
+        if (letter === "d") {
+            if (box) this.paste([box]);
+        } else if (ON_NODES.includes(named)) {
+            // Nothing: a key that is missed here must not bypass, mute or pin a node.
+        } else if (letter === "z" || letter === "y") {
             this.cancel();
             if (letter === "y" || event.shiftKey) this.step(this.future, this.past);
             else this.step(this.past, this.future);
-        } else if (box && ARROWS[event.key]) {
+        } else if (box && onStage && ARROWS[event.key]) {
             const step = event.shiftKey ? GRID : 1;
             const [x, y] = command ? ["width", "height"] : ["x", "y"];
             box[x] += step * ARROWS[event.key][0];
@@ -343,7 +379,7 @@ class LayoutEditor {
             this.commit(event.repeat && this.past.length > 0);
         } else if (event.key === "Delete" || event.key === "Backspace") this.remove();
         else if (event.key === "[" || event.key === "]") this.restack(event.key === "]" ? 1 : -1);
-        else if (event.key === "F2" || (event.key === "Enter" && !command)) this.rename();
+        else if (event.key === "F2" || (onStage && event.key === "Enter" && !command)) this.rename();
         else if (event.key === "Escape" && this.gesture) this.cancel();
         else if (event.key === "Escape" && box) this.select(-1);
         else return;
@@ -389,7 +425,7 @@ class LayoutEditor {
         );
         this.list.value = selected;
         const box = boxes[selected];
-        tools.rename.disabled = tools.remove.disabled = !box;
+        tools.duplicate.disabled = tools.rename.disabled = tools.remove.disabled = !box;
         tools.raise.disabled = !box || selected === boxes.length - 1;
         tools.lower.disabled = !box || selected === 0;
         tools.undo.disabled = !this.past.length;
@@ -403,7 +439,8 @@ class LayoutEditor {
 
 function layoutWidget(node, name, [, options]) {
     const editor = new LayoutEditor(node, options.default);
-    const widget = node.addDOMWidget(name, "TESSERA_LAYOUT", editor.element, {
+    // Nodes 2.0 keeps the element that it shows for a widget of this id, name and type, though undo has made the node anew: each has its own type.
+    const widget = node.addDOMWidget(name, `TESSERA_LAYOUT ${++made}`, editor.element, {
         getValue: () => editor.text,
         setValue: (text) => editor.load(String(text)),
         getMinHeight: () => 300,
@@ -423,6 +460,28 @@ function layoutWidget(node, name, [, options]) {
         editor.render();
     };
     return { widget, minWidth: 340, minHeight: 480 };
+}
+
+// On the window, before ComfyUI, which would copy and paste the nodes that are selected. A box is the text of a list with it: `boxes` of another node.
+for (const type of ["copy", "cut", "paste"]) {
+    const act = (event) => {
+        const editor = focused();
+        if (!editor) return;
+        event.preventDefault();
+        event.stopImmediatePropagation();
+        const box = editor.boxes[editor.selected];
+        if (type !== "paste") {
+            if (box) event.clipboardData.setData("text/plain", JSON.stringify([box]));
+            if (type === "cut") editor.remove();
+            return;
+        }
+        try {
+            editor.paste(parse(event.clipboardData.getData("text/plain")));
+        } catch {
+            editor.status.textContent = "No boxes on the clipboard: copy one with Ctrl+C";
+        }
+    };
+    window.addEventListener(type, act, true);
 }
 
 document.head.append(element("style", { textContent: STYLE }));
