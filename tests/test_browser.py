@@ -47,6 +47,10 @@ LISTEN = """() => {
 }"""
 
 
+REDONE = """() => {
+    const { redoQueue, _restoringState } = app.extensionManager.workflow.activeWorkflow.changeTracker;
+    return _restoringState ? -1 : redoQueue.length;
+}"""  # how many steps could be redone
 PLAY = """file => new Promise((done, failed) => {
     const video = document.createElement('video');
     video.onloadeddata = () => done([video.videoWidth, video.videoHeight]);
@@ -96,6 +100,14 @@ def drop(page: Any, file: Path) -> dict[str, Any]:
     ids = sorted(node["id"] for node in workflow["nodes"])
     page.wait_for_function("ids => String(app.graph.nodes.map(node => Number(node.id)).sort((a, b) => a - b)) === String(ids)", arg=ids)
     return workflow
+
+
+def step(page: Any, keys: str) -> None:
+    """ComfyUI's own undo or redo, of the graph, and not of what had the focus."""
+    page.evaluate("() => document.activeElement.blur()")  # a click would be a step of its own where a node has changed its size
+    before = page.evaluate(REDONE)
+    page.keyboard.press(keys)
+    page.wait_for_function(f"before => ![-1, before].includes(({REDONE})())", arg=before, timeout=20_000)
 
 
 def unknown_nodes(page: Any) -> list[str]:

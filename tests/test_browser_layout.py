@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from test_browser import LISTEN, chromium, page  # noqa: F401
+from test_browser import LISTEN, chromium, page, step  # noqa: F401
 
 from tessera.cli.comfy_server import ComfyServer
 
@@ -205,12 +205,16 @@ INTO_SUBGRAPH = """() => {
 COMMAND = "name => app.extensionManager.command.execute(name)"
 
 
-def settled(tab: Any, count: str, seen: str | None = None) -> None:
+def settled(tab: Any, queued: str, seen: str | None = None) -> None:
     """Waits for as many boxes in the queue and on the screen, and until the editor stays where it is."""
-    tab.wait_for_function(
-        f"async counts => String(await ({COUNTS})()) === String(counts)", arg=[count, count if seen is None else seen], timeout=20_000
-    )
-    tab.wait_for_function(AT_REST)
+    counts = [queued, queued if seen is None else seen]
+    for _ in range(100):
+        if tab.evaluate(COUNTS) == counts:
+            break
+        tab.evaluate(DRAWN)
+    assert tab.evaluate(COUNTS) == counts
+    if counts[1]:
+        tab.wait_for_function(AT_REST)
 
 
 @pytest.mark.parametrize("renderer", ["litegraph", "vue"])
@@ -219,24 +223,21 @@ def test_what_is_drawn_is_what_is_queued(page, renderer):  # noqa: F811
     editor = open_editor(page, renderer)
     page.evaluate(LOADED_ANEW)  # so that undo does not go behind it
 
-    def graph(keys: str) -> None:
-        page.mouse.click(1250, 900)  # the canvas, on nothing
-        page.keyboard.press(keys)
+    def until(keys: str, count: str) -> None:
+        while page.evaluate(COUNTS)[0] != count:  # a node that came to the front is a step as well
+            step(page, keys)
+        settled(page, count)
 
     settled(page, "0")
     editor.drag((32, 32), (160, 160))
     editor.drag((320, 32), (448, 160))
     settled(page, "2")
-    graph("Control+z")
-    settled(page, "1")
+    until("Control+z", "1")
     editor.drag((32, 220), (200, 350))
     editor.drag((320, 220), (448, 350))
     settled(page, "3")
-    graph("Control+z")
-    graph("Control+z")
-    settled(page, "1")
-    graph("Control+y")
-    settled(page, "2")
+    until("Control+z", "1")
+    until("Control+y", "2")
     editor.drag((480, 32), (600, 160))
     settled(page, "3")
 
@@ -248,8 +249,7 @@ def test_what_is_drawn_is_what_is_queued(page, renderer):  # noqa: F811
     settled(page, "4")
 
     page.evaluate("() => app.graph.nodes.forEach(node => node.collapse())")
-    settled_hidden = f"async () => String(await ({COUNTS})()) === '4,'"
-    page.wait_for_function(settled_hidden)
+    settled(page, "4", "")
     page.evaluate("() => app.graph.nodes.forEach(node => node.collapse())")
     settled(page, "4")
     page.evaluate("() => app.graph.nodes.forEach(node => { node.mode = 4 })")
@@ -274,8 +274,7 @@ def test_what_is_drawn_is_what_is_queued(page, renderer):  # noqa: F811
     editor.drag((32, 360), (160, 380))
     editor.drag((200, 360), (300, 380))
     settled(page, "7")
-    graph("Control+z")
-    settled(page, "6")
+    until("Control+z", "6")
     editor.drag((320, 360), (448, 380))
     settled(page, "7")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_browser import LISTEN, chromium, page  # noqa: F401
+from test_browser import LISTEN, chromium, page, step  # noqa: F401
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
@@ -42,7 +42,6 @@ SEEN = """() => {
     };
 }"""
 SAY = "([nodeId, text]) => app.api.dispatchEvent(new CustomEvent('progress_text', { detail: { nodeId, text } }))"  # as the server does
-DRAWN = "() => new Promise(done => setTimeout(() => requestAnimationFrame(done), 200))"  # what follows a key is at the next frame, and not at once
 COMMAND = "name => app.extensionManager.command.execute(name)"
 STEP = """() => {
     app.canvas.emitBeforeChange();
@@ -106,16 +105,11 @@ def test_lines_links_and_pictures_stay(page, renderer, tmp_path):  # noqa: F811
     seen(shown)
     page.screenshot(path=tmp_path / "run.png")
 
-    def graph(keys: str) -> None:
-        page.mouse.click(1250, 900)  # the canvas, on nothing
-        page.keyboard.press(keys)
-
     page.evaluate(STEP)
     for keys, title in (("Control+z", "Save Layers"), ("Control+y", "another")):
         named = f"() => app.graph.findNodesByType('TesseraSaveLayers')[0].title === '{title}'"
         while not page.evaluate(named):  # a size that a line has changed is a step as well
-            graph(keys)
-            page.evaluate(DRAWN)
+            step(page, keys)
         seen(shown)
 
     page.evaluate(COMMAND, "Comfy.NewBlankWorkflow")
