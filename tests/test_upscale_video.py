@@ -320,6 +320,53 @@ def test_pixel_formats(out, kind):
     torch.testing.assert_close(seen[0][0], expected, rtol=0, atol=1.5 / 255)
 
 
+# In a process of its own, which an encoder that writes beyond its memory ends.
+ENCODE = """
+import hashlib, sys
+from fractions import Fraction
+import av, torch
+from tessera.models.upscale.video import upscale_video
+from tessera.models.upscale.video_reader import Clip
+
+target, bits = sys.argv[1], int(sys.argv[2])
+for size in sys.argv[3:]:
+    width, height = map(int, size.split("x"))
+    frames = torch.rand(5, height, width, 3, generator=torch.Generator().manual_seed(1))
+    upscale_video(Clip(frames, Fraction(8), bits=bits), target, lambda frames: frames, (width, height))
+    with av.open(target) as container:
+        digest = hashlib.sha256(b"".join(bytes(packet) for packet in container.demux(video=0)))
+        print(size, container.streams.video[0].codec_context.codec.canonical_name, digest.hexdigest())
+"""
+
+
+def encoded(run_python, monkeypatch, target, bits, sizes, fill):
+    """What is in the files, where memory that nobody wrote is filled with a number; glibc's checks of the heap are on if they are there."""
+    checks = next(iter(sorted(Path("/lib").glob("*/libc_malloc_debug.so.0"))), None)
+    if checks is not None:
+        monkeypatch.setenv("LD_PRELOAD", str(checks))
+        monkeypatch.setenv("MALLOC_CHECK_", "3")
+    monkeypatch.setenv("MALLOC_PERTURB_", str(fill))
+    return run_python("-c", ENCODE, str(target), str(bits), *sizes).splitlines()
+
+
+@pytest.mark.parametrize(("suffix", "bits", "codec"), [(".mp4", 8, "h264"), (".mp4", 10, "h264"), (".webm", 8, "vp9")])
+def test_small_sizes_do_not_end_the_process(run_python, monkeypatch, out, suffix, bits, codec):
+    found = encoded(run_python, monkeypatch, out / f"a{suffix}", bits, ["34x34", "48x32", "16x16", "2x2"], 165)
+    assert [line.split()[1] for line in found] == [codec] * 4
+
+
+def test_the_same_frames_make_the_same_file(run_python, monkeypatch, out):
+    """Whatever is in memory, and on any processor: x264 read more of its own than it had written."""
+    one, two = (encoded(run_python, monkeypatch, out / "a.mp4", 8, ["96x64", "130x98", "200x120"], fill) for fill in (165, 90))
+    assert one == two
+
+
+@pytest.mark.parametrize("codec", ["libx265", "libsvtav1"])
+def test_an_encoder_that_is_unsafe_at_a_size_is_named(source, out, codec):
+    with pytest.raises(ValueError, match=rf"{codec} is (unsafe below 64 x 64 pixels, and this is 128 x 48|not in this build).*\. Use another codec"):
+        upscale_video(source, out / "a.mp4", bicubic, (128, 48), codec=codec)
+
+
 @pytest.mark.parametrize(("width", "height"), [(33, 17), (65, 40), (2, 3), (1, 1)])
 def test_odd_sizes(out, width, height):
     frames = [picture(width, height, number) for number in range(3)]
@@ -555,6 +602,50 @@ def test_an_interrupted_run_goes_on_where_frames_lie_far_apart(out, pixel_format
         upscale_video(source, out / "result.mp4", bicubic, (128, 96), on_frame=stop_after(7), interrupt=StopError, resume=True)
     upscale_video(source, out / "result.mp4", bicubic, (128, 96), resume=True)
     assert times(out / "result.mp4") == [Fraction(tick, 1000) for tick in ticks] and not complaints(out / "result.mp4")
+
+
+RESUMED = [(".mp4", 8), (".mp4", 10), (".mkv", 8), (".mkv", 10), (".webm", 8)]
+
+
+@pytest.mark.parametrize(("suffix", "bits"), RESUMED)
+@pytest.mark.parametrize("stops", [(1,), (1, 2, 3), (3, 4, 6)])
+def test_an_interrupted_run_goes_on_where_one_tick_is_one_frame(out, suffix, bits, stops):
+    """As of clips in memory, and .avi: there is no time between two frames for the order of decoding to fit in."""
+    levels = [0.05 + 0.09 * number for number in range(10)]
+    clip = Clip(torch.tensor(levels)[:, None, None, None].expand(-1, 64, 64, 3), Fraction(16), bits=bits)
+    target, made = out / f"result{suffix}", []
+
+    def operator(frames):
+        made.append(1)
+        return frames
+
+    for stop in stops:
+        with pytest.raises(StopError):
+            upscale_video(clip, target, operator, (64, 64), on_frame=stop_after(stop), interrupt=StopError, resume=True)
+    upscale_video(clip, target, operator, (64, 64), resume=True)
+    frames, _ = read(target)
+    found = [to_rgb([plane(frame, index).mean() for index in range(3)], 1, False, bits)[0] for frame in frames]
+    assert np.abs(np.array(found) - levels).max() < 0.01 and len(made) == 10 and leftovers(out) == [target.name]
+    tolerance = 0 if suffix == ".mp4" else Fraction(1, 2000)
+    assert max(abs(time - Fraction(number, 16)) for number, time in enumerate(times(target))) <= tolerance
+    assert not complaints(target)
+
+
+@pytest.mark.parametrize("kind", ["words", "cut", "empty", "another size", "another codec", "sound"])
+def test_a_part_that_cannot_be_continued_is_made_anew(source, out, kind):
+    part = out / "result.part.mp4"
+    if kind in ("words", "empty"):
+        part.write_bytes(b"words " * 100 if kind == "words" else b"")
+    elif kind == "cut":
+        part.write_bytes(source.read_bytes()[:-900])
+    elif kind == "sound":
+        write(part, [picture(128, 96, 0)], sound=0.2, codec="mpeg4", options={})
+    else:
+        size = (64, 48) if kind == "another size" else (128, 96)
+        write(part, [picture(*size, number) for number in range(3)], **({"codec": "mpeg4", "options": {}} if kind == "another codec" else {}))
+    summary = upscale_video(source, out / "result.mp4", bicubic, (128, 96), resume=True)
+    assert "result.part.mp4 could not be continued, and all frames were made anew" in summary.notes
+    assert summary.frames == len(read(out / "result.mp4")[0]) == 12
 
 
 def test_resume_needs_single_frames(source, out):

@@ -6,6 +6,7 @@ import errno
 import io
 import itertools
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,17 +31,24 @@ CLIP = -1  # index of the sound of a clip in memory, which is no stream of a fil
 
 @dataclass(frozen=True)
 class Encoder:
-    """How an encoder of FFmpeg is set up. All look a few frames ahead at most: frames that wait in an encoder are memory."""
+    """How an encoder of FFmpeg is set up. All look a few frames ahead at most: frames that wait in an encoder are memory.
+
+    reordered: how many frames at most a frame is decoded before it is shown. smallest: pixels a side, below which the encoder writes beyond
+    its own memory and ends the process, or hangs.
+    """
 
     crf: int
     options: dict[str, str]
+    reordered: int = 0
+    smallest: int = 1
 
 
 ENCODERS = {
-    "libx264": Encoder(16, {"preset": "medium", "x264-params": "rc-lookahead=4:sync-lookahead=0:threads=3:bframes=2:ref=2"}),
-    "libx265": Encoder(17, {"preset": "medium", "x265-params": "rc-lookahead=5:bframes=3:ref=2:frame-threads=1:log-level=error"}),
+    # cpu-independent: its faster mbtree reads memory that nobody wrote, so that the same frames made different files.
+    "libx264": Encoder(16, {"preset": "medium", "x264-params": "rc-lookahead=4:sync-lookahead=0:threads=3:bframes=2:ref=2:cpu-independent=1"}, 2),
+    "libx265": Encoder(17, {"preset": "medium", "x265-params": "rc-lookahead=5:bframes=3:ref=2:frame-threads=1:log-level=error"}, 2, smallest=64),
     "libvpx-vp9": Encoder(18, {"deadline": "good", "cpu-used": "3", "lag-in-frames": "8", "row-mt": "1"}),
-    "libsvtav1": Encoder(20, {"preset": "7"}),
+    "libsvtav1": Encoder(20, {"preset": "7"}, smallest=64),
     "libaom-av1": Encoder(18, {"cpu-used": "6", "lag-in-frames": "8", "row-mt": "1"}),
 }
 # First choices for 8 bit and for more, by container.
@@ -118,7 +126,8 @@ class VideoWriter:
         self._part: Any | None = None  # what an interrupted run finished
         self._finished: Iterator[Any] = iter(())
         self._shift: Fraction | None = None  # from its stamps to ours, in seconds
-        self._copied_dts: Fraction | None = None
+        self._times: deque[int] = deque()  # pts of the frames from which the next packets get their dts
+        self._step = max(round(1 / (facts.rate * facts.time_base)), 1)
         self._waiting: Any | None = None  # a frame whose duration is not known yet
         self._written = self._last_duration = 0
         self._open_video(path, reader, crf, codec)
@@ -144,6 +153,10 @@ class VideoWriter:
                 encoder = av.codec.Codec(name, "w")
             except ValueError:
                 reasons.append(f"{name} is not in this build of PyAV")
+                continue
+            smallest = ENCODERS[name].smallest if name in ENCODERS else 1
+            if min(self.size) < smallest:
+                reasons.append(f"{name} is unsafe below {smallest} x {smallest} pixels, and this is {self.size[0]} x {self.size[1]}")
                 continue
             offered = [format.name for format in encoder.video_formats or ()]
             wanted = FORMATS[True] if deep else FORMATS[False] + FORMATS[True]
@@ -193,6 +206,7 @@ class VideoWriter:
         if crf is not None and "crf" in context.options:
             self.notes.append(f"crf was left out: {encoder.name} has no such setting")
         self.video = video
+        self._early = settings.reordered if settings else 2 * context.has_b_frames  # packets before the first frame's time
         self.codec = encoder.canonical_name
         self._frames = [av.VideoFrame(*self._even, self.pixel_format) for _ in range(2)]
         if self._even != self.size:
@@ -280,9 +294,20 @@ class VideoWriter:
             self._lost += 1
 
     def go_on_from(self, part: Path) -> int:
-        """Take the picture's packets from the finished part of a run with the same settings, one with each `copy_finished`. Returns how many."""
-        with av.open(f"file:{part}") as container:
-            times = [packet.pts * packet.time_base for packet in container.demux(video=0) if packet.size]
+        """Take the picture's packets from the finished part of a run with the same settings, one with each `copy_finished`.
+
+        Returns how many there are; 0, and a note, where the file is not such a part.
+        """
+        times: list[Fraction] = []
+        with suppress(av.FFmpegError), av.open(f"file:{part}") as container:
+            contexts = [(item.codec_context, item) for item in container.streams.video if item.codec_context is not None]
+            for context, video in contexts[:1]:
+                kind = context.codec.canonical_name, context.pix_fmt, context.width, context.height
+                if kind == (self.codec, self.pixel_format, *self._even):
+                    times = [packet.pts * packet.time_base for packet in container.demux(video) if packet.size]
+        if not times:
+            self.notes.append(f"{part.name} could not be continued, and all frames were made anew")
+            return 0
         self._part = av.open(f"file:{part}")
         video = self._part.streams.video[0]
         self._finished = (packet for packet in self._part.demux(video) if packet.size)
@@ -300,11 +325,8 @@ class VideoWriter:
             self._shift = pts * self.facts.time_base - self._part_start
         shift = round(self._shift / packet.time_base)
         packet.pts += shift
-        if packet.dts is not None:
-            packet.dts += shift
-            self._copied_dts = packet.dts * packet.time_base
-        packet.stream = self.video
-        self.container.mux(packet)
+        self._times.append(pts)
+        self._mux_picture(packet)
 
     def write(self, rgb: Tensor, pts: int) -> None:
         """Encode `(3, height, width)` in 0..1. pts: in the time base of the source."""
@@ -326,6 +348,7 @@ class VideoWriter:
             for plane, part, coarser in zip(planes, codes, (1, self._down, self._down), strict=True):
                 plane[top // coarser : top // coarser + len(part)] = part
         frame.pts, frame.time_base = pts, self.facts.time_base
+        self._times.append(pts)
         self._rounded |= (pts * self.facts.time_base * 1000).denominator > 1
         self._encode(frame)
 
@@ -341,12 +364,21 @@ class VideoWriter:
     def _mux(self, packets: list[Any]) -> None:
         for packet in packets:
             packet.duration = self._durations.pop(packet.pts, packet.duration)
-            if self._written <= 2:
-                packet.dts = packet.pts  # x265 leaves memory that it did not write in there; two frames are never reordered
-            if self._copied_dts is not None:  # an encoder that starts anew may count from before the end of the finished part
-                packet.dts = max(packet.dts, floor(self._copied_dts / packet.time_base) + 1)
-                self._copied_dts = packet.dts * packet.time_base
-            self.container.mux(packet)
+            self._mux_picture(packet)
+
+    def _mux_picture(self, packet: Any) -> None:
+        """Write the next packet in the order of decoding, at the time of the frame shown so many before as the encoder reorders.
+
+        The stamps of its own do not go on where a finished part ends, Matroska keeps none, and x265 leaves those of short clips unset.
+        """
+        if self._early:
+            self._early -= 1
+            time = self._times[0] - self._step * (self._early + 1)
+        else:
+            time = self._times.popleft()
+        packet.dts = min(floor(time * self.facts.time_base / packet.time_base), packet.pts)
+        packet.stream = self.video
+        self.container.mux(packet)
 
     def finish(self, last_duration: int) -> None:
         """Write what the encoders still hold, and the file's index. last_duration: of the last frame, in the time base."""
