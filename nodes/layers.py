@@ -323,7 +323,7 @@ class SaveLayers(io.ComfyNode):
         target = Path(folder) / f"{name}_{counter:05}_{'' if format == 'png' else '.' + format}"
         picture, layers_of_it = composite(document, on_layer=progress()), all_layers(document)
         pictures = _pictures(cls, document, layers_of_it, picture)
-        files.write(document, target, picture, progress())  # last: what fails or is stopped leaves no file
+        files.write(document, target, picture, progress(), format)  # last: what fails or is stopped leaves no file
         lines = [f"{target.name} in {subfolder or 'the output folder'}", *_not_shown(layers_of_it)]
         return io.NodeOutput(layers, ui=pictures | said(cls, "\n".join(lines)) | {"tessera_files": (saved_file(target, subfolder),)})
 

@@ -35,6 +35,7 @@ FORMATS = {
     "FFV1": ".mkv",
     "PNG sequence": "",
 }
+STRAIGHT = ("animated WebP", "APNG", "PNG sequence")  # hold no premultiplied colours
 PLAYABLE = (".webm", ".webp", ".png")  # by browsers
 FILES = (".mov", ".webm", ".mkv", ".mp4", ".avi", ".webp", ".apng")
 
@@ -96,8 +97,8 @@ def _rate(fps: float) -> Fraction:
 
 
 def _check_alpha(alpha: str, format: dict[str, Any]) -> None:
-    if alpha == "premultiplied" and format["format"] == "animated WebP":
-        raise ValueError("alpha is premultiplied, and animated WebP holds straight alpha only; use straight, or another format")
+    if alpha == "premultiplied" and format["format"] in STRAIGHT:
+        raise ValueError(f"alpha is premultiplied, and {format['format']} holds straight alpha only; use straight, or another format")
 
 
 class SaveTransparentVideo(io.ComfyNode):
@@ -131,7 +132,7 @@ class SaveTransparentVideo(io.ComfyNode):
                 io.Combo.Input(
                     "alpha",
                     options=["straight", "premultiplied"],
-                    tooltip="straight: colours as they are; browsers and most programs take that. premultiplied: colours times alpha.",
+                    tooltip="straight: colours as they are; most programs take that. premultiplied: colours times alpha (ProRes, VP9, FFV1 only).",
                 ),
                 io.Mask.Input("mask", optional=True, tooltip="One for all frames or one each: 1 is transparent. It replaces alpha of images."),
                 io.Audio.Input("audio", optional=True, tooltip="Cut off where the frames end. WebP and APNG have no sound."),

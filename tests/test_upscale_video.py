@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 from fractions import Fraction
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 
 av = pytest.importorskip("av")
 
+from tessera.models.errors import FileError  # noqa: E402
 from tessera.models.upscale.video import upscale_video  # noqa: E402
 from tessera.models.upscale.video_reader import BrokenVideoError, Clip, inspect_video  # noqa: E402
 
@@ -763,7 +766,7 @@ def test_success_replaces_what_was_there(source, out):
 @pytest.mark.parametrize(
     ("name", "content", "error", "words"),
     [
-        ("missing.mp4", None, FileNotFoundError, "no such video file"),
+        ("missing.mp4", None, FileNotFoundError, "no such file"),
         ("empty.mp4", b"", BrokenVideoError, "empty.mp4"),
         ("junk.mp4", b"words " * 100, BrokenVideoError, "junk.mp4"),
     ],
@@ -774,6 +777,48 @@ def test_no_video(out, name, content, error, words):
     with pytest.raises(error, match=words):
         upscale_video(out / name, out / "result.mp4", bicubic, (128, 96))
     assert leftovers(out, name) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
+@pytest.mark.parametrize(("kind", "words"), [("pipe", "a pipe or a device"), ("device", "a pipe or a device"), ("folder", "a folder")])
+def test_what_has_no_end_is_not_opened(out, kind, words):
+    path = out / "a.mp4"
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        (os.mkfifo if kind == "pipe" else os.mkdir)(path)
+    for read in (inspect_video, lambda path: upscale_video(path, out / "b.mp4", identity, (64, 48))):
+        with pytest.raises(FileError, match=f"a.mp4 is {words} and no file; choose a video file"):
+            read(path)
+    assert leftovers(out) == ["a.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec"), [(".mp4", "libx264"), (".mkv", "libx264"), (".webm", "libvpx-vp9"), (".mov", "mpeg4"), (".avi", "mjpeg")]
+)
+def test_mutants(out, suffix, codec):
+    """Whatever is wrong with a file: it is upscaled, or one sentence of ours about it is said."""
+    sound = {"sound": 0.3, "sound_codec": {".webm": "libopus", ".avi": "pcm_s16le"}.get(suffix, "aac")}
+    pixel_format = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    frames = (picture(32, 24, number, pixel_format) for number in range(4))
+    path, random = write(out / f"in{suffix}", frames, codec=codec, options={}, **sound), Random(3)
+    whole = path.read_bytes()
+    if suffix == ".mkv":  # found in a run of 1600: sound without channels
+        assert whole.count(b"\x9f\x81") > 0
+    for number in range(30):
+        data = bytearray(whole)
+        for _ in range(random.choice((1, 2, 8))):
+            place = random.randrange(min(len(data), 600)) if random.random() < 0.6 else random.randrange(len(data))
+            length = random.choice((1, 2, 4, 8))
+            data[place : place + length] = random.choice((bytes(length), b"\xff" * length, random.randbytes(length), b""))
+        if number == 0:
+            data = bytearray(whole.replace(b"\x9f\x81\x02", b"\x9f\x81\x00"))
+        path.write_bytes(data[: random.choice((len(data), len(data), random.randrange(1, len(data))))] if number else data)
+        try:
+            facts = inspect_video(path)
+            upscale_video(path, out / "result.mkv", identity, (facts.width, facts.height), codec="ffv1")
+        except FileError as error:
+            assert "\n" not in str(error) and not re.search(r"NoneType|object has no|avcodec|Errno", str(error)), error
 
 
 def test_sound_only_and_no_frames(out):

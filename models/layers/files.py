@@ -173,15 +173,15 @@ def finished(target: Path) -> Iterator[Path]:
 FORMATS = ("psd", "ora", "png")
 
 
-def write(document: Document, target: Path, merged: Tensor | None = None, on_layer: OnLayer | None = None) -> None:
-    """To PSD or OpenRaster by the ending .psd or .ora, else to a folder of PNG files with `layers.json`.
+def write(document: Document, target: Path, merged: Tensor | None = None, on_layer: OnLayer | None = None, format: str | None = None) -> None:
+    """To PSD, OpenRaster or a folder of PNG files with `layers.json`: one of `FORMATS`, or None: by the ending .psd or .ora, or none.
 
     merged: its composite on sRGB values, if it is made already. on_layer: what it raises leaves no file. Raises ValueError, OSError.
     """
     from . import ora, png, psd
 
     writers: dict[str, Callable[..., None]] = {".psd": psd.write, ".ora": ora.write, "": png.write}
-    ending = target.suffix.lower()
+    ending = target.suffix.lower() if format is None else "" if format == "png" else f".{format}"  # the name of a folder may have a dot in it
     if ending not in writers:
         raise ValueError(f"{target.name} ends in {ending}; use .psd, .ora, or no ending for a folder of PNG files")
     writers[ending](document, target, merged, announcer(on_layer, len(list(document.walk()))))

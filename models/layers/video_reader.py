@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 import re
@@ -21,8 +20,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import FileError
 from ..upscale.picture_files import read_picture
-from ..upscale.video_reader import INDEXED, BrokenVideoError, open_video
+from ..upscale.video_reader import INDEXED, BrokenVideoError, check_file, check_size, decoding, failure, first_video, open_video
 from ..upscale.ycbcr import Colour, bit_depth, colour_tags, plane_codes, to_rgb
 from .compose import straight
 from .document import rgba
@@ -50,19 +50,20 @@ class AlphaVideo:
 
     def __iter__(self) -> Iterator[Tensor]:
         read = _folder_frames if self.path.is_dir() else _webp_frames if self.codec == "webp" else _decoded
-        for number, frame in enumerate(read(self.path)):
-            if frame.shape[:2] != (self.height, self.width):
-                sizes = f"{self.width} x {self.height} to {frame.shape[1]} x {frame.shape[0]}"
-                raise BrokenVideoError(f"{self.path} changes its size from {sizes} at frame {number}; export it with one size")
-            yield straight(frame) if self.premultiplied else frame
+        with decoding(str(self.path)):
+            for number, frame in enumerate(read(self.path)):
+                if frame.shape[:2] != (self.height, self.width):
+                    sizes = f"{self.width} x {self.height} to {frame.shape[1]} x {frame.shape[0]}"
+                    raise BrokenVideoError(f"{self.path} changes its size from {sizes} at frame {number}; export it with one size")
+                yield straight(frame) if self.premultiplied else frame
 
     def sound(self) -> Sound | None:
-        """The first sound track from the time of the first frame on, or None. Raises BrokenVideoError."""
+        """The first sound track from the time of the first frame on, or None. Raises FileError."""
         path = self.path / SOUND_FILE if self.path.is_dir() else self.path
         if self.codec == "webp" or not path.is_file():
             return None
-        with open_video(path) as container:
-            if not container.streams.audio:
+        with decoding(str(path)), open_video(path) as container:
+            if not container.streams.audio or container.streams.audio[0].codec_context is None:
                 return None
             stream, pictures = container.streams.audio[0], container.streams.video
             start = (pictures[0].start_time or 0) * pictures[0].time_base if pictures else Fraction(0)
@@ -75,9 +76,11 @@ class AlphaVideo:
                         shift = round((start - (frame.pts or 0) * frame.time_base) * stream.rate)
                     parts.extend(part.to_ndarray() for part in resampler.resample(frame))
             except av.FFmpegError as error:
-                raise BrokenVideoError(f"the sound of {path} is damaged ({error.strerror}); get a complete copy of it") from error
+                raise BrokenVideoError(f"the sound of {path} {failure(error, 'damaged')}") from error
             if shift is None or not parts:
                 return None
+            if -shift > MOST_SILENT:
+                raise FileError(f"the sound of {path} begins {-shift / stream.rate:.0f} seconds after its first frame; cut it")
             silent = min(max(-shift, 0), round((self.frames or 0) / self.rate * stream.rate))  # not longer than the picture
             return Sound(F.pad(torch.from_numpy(np.concatenate(parts, 1))[:, max(shift, 0) :], (silent, 0)), stream.rate)
 
@@ -88,19 +91,19 @@ def load(path: str | os.PathLike, alpha: str = "auto") -> AlphaVideo:
     alpha: "straight" or "premultiplied" says how the file's colours are stored; "auto": as its tag says, which is that of `save`, and
     without one straight.
 
-    Raises FileNotFoundError, BrokenVideoError, or ValueError: no video in it, or no decoder for its alpha.
+    Raises FileNotFoundError, PermissionError, or FileError for what is no clip, not a whole one, or has no decoder.
     """
     path = Path(path)
     if alpha not in ("auto", *ALPHA):
         raise ValueError(f"alpha is {alpha!r}; use auto, {' or '.join(ALPHA)}")
-    if not path.exists():
-        raise FileNotFoundError(errno.ENOENT, "there is no such file or folder; check the path", str(path))
-    if path.is_dir():
-        facts, tags = _folder_facts(path)
-    elif path.suffix.lower() == ".webp":
-        facts, tags = _webp_facts(path)
-    else:
-        facts, tags = _video_facts(path)
+    if not path.is_dir():
+        check_file(path)
+    read = _folder_facts if path.is_dir() else _webp_facts if path.suffix.lower() == ".webp" else _video_facts
+    with decoding(str(path)):
+        facts, tags = read(path)
+        found, facts["rate"] = facts["rate"], min(max(facts["rate"], SLOWEST), Fraction(FASTEST))
+        if found != facts["rate"]:
+            facts["notes"] = (*facts["notes"], f"its frame rate is {float(found):g}; {float(facts['rate']):g} was taken")
     premultiplied = (tags.get(ALPHA_TAG) if alpha == "auto" else alpha) == "premultiplied"
     return AlphaVideo(path, premultiplied=premultiplied and facts["transparent"], **facts)
 
@@ -114,7 +117,9 @@ def _folder_files(path: Path) -> list[Path]:
 def _folder_facts(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     files = _folder_files(path)
     if not files:
-        raise ValueError(f"{path} has no .png file in it; choose a folder of numbered PNG files")
+        raise FileError(f"{path} has no .png file in it; choose a folder of numbered PNG files")
+    for file in files:
+        check_file(file)
     picture = read_picture(files[0])
     rate, notes = _tagged_rate(picture.text)
     channels, height, width = picture.pixels.shape
@@ -122,6 +127,7 @@ def _folder_facts(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return facts | {"width": width, "height": height}, picture.text
 
 
+MOST_SILENT = 1 << 28  # samples: an hour and a half
 LOOKED_AT = 1 << 30  # bytes of a file whose times are looked through before it is read: some seconds on a slow disk
 NO_RATE = ("there is no frame rate in it; 24 was assumed",)
 
@@ -137,6 +143,8 @@ def _tagged_rate(tags: Mapping[str, str]) -> tuple[Fraction, tuple[str, ...]]:
 def _simplest_rate(frames: int, seconds: Fraction, error: Fraction) -> Fraction:
     """Of the rates at which so many frames last so long, the one of the smallest denominator."""
     low, high = frames / (seconds + error), frames / (seconds - error)
+    if high < SLOWEST:
+        return high
     candidates = (Fraction(round((low + high) / 2 * denominator), denominator) for denominator in itertools.count(1))
     return next(rate for rate in candidates if low <= rate <= high)
 
@@ -152,6 +160,7 @@ def _folder_frames(path: Path) -> Iterator[Tensor]:
 
 def _webp_facts(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     with _open_webp(path) as image:
+        check_size(str(path), image.width, image.height, path.stat().st_size)
         tags = _exif_tags(image)
         facts: dict[str, Any] = {"width": image.width, "height": image.height, "codec": "webp", "bits": 8, "transparent": image.mode == "RGBA"}
     rate, repeats, notes = _webp_times(path, tags)
@@ -222,7 +231,7 @@ def _open_webp(path: Path) -> Any:
 
 def _video_facts(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     with open_video(path) as container:
-        video = _video(container, path)
+        video = first_video(container, str(path))
         frame = next(_frames(container, video, path), None)
         if frame is None:
             raise BrokenVideoError(f"{path} has a video stream, but not one frame of it can be decoded; export it again")
@@ -236,7 +245,10 @@ def _video_facts(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
                 declared = None if unknown else tagged
         facts = {"width": frame.width, "height": frame.height, "codec": video.codec_context.codec.canonical_name}
         facts |= {"bits": bit_depth(frame.format), "transparent": _has_alpha(frame.format)}
+        marked = {key.lower(): value for key, value in video.metadata.items()}.get("alpha_mode") == "1"
     rate, count, notes = _video_times(path, declared)
+    if marked and not facts["transparent"]:  # a tag that programs copy, or a second picture that only libvpx decodes
+        notes = (*notes, f"it is marked as transparent, but no alpha could be read of its {facts['codec']}; export it as VP9, ProRes 4444 or FFV1")
     return facts | {"rate": rate, "frames": count, "notes": notes}, tags
 
 
@@ -245,7 +257,7 @@ def _video_times(path: Path, declared: Fraction | None) -> tuple[Fraction, int |
     lengths: dict[int, int] = {}  # hidden frames of VP8 have the time of the next one
     share = 1.0
     with open_video(path) as container:
-        video = _video(container, path)
+        video = first_video(container, str(path))
         tick = video.time_base
         with suppress(av.FFmpegError):  # whoever reads the frames is told
             for packet in container.demux(video):
@@ -271,13 +283,6 @@ def _video_times(path: Path, declared: Fraction | None) -> tuple[Fraction, int |
     return rate, count, _mean_noted(shortest, longest) if max(steps) - min(steps) > 2 else ()
 
 
-def _video(container: Any, path: Path) -> Any:
-    if not container.streams.video:
-        found = ", ".join(sorted({item.type for item in container.streams})) or "nothing"
-        raise ValueError(f"{path} has no video stream, only {found}; choose a video file")
-    return container.streams.video[0]
-
-
 def _declared_end(container: Any, video: Any) -> Fraction | None:
     """Where the stream ends by the header, in seconds on the file's clock: Matroska has that as a text."""
     match = re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", video.metadata.get("DURATION", ""))
@@ -291,21 +296,24 @@ def _declared_end(container: Any, video: Any) -> Fraction | None:
 
 def _decoded(path: Path) -> Iterator[Tensor]:
     with open_video(path) as container:
-        video, colour = _video(container, path), None
+        video, colour = first_video(container, str(path)), None
         for frame in _frames(container, video, path):
             colour = colour or colour_tags(video, frame)[0]
             yield _picture(frame, colour)
+
+
+LIBVPX = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
 def _frames(container: Any, video: Any, path: Path) -> Iterator[Any]:
     """FFmpeg's own decoders of VP8 and VP9 leave the second picture, alpha, unread; libvpx's do not."""
     decoder = video.codec_context
     if {key.lower(): value for key, value in video.metadata.items()}.get("alpha_mode") == "1":
-        name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}[decoder.codec.canonical_name]
+        name = LIBVPX.get(decoder.codec.canonical_name)
         try:
-            decoder = av.CodecContext.create(name, "r")
+            decoder = decoder if name is None else av.CodecContext.create(name, "r")
         except ValueError as error:
-            raise ValueError(f"{path} is transparent, and this build of PyAV has no {name} to read that with; install av from PyPI") from error
+            raise FileError(f"{path} is transparent, and this build of PyAV has no {name} to read that with; install av from PyPI") from error
     count = longest = 0
     start = last = end = video.start_time or 0
     try:
@@ -317,7 +325,7 @@ def _frames(container: Any, video: Any, path: Path) -> Iterator[Any]:
                 yield frame
                 count += 1
     except av.FFmpegError as error:
-        raise BrokenVideoError(f"{path} is damaged or cut off after {count} frames ({error.strerror}); get a complete copy of it") from error
+        raise BrokenVideoError(f"{path} {failure(error, f'damaged or cut off after {count} frames')}") from error
     # A file that was cut off ends like a complete one. Matroska does not keep how long the last frame lasts.
     declared = _declared_end(container, video)
     if end > start and declared is not None and declared - end * video.time_base > max(longest * video.time_base, declared / 100):

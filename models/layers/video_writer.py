@@ -51,6 +51,7 @@ class Format:
     container_options: dict[str, str] = field(default_factory=dict)
     lossless: bool = True
     premultiplied: bool = True
+    longest: int = 65535
 
 
 FORMATS = {
@@ -73,11 +74,11 @@ FORMATS = {
         {"auto-alt-ref": "0", "deadline": "good", "cpu-used": "3", "lag-in-frames": "8", "row-mt": "1"},  # hidden frames have no alpha
         lossless=False,
     ),
-    # Its encoder puts any colour under pixels without alpha, which premultiplied would show.
-    "animated WebP": Format(".webp", "webp", "libwebp_anim", {8: "bgra"}, None, {}, {"loop": "0"}, premultiplied=False),
-    "APNG": Format(".png", "apng", "apng", {8: "rgba", 16: "rgba64be"}, None, {"pred": "mixed"}, {"plays": "0"}),
+    # Its encoder puts any colour under pixels without alpha, which premultiplied would show. PNG is straight by definition (12.4).
+    "animated WebP": Format(".webp", "webp", "libwebp_anim", {8: "bgra"}, None, {}, {"loop": "0"}, premultiplied=False, longest=16383),
+    "APNG": Format(".png", "apng", "apng", {8: "rgba", 16: "rgba64be"}, None, {"pred": "mixed"}, {"plays": "0"}, premultiplied=False),
     "FFV1": Format(".mkv", "matroska", "ffv1", {8: "bgra", 16: "gbrap16le"}, "flac", {"level": "3", "slicecrc": "1"}),
-    "PNG sequence": Format("", "", "", {8: "", 16: ""}, "pcm_s24le"),
+    "PNG sequence": Format("", "", "", {8: "", 16: ""}, "pcm_s24le", premultiplied=False),
 }
 
 
@@ -136,11 +137,9 @@ def save(
     if first.ndim != 3 or first.shape[2] != 4 or not min(first.shape):
         raise ValueError(f"the frames for {target.name} are {tuple(first.shape)} (height, width, channels); give RGBA, 4 channels")
     height, width, _ = first.shape
-    if "420" in kind.pixels[bits] and (width % 2 or height % 2):
-        even = f"{width + width % 2} x {height + height % 2}"
+    if max(height, width) > kind.longest:
         raise ValueError(
-            f"the frames are {width} x {height}, and {format} has colour for blocks of 2 x 2 pixels only; crop or pad them to even sides, "
-            f"such as {even}, or use another format"
+            f"the frames are {width} x {height}, and {format} holds {kind.longest} pixels a side; make them smaller, or use APNG or FFV1"
         )
     texts = dict(metadata or {})
     if alpha == "premultiplied":
@@ -197,7 +196,8 @@ def _checked(target: Path, format: str, rate: Fraction | int, alpha: str, sound:
     kind = FORMATS.get(format)
     if kind is None:
         raise ValueError(f"format is {format!r}; use one of {', '.join(FORMATS)}")
-    if target.suffix.lower() != kind.suffix:
+    endings = {other.suffix for other in FORMATS.values() if other.suffix}
+    if target.suffix.lower() in endings if not kind.suffix else target.suffix.lower() != kind.suffix:
         advice = f"end it in {kind.suffix}" if kind.suffix else "it is a folder, so give it no ending"
         raise ValueError(f"the name {target.name} is not one of {format}; {advice}")
     if alpha not in ALPHA:
@@ -347,8 +347,12 @@ def _codes(picture: Tensor, pixel_format: str, bits: int) -> list[np.ndarray]:
     """The planes of a pixel format, a row each: (rows, numbers)."""
     if pixel_format.startswith("yuva"):
         coarse = 2 if "420" in pixel_format else 1
-        planes = to_planes(picture[..., :3].movedim(-1, 0), _VIDEO, bits, coarse, coarse)
-        return [*planes, to_codes(picture[..., 3], 2**bits - 1, 0, bits)]
+        height, width = picture.shape[:2]
+        rgb = picture[..., :3].movedim(-1, 0)
+        if coarse == 2:
+            rgb = F.pad(rgb[None], (0, width % 2, 0, height % 2), mode="replicate")[0]
+        luma, *chroma = to_planes(rgb, _VIDEO, bits, coarse, coarse)
+        return [luma[:height, :width], *chroma, to_codes(picture[..., 3], 2**bits - 1, 0, bits)]
     levels = to_codes(picture, 2**bits - 1, 0, bits)
     if pixel_format.startswith("gbrap"):
         return [levels[..., channel] for channel in (1, 2, 0, 3)]

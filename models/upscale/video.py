@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .tiling import Operator, stream
-from .video_reader import BrokenVideoError, Clip, ClipReader, Source, Trim, VideoReader, inspect_video, open_video, source_name
+from .video_reader import BrokenVideoError, Clip, ClipReader, Source, Trim, VideoReader, check_file, inspect_video, open_video, source_name
 from .video_writer import CONTAINERS, VideoSummary, VideoWriter, write_error
 
 OnFrame = Callable[[int, int | None, Tensor | None], None]
@@ -51,7 +51,8 @@ def upscale_video(
     a source that cannot be decoded to its end, as BrokenVideoError. resume: go on after the frames of `part` if it is there, and remove it
     at the end; that it was made of the same source by the same call is the caller's promise. Windows of several frames cannot.
 
-    Raises ValueError for what cannot be done, FileNotFoundError, PermissionError, and OSError where the disk is full.
+    Raises ValueError for what cannot be done, FileError for a source that cannot be read, FileNotFoundError, PermissionError, and OSError
+    where the disk is full.
     """
     target = Path(target)
     part = target.with_name(f"{target.stem}.part{target.suffix}") if part is None else Path(part)
@@ -108,8 +109,7 @@ def _check_paths(source: Source, target: Path, part: Path) -> None:
     if target.suffix.lower() not in CONTAINERS:
         raise ValueError(f"{target} ends in {target.suffix!r}, which is no video file that can be written; use {', '.join(CONTAINERS)}")
     if isinstance(source, str | os.PathLike):
-        if not Path(source).is_file():
-            raise FileNotFoundError(errno.ENOENT, "there is no such video file; check the path", str(source))
+        check_file(Path(source))
         # An interrupted run would put its part there.
         if any(path.exists() and Path(source).samefile(path) for path in (target, part)):
             raise ValueError(f"{target} is the source itself, or the source its unfinished part; choose another name for the result")

@@ -6,7 +6,7 @@ import errno
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 import av
 from torch import Tensor
 
+from ..errors import FileError, reading
 from .ycbcr import BT709, LIMITED, SRGB, Colour, bit_depth, colour_tags, to_rgb
 
 if TYPE_CHECKING:
@@ -24,8 +25,44 @@ INDEXED = ("matroska", "mov", "avi")  # know their length and their key frames
 LONGEST = 250  # a last frame is taken to last no more than this many frames of the average rate
 
 
-class BrokenVideoError(ValueError):
+DENSEST, SMALL = 1 << 13, 1 << 26  # pixels of a frame for a byte of the file, as a codec may make of an empty one; and what is read in any case
+
+
+class BrokenVideoError(FileError):
     """A file that cannot be decoded, or not to its end."""
+
+
+@contextmanager
+def decoding(name: str) -> Iterator[None]:
+    """`errors.reading` for FFmpeg, which says of damaged bytes what others say of disks and memory."""
+    with reading(name, "a video that can be read", "get a complete copy of it, or export it again"):
+        try:
+            yield
+        except av.FFmpegError as error:
+            if isinstance(error, PermissionError):
+                raise
+            raise BrokenVideoError(f"{name} {failure(error, 'damaged')}") from error
+
+
+def failure(error: Exception, damage: str) -> str:
+    """The rest of a sentence about a file that a decoder fails at. damage: what is to be said unless the decoder knows the kind and lacks it."""
+    if isinstance(error, av.error.PatchWelcomeError):
+        return f"is of a kind that FFmpeg {av.ffmpeg_version_info} does not decode; export it with 8 bits a channel, or as another kind of file"
+    return f"is {damage} ({getattr(error, 'strerror', None) or 'the decoder failed'}); get a complete copy of it, or export it again"
+
+
+def check_size(name: str, width: int, height: int, size: int) -> None:
+    """Raises FileError for a frame of more pixels than a file of `size` bytes holds, which would be made room for."""
+    if width * height > max(DENSEST * size, SMALL):
+        raise FileError(f"{name} claims frames of {width} x {height} pixels in {size:,} bytes, which is no video; export it again")
+
+
+def check_file(path: Path) -> None:
+    """Raises FileNotFoundError, or FileError for a folder and for what has no end, such as a pipe."""
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, "there is no such file; check the path", str(path))
+    if not path.is_file():
+        raise FileError(f"{path} is {'a folder' if path.is_dir() else 'a pipe or a device'} and no file; choose a video file")
 
 
 @dataclass(frozen=True)
@@ -69,14 +106,12 @@ class VideoFacts:
 def inspect_video(source: Source, trim: Trim = (0.0, 0.0)) -> VideoFacts:
     """Read the header and decode the first frame. trim: as for `upscale_video`.
 
-    Raises FileNotFoundError, PermissionError, BrokenVideoError, or ValueError: no video in it, or none within the trim.
+    Raises FileNotFoundError, PermissionError, FileError, or ValueError: no frame within the trim.
     """
     if isinstance(source, Clip):
         return _clip_facts(source)
     name = source_name(source)
-    if isinstance(source, str | os.PathLike) and not Path(source).is_file():
-        raise FileNotFoundError(errno.ENOENT, "there is no such video file; check the path", name)
-    with open_video(source) as container:
+    with decoding(name), open_video(source) as container:
         reader = VideoReader(container, name)
         video = reader.video
         declared = video.duration * video.time_base if video.duration else Fraction(container.duration or 0, av.time_base)
@@ -94,7 +129,7 @@ def inspect_video(source: Source, trim: Trim = (0.0, 0.0)) -> VideoFacts:
         frames = reader.decoded((video,), lambda packet: None)
         frame = next((frame for frame in frames if not any(trim) or (frame.time is not None and frame.time >= float(start) - 1e-6)), None)
         if frame is None and any(trim):
-            raise ValueError(f"{name} has no frame from second {float(start):.2f} on; start the trim earlier")
+            raise FileError(f"{name} has no frame from second {float(start):.2f} on; start the trim earlier")
         if frame is None:
             raise BrokenVideoError(f"{name} has a video stream, but not one frame of it can be decoded; export it again")
         if any(trim):
@@ -140,18 +175,35 @@ def source_name(source: Source) -> str:
 
 
 def open_video(source: Source) -> Any:
-    """The `av` container of a path or file object. Raises PermissionError, BrokenVideoError."""
-    # "file:" because of names with a colon, which would be taken for a protocol.
-    file: Any = f"file:{os.fspath(source)}" if isinstance(source, str | os.PathLike) else source
-    if not isinstance(file, str):
+    """The `av` container of a path or file object. Raises FileNotFoundError, PermissionError, FileError."""
+    file: Any = source
+    if isinstance(source, str | os.PathLike):
+        check_file(Path(source))
+        file = f"file:{os.fspath(source)}"  # because of names with a colon, which would be taken for a protocol
+    else:
         file.seek(0)
     try:
-        return av.open(file, metadata_errors="replace")
+        container = av.open(file, metadata_errors="replace")
     except PermissionError as error:
         raise PermissionError(errno.EACCES, "the video may not be read; change its permissions", source_name(source)) from error
     except av.FFmpegError as error:
         what = f"{source_name(source)} is no video, or its beginning or end is missing"
         raise BrokenVideoError(f"{what} ({error.strerror}); export or copy it again") from error
+    for item in container.streams.video:
+        if item.codec_context is not None:
+            check_size(source_name(source), item.codec_context.width, item.codec_context.height, container.size)
+    return container
+
+
+def first_video(container: Any, name: str) -> Any:
+    """The first video stream that is not a cover picture. Raises FileError where there is none, or no decoder for it."""
+    videos = [item for item in container.streams.video if not _is_cover(item)]
+    if not videos:
+        found = ", ".join(sorted({item.type for item in container.streams})) or "nothing"
+        raise FileError(f"{name} has no video stream, only {found}; choose a video file")
+    if videos[0].codec_context is None:
+        raise FileError(f"{name} has video of a kind that FFmpeg {av.ffmpeg_version_info} does not decode; export it as H.264 or ProRes")
+    return videos[0]
 
 
 class VideoReader:
@@ -159,11 +211,7 @@ class VideoReader:
 
     def __init__(self, container: Any, name: str) -> None:
         self.container, self.name = container, name
-        self.videos = [item for item in container.streams.video if not _is_cover(item)]
-        if not self.videos:
-            found = ", ".join(sorted({item.type for item in container.streams})) or "nothing"
-            raise ValueError(f"{name} has no video stream, only {found}; choose a video file")
-        self.video = self.videos[0]
+        self.video = first_video(container, name)
         self.others: list[Any] = [item for item in container.streams if item.type in ("audio", "subtitle")]
         self.metadata, self.video_metadata = container.metadata, self.video.metadata
         self.chapters: list[Any] = container.chapters() if hasattr(container, "chapters") else []
@@ -208,7 +256,7 @@ class VideoReader:
                 yield frame
         # A file that was cut off ends like a complete one, but its header may know the length.
         declared = Fraction(self.container.duration or 0, av.time_base)
-        knows = self.container.format.name.startswith(INDEXED) and len(self.videos) == 1
+        knows = self.container.format.name.startswith(INDEXED) and sum(not _is_cover(item) for item in self.container.streams.video) == 1
         if knows and declared - end > max(Fraction(1, 4), declared / 100):
             self.broken = f"{self.name} is cut off at second {float(end):.2f} of {float(declared):.2f}; get a complete copy of it"
 

@@ -248,6 +248,8 @@ class VideoWriter:
 
     def _add_sound(self, sample_rate: int, source: Any) -> Any:
         """A stream to encode sound into, in the first layout that the encoder takes; None: it takes none."""
+        if not source.nb_channels:  # in a damaged header
+            return None
         codec = "libopus" if self.container.format.name == "webm" else "aac"
         rates = av.codec.Codec(codec, "w").audio_rates
         rate = sample_rate if rates is None or sample_rate in rates else 48000
