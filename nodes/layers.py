@@ -20,7 +20,7 @@ from ..models.layers.clean import Cleaning, colour, stacked
 from ..models.layers.compose import composite, on_checkerboard, thumbnails
 from ..models.layers.document import MAX_SIDE, Document, Layer, clean_name, from_core, rgba, to_core
 from ..models.layers.layout import chosen, restacked
-from .paths import check_prefix, input_path
+from .paths import check_prefix, input_path, numbered
 from .reporting import progress, said, saved_file
 
 CATEGORY = "Tessera/layers"
@@ -318,9 +318,8 @@ class SaveLayers(io.ComfyNode):
     @classmethod
     def execute(cls, layers, filename_prefix, format) -> io.NodeOutput:
         document = from_core(layers)
-        output = folder_paths.get_output_directory()
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, output, document.width, document.height)
-        target = Path(folder) / f"{name}_{counter:05}_{'' if format == 'png' else '.' + format}"
+        folder, name, counter, subfolder = numbered(filename_prefix, document.width, document.height)
+        target = folder / f"{name}_{counter:05}_{'' if format == 'png' else '.' + format}"
         picture, layers_of_it = composite(document, on_layer=progress()), all_layers(document)
         pictures = _pictures(cls, document, layers_of_it, picture)
         files.write(document, target, picture, progress(), format)  # last: what fails or is stopped leaves no file

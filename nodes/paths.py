@@ -33,6 +33,16 @@ def existing(file: str, remedy: str, *, folders: bool = False) -> Path:
     return path
 
 
+def numbered(filename_prefix: str, width: int, height: int) -> tuple[Path, str, int, str]:
+    """The folder, name, number and subfolder of the next file of a prefix, as ComfyUI's Save Image has them.
+
+    Of a prefix that ends with a slash, or has dots between slashes, ComfyUI does not find the numbers that are taken.
+    """
+    prefix = os.path.normpath(filename_prefix)
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory(), width, height)
+    return Path(folder), name, counter, subfolder
+
+
 def check_prefix(filename_prefix: str) -> None:
     """Raises ValueError where no file of such a name can be written below the output folder."""
     try:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from ..models.layers.document import rgba
 from .layers import CATEGORY
-from .paths import check_prefix, existing, input_path
+from .paths import check_prefix, existing, input_path, numbered
 from .reporting import said, saved_file
 
 # The library's formats; PyAV, which it needs, is imported when a node runs.
@@ -149,7 +149,7 @@ class SaveTransparentVideo(io.ComfyNode):
         frames = AlphaFrames(images, mask)
         sound = None if audio is None else Sound(audio["waveform"][0], int(audio["sample_rate"]))
         size = images.shape[2], images.shape[1]
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory(), *size)
+        folder, name, counter, subfolder = numbered(filename_prefix, *size)
         target = Path(folder, f"{name}_{counter:05}_{FORMATS[kind]}")
         tags = {} if args.disable_metadata else {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
         playable = target.suffix in PLAYABLE

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..models.upscale.pictures import passes, upscale
 from ..models.upscale.tiling import Progress
-from .paths import check_prefix, existing, input_path
+from .paths import check_prefix, existing, input_path, numbered
 from .upscale import CATEGORY, Display, check_overlap, load_network, network_of, patch_inputs, size_for, size_input, unload_network
 
 WHOLE = (0.0, 0.0)
@@ -120,7 +120,7 @@ class PatchUpscaleVideoFile(io.ComfyNode):
 
         facts = inspect_video(path)
         wanted = size_for(facts.width, facts.height, size)
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory(), *wanted)
+        folder, name, counter, subfolder = numbered(filename_prefix, *wanted)
         mark = _fingerprint(upscale_model, path, (size, tile, overlap, crf))
         target, part = Path(folder, f"{name}_{counter:05}_.{container}"), Path(folder, f"{name}.{mark}.part.{container}")
         tags = {} if args.disable_metadata else {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
