@@ -129,9 +129,11 @@ class PatchUpscaleVideo(io.ComfyNode):
         temporal = vae.temporal_compression_decode() or 1
         windowed = model.clone() if adapter is None else adapted(model, adapter)
         latent = vae.encode(_padded(enlarged, compression * PATCH, temporal).movedim(1, -1))
-        channels = windowed.get_model_object("latent_format").latent_channels
-        if latent.shape[1] != channels:
-            raise ValueError(f"vae encodes to {latent.shape[1]} channels, and model takes {channels}; use the VAE of the model")
+        wanted = windowed.get_model_object("latent_format")
+        if latent.shape[1] != wanted.latent_channels:
+            raise ValueError(f"vae encodes to {latent.shape[1]} channels, and model takes {wanted.latent_channels}; use the VAE of the model")
+        if latent.ndim - 2 > wanted.latent_dimensions:
+            raise ValueError("vae encodes clips, and model makes pictures; use the VAE of the model")
         latent = comfy.sample.fix_empty_latent_channels(windowed, latent)
         guide = None
         if adapter is not None:

@@ -216,7 +216,8 @@ def _batch(axes: int, channels: tuple[int, ...] = ()) -> Callable[[Any], bool]:
 
 
 def _is_model(value: Any) -> bool:
-    return _has("clone", "model_options")(value) and getattr(getattr(value, "model", None), "diffusion_model", None) is not None
+    network = getattr(value, "model", None)
+    return _has("clone", "model_options")(value) and getattr(network, "diffusion_model", None) is not None and hasattr(network, "latent_format")
 
 
 def _is_vae(value: Any) -> bool:  # of a checkpoint that has none it is there without a network
