@@ -33,6 +33,7 @@ from server import PromptServer  # noqa: E402
 import nodes  # noqa: E402,F401
 from tessera.models.layers.document import Document, Layer, to_core  # noqa: E402
 from tessera.models.layers.files import write  # noqa: E402
+from tessera.nodes.door import guarded  # noqa: E402
 from tessera.nodes.layers import SHOWN, ComposeLayers, EditLayer, LayersFromImages, LoadLayers, SaveLayers  # noqa: E402
 from tessera.nodes.layout import AutoLayout, Layout  # noqa: E402
 
@@ -106,7 +107,8 @@ with tempfile.TemporaryDirectory() as folder:
     }.items():
         out, said = run(node, **inputs)
         emit(f"none {node.__name__}", text=out["text"], sizes=sizes(folder, out["images"]))
-    answers = [LoadLayers.validate_inputs(file=file) for file in (None, "three.ora", 7, ["1", 0], {}, "", "\0", "x" * 5000, "../l", "three.png")]
+    odd = (None, "three.ora", 7, {}, "", "\0", "x" * 5000, "../l", "three.png")
+    answers = [guarded(LoadLayers).validate_inputs(file=file) for file in odd]
     kept = [LoadLayers.fingerprint_inputs(file=file) for file in (None, 7, "\0", "x" * 5000)]
     emit("answers", answers=answers, kept=kept)
     many = Document(300, 600, LAYERS * 40)
