@@ -708,6 +708,7 @@ def test_a_16_bit_apng_of_others_is_not_called_damaged(tmp_path):
         list(load(path))
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_small_file_that_claims_much(tmp_path):
     """Before any of it is made room for; and times that would be years are not searched for a rate."""
     path = written(tmp_path, "animated WebP")
