@@ -803,17 +803,13 @@ def test_mutants(out, suffix, codec):
     frames = (picture(32, 24, number, pixel_format) for number in range(4))
     path, random = write(out / f"in{suffix}", frames, codec=codec, options={}, **sound), Random(3)
     whole = path.read_bytes()
-    if suffix == ".mkv":  # found in a run of 1600: sound without channels
-        assert whole.count(b"\x9f\x81") > 0
-    for number in range(30):
+    for _ in range(30):
         data = bytearray(whole)
         for _ in range(random.choice((1, 2, 8))):
             place = random.randrange(min(len(data), 600)) if random.random() < 0.6 else random.randrange(len(data))
             length = random.choice((1, 2, 4, 8))
             data[place : place + length] = random.choice((bytes(length), b"\xff" * length, random.randbytes(length), b""))
-        if number == 0:
-            data = bytearray(whole.replace(b"\x9f\x81\x02", b"\x9f\x81\x00"))
-        path.write_bytes(data[: random.choice((len(data), len(data), random.randrange(1, len(data))))] if number else data)
+        path.write_bytes(data[: random.choice((len(data), len(data), random.randrange(1, len(data))))])
         try:
             facts = inspect_video(path)
             upscale_video(path, out / "result.mkv", identity, (facts.width, facts.height), codec="ffv1")
