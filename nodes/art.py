@@ -22,8 +22,10 @@ from ..models.layers.regions import (
     MAX_FOREGROUNDS,
     PATCH,
     TOKEN,
+    TRAINED,
     WHOLE,
     Regions,
+    beyond_training,
     filled,
     layer_embedding,
     parse_boxes,
@@ -36,6 +38,7 @@ from ..models.weight_files import check_numbers, read_safetensors
 from .layered_video import VideoLayers
 from .layers import CATEGORY, Layers
 from .regions import KEY, network_of, patch_regions
+from .reporting import say
 from .transparent_video import AlphaFrames
 
 FOLDER = "layer_embeddings"
@@ -49,11 +52,12 @@ def _files(folder: str) -> list[str]:
     return [NONE, *folder_paths.get_filename_list(folder)]
 
 
-def _tensors(folder: str, name: str) -> dict[str, Tensor]:
+def _tensors(folder: str, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file in a folder of models."""
     path = folder_paths.get_full_path_or_raise(folder, name)
-    state, _ = read_safetensors(path)
+    state, metadata = read_safetensors(path)
     check_numbers(path, state)
-    return state
+    return state, metadata
 
 
 def _check_boxes(boxes: str, width: int, height: int) -> None:
@@ -94,13 +98,14 @@ class RegionLayers(io.ComfyNode):
                 io.Model.Output(display_name="model"),
                 io.Latent.Output(display_name="latent", tooltip="For the sampler, with the model; then for Decode Region Layers or Video."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model, vae, width, height, boxes, layer_embedding, base_shift, max_shift, layers=None, frames=1) -> io.NodeOutput:
         placed = [] if layers is None else visible(from_core({"canvas": (width, height), **layers}), width, height)
         regions = snap([*(layer.bounds for layer in placed), *parse_boxes(boxes)], width, height, (frames - 1) // transparent_vae.FRAMES + 1)
-        embedding = None if layer_embedding == NONE else _embedding(layer_embedding, regions, network_of(model))
+        embedding, beyond = (None, []) if layer_embedding == NONE else _embedding(layer_embedding, regions, network_of(model))
         patched = patch_regions(model, regions, embedding, schedule_shift(regions.tokens, base_shift, max_shift))
         grey = vae.encode(_shown(vae, torch.tensor([0.5, 0.5, 0.5, 0.0]).expand(frames, TOKEN * regions.height, TOKEN * regions.width, 4)))
         samples = grey.unflatten(2, (1, -1)) if grey.ndim == 4 else grey
@@ -111,7 +116,11 @@ class RegionLayers(io.ComfyNode):
                 "use the VAE of the model"
             )
         whole = len(regions.boxes) * regions.frames * regions.width * regions.height
-        logging.info("Tessera: %d of %d tokens lie in boxes", regions.tokens, whole)
+        line = f"{regions.tokens} of {whole} tokens lie in boxes"
+        if beyond:
+            line += f"\n{layer_embedding} was not trained on this, expect noise: {', '.join(beyond)}"
+        logging.info("Tessera: %s", line)
+        say(cls.hidden.unique_id, line)
         numbered = (f"Layer {number}" for number in range(len(placed) + 1, len(regions.boxes) - 1))
         names = ("Background", *(layer.name for layer in placed), *numbered)
         return io.NodeOutput(patched, {"samples": samples.repeat(1, 1, len(regions.boxes), 1, 1), KEY: regions, NAMES: names})
@@ -122,10 +131,12 @@ def _shown(vae: Any, pictures: Tensor) -> Tensor:
     return pictures if vae.output_channels == 4 else transparent_vae.grey_blended(pictures)
 
 
-def _embedding(name: str, regions: Regions, network: Any) -> Tensor:
+def _embedding(name: str, regions: Regions, network: Any) -> tuple[Tensor, list[str]]:
+    """What is added to the layers' tokens, and what of the regions its model was not trained on, as far as the file says."""
     width = network.dim if isinstance(network, WanModel) else network.img_in.out_features
+    state, metadata = _tensors(FOLDER, name)
     try:
-        return layer_embedding(_tensors(FOLDER, name), regions, width)
+        return layer_embedding(state, regions, width), beyond_training(metadata[TRAINED], regions) if TRAINED in metadata else []
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
@@ -299,7 +310,7 @@ def _layers(vae: Any, decoder: Any, latent: Tensor, regions: Regions) -> list[Te
 
 def _decoder(name: str, channels: int) -> Any:
     """A patcher of a transparent decoder for latents of so many channels."""
-    state = _tensors(DECODERS, name)
+    state, _ = _tensors(DECODERS, name)
     try:
         network = transparent_vae.build(state, comfy.ops.manual_cast)
     except ValueError as error:

@@ -26,13 +26,11 @@ SPARSE = (
     "chroma radiance",
     "qwen image",
     "ltxv",
-    "ltxv, audio and video",
     "lumina 2",
     "z-image",
     "omnigen 2",
     "boogu",
     "hidream",
-    "cosmos",
     "cosmos predict 2",
     "anima",
     "kandinsky 5",
@@ -44,11 +42,9 @@ SPARSE = (
     "cogvideo x",
     "pixeldit",
     "hunyuan 3d 2",
-    "ace-step",
-    "stable audio",
 )
 ANOTHER_LENGTH = ("wan humo", "wan s2v", "wan scail", "wan scail 2")  # a reference or a pose lies beside the video's tokens
-OUT_OF_REACH = ("pixart", "hunyuan dit", "hunyuan 3d 2.1", "ernie image")  # their calls carry no options
+OUT_OF_REACH = ("hunyuan dit", "hunyuan 3d 2.1", "ernie image")  # their calls carry no options
 
 pytestmark = [pytest.mark.comfy, pytest.mark.slow]
 

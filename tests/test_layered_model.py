@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from tessera.models.default import networks as video
 from tessera.models.default.vocabulary import COLOURS, MOTIONS
 from tessera.models.layers.default import dataset, drawn, evaluate, export, networks, sampling, train, train_decoder, vocabulary
 from tessera.models.layers.default.vocabulary import SHAPES, Caption, Kind
 from tessera.models.layers.document import Document, Layer
-from tessera.models.layers.regions import LAYER_SPACING, WHOLE, Regions, filled, pictures, positions
+from tessera.models.layers.regions import LAYER_SPACING, TRAINED, WHOLE, Regions, beyond_training, filled, pictures, positions
 from tessera.models.layers.transparent_vae import grey_blended
 
 KINDS = st.builds(Kind, st.integers(0, len(COLOURS) - 1), st.integers(0, len(SHAPES) - 1), st.integers(-1, len(MOTIONS) - 1))
@@ -218,6 +220,33 @@ def test_reading_layers_knows_right_from_wrong():
 @pytest.fixture(scope="module")
 def weights():
     return evaluate.load(export.HERE)
+
+
+@given(st.integers(1, 50), st.booleans(), st.integers(0, 2**32))
+def test_layouts_of_the_training_are_within_what_the_file_says(foregrounds, clip, seed):
+    made = drawn.layout(min(foregrounds, dataset.IN_CLIPS) if clip else foregrounds, torch.Generator().manual_seed(seed), 8 if clip else 10)
+    regions = Regions(made.width, made.height, made.boxes, 3 if clip else 1)
+    assert not beyond_training(json.dumps(export.TRAINED_ON), regions)
+
+
+@pytest.mark.parametrize(
+    ("size", "boxes", "frames", "found"),
+    [
+        ((8, 8), [(0, 0, 8, 8)], 1, ["a box of 128 pixels (16 to 96)"]),
+        ((32, 8), [(0, 0, 2, 2)], 1, ["width 512 (96 to 160)"]),
+        ((9, 5), [], 3, ["width 144 (96 to 128)", "height 80 (96 to 128)"]),
+        ((8, 8), [(0, 0, 5, 5)] * 7, 1, ["boxes 2.7 times the canvas together (up to 2.3)"]),
+        ((8, 8), [(0, 0, 1, 1)] * 7, 5, ["7 foregrounds (up to 6)", "5 latent frames (1 or 3)"]),
+    ],
+)
+def test_what_the_model_has_not_seen_is_said(size, boxes, frames, found):
+    regions = Regions(*size, ((0, 0, *size),) * WHOLE + tuple(boxes), frames)
+    assert beyond_training(json.dumps(export.TRAINED_ON), regions) == found
+
+
+def test_the_file_says_what_it_was_trained_on():
+    with safe_open(export.HERE / export.EMBEDDING, "pt") as file:
+        assert json.loads(file.metadata()[TRAINED]) == json.loads(json.dumps(export.TRAINED_ON))
 
 
 def test_the_weights_are_small():

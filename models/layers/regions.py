@@ -11,6 +11,7 @@ LoRA loader reads. They have been withdrawn; nothing here fetches or contains an
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ TOKEN = 16  # pixels of a token's side: 8 of the autoencoder for each of the pat
 WHOLE = 2  # layers that have no box of their own: merged picture and background
 MAX_FOREGROUNDS = 50  # the published layer embedding has 52 rows
 LAYER_PE = "layer_pe"  # the tensor of a published layer embedding
+TRAINED = "trained"  # key of a layer embedding's metadata: see `beyond_training`
 LAYER_SPACING = 4  # from one layer to the next on the axis of time, for models that have one; more where a layer has more frames
 
 
@@ -165,6 +167,33 @@ def layer_embedding(state: Mapping[str, Tensor], regions: Regions, width: int) -
             "use the embedding of this model, or fewer boxes"
         )
     return table[0, : len(regions.boxes), 0, 0]
+
+
+def beyond_training(trained: str, regions: Regions) -> list[str]:
+    """What of these regions the model of a layer embedding was not trained on, a phrase each.
+
+    trained: JSON of the file's metadata: `side` of canvases and `box` of boxes, both least and most pixels; `foregrounds`; `coverage`, the most
+    that the boxes' areas together are of the canvas; `latent_frames`, each number of them. `clip_side` and `clip_foregrounds` hold for clips.
+    """
+    ranges, clip = json.loads(trained), "clip_" if regions.frames > 1 else ""
+    foregrounds = regions.boxes[WHOLE:]
+    found = []
+    low, high = ranges[f"{clip}side"]
+    for name, side in (("width", TOKEN * regions.width), ("height", TOKEN * regions.height)):
+        if not low <= side <= high:
+            found.append(f"{name} {side} ({low} to {high})")
+    low, high = ranges["box"]
+    sides = [TOKEN * side for *_, w, h in foregrounds for side in (w, h)]
+    if sides and not low <= min(sides) <= max(sides) <= high:
+        found.append(f"a box of {min(sides) if min(sides) < low else max(sides)} pixels ({low} to {high})")
+    if len(foregrounds) > ranges[f"{clip}foregrounds"]:
+        found.append(f"{len(foregrounds)} foregrounds (up to {ranges[f'{clip}foregrounds']})")
+    if regions.frames not in ranges["latent_frames"]:
+        found.append(f"{regions.frames} latent frames ({' or '.join(map(str, ranges['latent_frames']))})")
+    coverage = sum(w * h for *_, w, h in foregrounds) / (regions.width * regions.height)
+    if coverage > ranges["coverage"]:
+        found.append(f"boxes {coverage:.1f} times the canvas together (up to {ranges['coverage']})")
+    return found
 
 
 def visible(document: Document, width: int, height: int) -> list[Layer]:

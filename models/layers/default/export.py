@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ...default import export, networks
-from ..regions import LAYER_PE
+from ..regions import LAYER_PE, TRAINED
 from ..transparent_vae import published
 from . import train_decoder
 from .networks import CONFIG
@@ -23,6 +23,16 @@ VAE = Path("vae", "tessera_layers_vae.safetensors")
 TRANSFORMER = Path("diffusion_models", "tessera_layers.safetensors")
 EMBEDDING = Path("layer_embeddings", "tessera_layers.safetensors")
 DECODER = Path("transparent_decoders", "tessera_layers.safetensors")
+TRAINED_ON = {
+    "side": (96, 160),
+    "clip_side": (96, 128),
+    "box": (16, 96),
+    "foregrounds": 50,
+    "clip_foregrounds": 6,
+    "latent_frames": (1, 3),
+    "coverage": 2.3,
+}
+"""What `drawn.layout` makes: pixels, and how many times the canvas the boxes are together; held by a test."""
 COMMON = {
     "license": "Apache-2.0",
     "dataset": "procedurally drawn layers (drawn.py), no external data",
@@ -52,7 +62,7 @@ def main() -> None:
     training = options.note or f"rectified flow, {trained['step']} steps, {trained['seen']} layouts, averaged weights"
     write(load("vae_folded.pt")["model"], VAE, torch.float16, "Tessera layers VAE", config=json.dumps({"vae": networks.VAE_CONFIG}))
     write(ema, TRANSFORMER, torch.bfloat16, "Tessera layers", config=config, training=training)
-    write(embedding, EMBEDDING, torch.bfloat16, "Tessera layers, layer embedding")
+    write(embedding, EMBEDDING, torch.bfloat16, "Tessera layers, layer embedding", **{TRAINED: json.dumps(TRAINED_ON)})
     write(published(decoder), DECODER, torch.float16, "Tessera layers, transparent decoder")
 
 
