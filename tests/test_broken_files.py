@@ -219,6 +219,7 @@ def test_a_decoder_is_what_its_tensors_are():
         ("fc_in.weight", torch.zeros(64 * 10**4, 0), "should be"),
         ("fc_in.weight", torch.zeros(64), "no transparent decoder"),
         ("layer_spacing", torch.tensor([10**12]), "layer_spacing of the transparent decoder is"),
+        ("layer_spacing", torch.tensor([1.5]), "layer_spacing of the transparent decoder is"),
         ("layer_spacing", torch.tensor([1, 2]), "layer_spacing of the transparent decoder is"),
         ("encoder.layers.encoder_layer_1.self_attention.in_proj_weight", torch.tensor(1.0), "should be"),
         ("tail.mix.0.weight", torch.zeros(2), r"tail\.mix\.0\.weight is \(2,\) and should be"),

@@ -182,8 +182,8 @@ def build(state: Mapping[str, Tensor], operations: Any = nn, dtype: torch.dtype 
         )
     width, channels = entry.shape
     blocks = sum(name.endswith(".mlp.0.weight") for name in found)
-    spacing = state.get(SPACING, torch.ones(1, dtype=torch.int64))
-    if spacing.shape != (1,) or spacing.dtype != torch.int64 or not 1 <= spacing.item() <= MAX_SPACING:
+    spacing = state.get(SPACING, torch.ones(1))  # in the dtype of the file's weights
+    if spacing.shape != (1,) or not 1 <= spacing.item() <= MAX_SPACING or spacing.item() % 1:
         raise ValueError(f"{SPACING} of the transparent decoder is {spacing.flatten()[:5].tolist()}; it is one whole number, 1 to {MAX_SPACING}")
     make = partial(TransparentDecoder, channels, width, blocks, first.shape[0], tail="tail.out.weight" in found, layer_spacing=int(spacing))
     renamed = {name: value for name, value in found.items() if name.startswith(("fc_", "tail."))}

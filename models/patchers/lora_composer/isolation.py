@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....kernels import attention as kernel
-from ....kernels import dispatch
 from ....kernels.block_mask import BlockMask, num_blocks
 
 BLOCK = 64
@@ -80,13 +79,12 @@ class Blocks:
 
 def skip(blocks: Blocks, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor | None:
     """Attention of `(batch, heads, tokens, head_dim)` that skips what is not read; None where no backend takes the call."""
-    padded = len(blocks.order)
-    own = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(q.dtype, "native")
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    problem = dispatch.Problem(q.device, q.dtype, q.shape[1], k.shape[1], padded, padded, q.shape[3], (BLOCK, BLOCK), True, grad)
-    precision = next((name for name in (own, "native") if kernel.explain(problem, name).implementation is not None), None)
-    if precision is None:
-        return None
-    key_bias = blocks.key_bias.expand(q.shape[0], -1)
     q, k, v = (x.index_select(2, blocks.order) for x in (q, k, v))
-    return kernel.attention(q, k, v, block_mask=blocks.mask, key_bias=key_bias, precision=precision, scale=scale).index_select(2, blocks.inverse)
+    key_bias = blocks.key_bias.expand(q.shape[0], -1)
+    problem = kernel.describe(q, k, v, block_mask=blocks.mask, key_bias=key_bias)
+    own = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(q.dtype, "native")
+    choices = (kernel.explain(problem, precision) for precision in (own, "native"))
+    choice = next((choice for choice in choices if choice.implementation is not None), None)
+    if choice is None:
+        return None
+    return kernel.attention(q, k, v, block_mask=blocks.mask, key_bias=key_bias, choice=choice, scale=scale).index_select(2, blocks.inverse)
