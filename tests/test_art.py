@@ -194,7 +194,7 @@ def transparent_decoder(width: int, blocks: int, hidden: int, channels: int, tai
         state[f"decoder.{name}{join}weight"] = weight
         state[f"decoder.{name}{join}bias"] = torch.randn(shape[0], generator=generator) * 0.1
     if tail:
-        state["decoder.layer_spacing"] = torch.tensor([4.0], dtype=torch.float16)  # as in the file of our weights
+        state["decoder.layer_spacing"] = torch.tensor([4])
     return state
 
 
