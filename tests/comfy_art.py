@@ -436,7 +436,16 @@ class Default:
         self.vae = comfy.sd.VAE(sd=load_file(export.HERE / export.VAE))
 
     def region_layers(self, width, height, boxes="", vae=None, **more):
-        return RegionLayers.execute(self.model, vae or self.vae, width, height, boxes, self.name, 0.5, 1.15, **more).args
+        return RegionLayers.PREPARE_CLASS_CLONE(None).execute(self.model, vae or self.vae, width, height, boxes, self.name, 0.5, 1.15, **more).args
+
+
+def lines_of_region_layers(default):
+    """What the node shows for a canvas as its model was trained on, and for others."""
+    shown = []
+    with mock.patch("tessera.nodes.art.say", lambda node_id, text: shown.append(text)):
+        default.region_layers(128, 96, "16 16 48 48")
+        default.region_layers(512, 96, "0 0 128 96")
+    emit("lines", shown=shown)
 
 
 def said(text):
@@ -642,6 +651,7 @@ with torch.inference_mode():
     refusals()
     small_vae()
     default = Default()
+    lines_of_region_layers(default)
     published_figures(default)
     watched(default)
     rgba_vae(default)

@@ -216,6 +216,15 @@ def test_each_sample_of_a_batch_is_decoded_as_it_is_alone(results, kind, decoder
     assert line["error"] < 1e-4 and line["apart"] > 0.01
 
 
+def test_region_layers_says_what_its_model_was_not_trained_on(results):
+    within, beyond = results["lines"]["shown"]
+    assert within == "105 of 144 tokens lie in boxes"  # twice 8 x 6, and 3 x 3
+    assert beyond == (
+        "432 of 576 tokens lie in boxes\ntessera_layers.safetensors was not trained on this, expect noise: width 512 (96 to 160), "
+        "a box of 128 pixels (16 to 96)"
+    )
+
+
 @pytest.mark.parametrize("frames", [1, 9])
 def test_the_nodes_make_what_the_published_figures_are_of(results, frames):
     """The default model's 20 steps through Region Layers, KSampler and the decoding nodes, against models/layers/default/sampling.py."""
