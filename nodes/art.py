@@ -118,7 +118,7 @@ class RegionLayers(io.ComfyNode):
         whole = len(regions.boxes) * regions.frames * regions.width * regions.height
         line = f"{regions.tokens} of {whole} tokens lie in boxes"
         if beyond:
-            line += f"\n{layer_embedding} was not trained on this, expect noise: {', '.join(beyond)}"
+            line += f"\n{layer_embedding} was not trained on this, expect a poor picture: {', '.join(beyond)}"
         logging.info("Tessera: %s", line)
         say(cls.hidden.unique_id, line)
         numbered = (f"Layer {number}" for number in range(len(placed) + 1, len(regions.boxes) - 1))

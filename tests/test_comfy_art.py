@@ -220,7 +220,7 @@ def test_region_layers_says_what_its_model_was_not_trained_on(results):
     within, beyond = results["lines"]["shown"]
     assert within == "105 of 144 tokens lie in boxes"  # twice 8 x 6, and 3 x 3
     assert beyond == (
-        "432 of 576 tokens lie in boxes\ntessera_layers.safetensors was not trained on this, expect noise: width 512 (96 to 160), "
+        "432 of 576 tokens lie in boxes\ntessera_layers.safetensors was not trained on this, expect a poor picture: width 512 (96 to 160), "
         "a box of 128 pixels (16 to 96)"
     )
 
