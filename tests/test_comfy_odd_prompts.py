@@ -22,7 +22,7 @@ PROMPTS = int(os.environ.get("TESSERA_ODD_PROMPTS", "500"))
 QUEUED = {
     "percents": ("start_percent", "start_percent is 0.95, end_percent 0.9; use 0 <= start_percent <= end_percent <= 1"),
     "blocks": ("dense_blocks", "dense_blocks is '1-x'; use block numbers and ranges such as 0,1 or 0-3, below 10000"),
-    "method": ("model", "method is not known; use rainfusion2, draft, sparge or sparge_top_p"),
+    "method": ("model", "method is not known; use sparge, rainfusion2, draft or sparge_top_p"),
     "density": ("density", "density is nan; use a number from 0.01 to 1"),
     "range": ("min_tokens", "min_tokens is -1; use a whole number from 0 to 16777216"),
     "choice": ("mode", "mode is 'reckless'; use quality, balanced or fast"),

@@ -44,7 +44,7 @@ class AttentionSettings:
     mask_refresh: steps that share one block mask (of one layer, in calls of one conditioning, window and place in the step).
     """
 
-    method: str = "rainfusion2"
+    method: str = "sparge"
     density: float = 0.3
     precision: str = "auto"
     method_settings: dict[str, float] = field(default_factory=dict)
