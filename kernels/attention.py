@@ -143,6 +143,8 @@ def describe(
         if not (key_bias.is_floating_point() or key_bias.dtype == torch.bool) or key_bias.device != q.device:
             raise ValueError(f"attention: key_bias is {key_bias.dtype} on {key_bias.device}; expected floating point or bool on {q.device}, as q")
     if block_mask is not None:
+        if not isinstance(block_mask, BlockMask):
+            raise ValueError(f"attention: block_mask is a {type(block_mask).__name__}; make one with BlockMask.from_dense")
         blocks = (block_mask.block_m, block_mask.block_n)
         key_blocks = num_blocks(k_len, block_mask.block_n)
         if block_mask.indices.device != q.device:

@@ -40,8 +40,8 @@ class BlockMask:
 
     def __post_init__(self, trusted: bool) -> None:
         indices, counts = self.indices, self.counts
-        if self.block_m < 1 or self.block_n < 1:
-            raise ValueError(f"BlockMask: block_m is {self.block_m}, block_n {self.block_n}; both must be 1 or more")
+        if not all(isinstance(size, int) and size >= 1 for size in (self.block_m, self.block_n)):
+            raise ValueError(f"BlockMask: block_m is {self.block_m}, block_n {self.block_n}; both must be whole numbers, 1 or more")
         if indices.ndim != 4 or indices.shape[:3] != counts.shape:
             raise ValueError(
                 f"BlockMask: indices has shape {tuple(indices.shape)}, counts {tuple(counts.shape)}; "
@@ -77,10 +77,10 @@ class BlockMask:
         width: an upper bound of the longest row, where the caller knows one and vouches for it. Without it the longest row is read back from
         the device, so build a mask once and use it often. Raises ValueError on anything but a boolean mask of four dimensions.
         """
-        if mask.dtype != torch.bool or mask.ndim != 4:
+        if mask.dtype != torch.bool or mask.ndim != 4 or 0 in mask.shape:
             raise ValueError(
                 f"BlockMask.from_dense: mask is {mask.dtype} with shape {tuple(mask.shape)}; "
-                "pass a boolean (batch, heads, query blocks, key blocks) tensor"
+                "pass a boolean (batch, heads, query blocks, key blocks) tensor, none of them 0"
             )
         counts = mask.sum(-1, dtype=torch.int32)
         if width is None:
@@ -98,7 +98,8 @@ class BlockMask:
                 "pass an integer (batch, heads, query blocks, kept) tensor"
             )
         counts = torch.full(indices.shape[:-1], indices.shape[-1], dtype=torch.int32, device=indices.device)
-        return cls(indices.sort(dim=-1).values.to(torch.int32), counts, block_m, block_n)
+        bounds = torch.iinfo(torch.int32)  # a larger id must not come round as a small one
+        return cls(indices.clamp(bounds.min, bounds.max).sort(dim=-1).values.to(torch.int32), counts, block_m, block_n)
 
     def to_dense(self, key_blocks: int) -> Tensor:
         """Boolean `(batch, heads, query blocks, key_blocks)`, the inverse of `from_dense`."""

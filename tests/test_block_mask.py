@@ -66,7 +66,7 @@ def test_num_blocks_rounds_up():
     assert [num_blocks(tokens, 16) for tokens in (1, 15, 16, 17, 32)] == [1, 1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("wrong", [torch.ones(2, 2, dtype=torch.bool), torch.ones(1, 1, 2, 2)])
+@pytest.mark.parametrize("wrong", [torch.ones(2, 2, dtype=torch.bool), torch.ones(1, 1, 2, 2), torch.ones(1, 1, 0, 2, dtype=torch.bool)])
 def test_wrong_input_is_named(wrong):
     with pytest.raises(ValueError, match="boolean"):
         BlockMask.from_dense(wrong, 16, 16)
@@ -95,7 +95,7 @@ GOOD = {"indices": lists([[0, 2, 3], [1, 2, 9]]), "counts": torch.tensor([[[3, 2
         ({"counts": torch.tensor([[[3]]], dtype=torch.int32)}, "counts \\(1, 1, 1\\); expected \\(batch, heads, query blocks, width\\)"),
         ({"indices": GOOD["indices"][0]}, "indices has shape \\(1, 2, 3\\)"),
         ({"counts": GOOD["counts"].to("meta")}, "indices is on cpu, counts on meta"),
-        ({"block_m": 0}, "block_m is 0, block_n 16; both must be 1 or more"),
+        ({"block_m": 0}, "block_m is 0, block_n 16; both must be whole numbers"),
         ({"block_n": -16}, "block_n -16"),
     ],
 )
@@ -141,8 +141,20 @@ def test_masks_on_a_device_are_looked_at_behind_a_switch(monkeypatch):
         (torch.zeros(1, 2, 1, dtype=torch.long), "shape \\(1, 2, 1\\)"),
         (torch.zeros(1, 1, 2, 2, dtype=torch.long), "occurs twice"),
         (torch.full((1, 1, 2, 1), -3), "ids go from -3"),
+        (torch.tensor([[[[0, -(2**32) + 1]]]]), "ids go from -2147483648"),
     ],
 )
 def test_from_indices_refuses(indices, said):
     with pytest.raises(ValueError, match=said):
         BlockMask.from_indices(indices, 16, 16)
+
+
+def test_a_large_id_does_not_come_round_as_a_small_one():
+    mask = BlockMask.from_indices(torch.tensor([[[[0, 2**32 + 1]]]]), 16, 16)
+    assert mask.last == 2**31 - 1
+
+
+@pytest.mark.parametrize("size", [0, -16, 16.0])
+def test_block_sizes_are_whole_numbers(size):
+    with pytest.raises(ValueError, match=f"block_m is {size}, block_n 16"):
+        BlockMask.from_dense(torch.ones(1, 1, 2, 2, dtype=torch.bool), size, 16)

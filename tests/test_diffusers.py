@@ -163,6 +163,23 @@ def test_without_a_schedule_all_steps_may_be_sparse(pipeline):
     assert patch.report.as_dict()["calls"] == {"sparse": 8}
 
 
+def test_what_others_have_put_on_the_module_comes_back(model, monkeypatch):
+    """A hook of another library's, and a context in a context."""
+    plain, calls = sample(model), []
+
+    def hooked(*args, original=model.transformer.forward, **kwargs):
+        calls.append(True)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(model.transformer, "forward", hooked)
+    with host.accelerated(model.transformer, AttentionPatch(settings(density=1.0, start_percent=0.0))):
+        with host.accelerated(model.transformer, AttentionPatch(settings(density=1.0))) as patch:
+            sample(model, patch=patch)
+    assert model.transformer.forward is hooked
+    assert torch.equal(sample(model), plain)
+    assert len(calls) == 2 * 2 * RUN["steps"]
+
+
 def test_another_model_is_refused_by_name():
     from diffusers import FluxTransformer2DModel
 

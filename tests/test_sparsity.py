@@ -676,3 +676,24 @@ def test_chosen_blocks_beat_random_ones(name, frames):
     random_error, random_density = run("random", (density - own_block) / (1 - own_block))
     assert random_density == pytest.approx(density, abs=2e-3)
     assert error < 0.5 * random_error
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(density=0.0), "density is 0.0; use a value above 0"),
+        (dict(density=1.5), "density is 1.5"),
+        (dict(density=float("nan")), "density is nan"),
+        (dict(settings={"foo": 1.0}), "rainfusion2 has no setting foo; it has none"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_the_call(changes, said):
+    q, k, v = (torch.randn(1, 1, 256, 16) for _ in "qkv")
+    layout = prepare(get("rainfusion2"), TokenGrid(1, 16, 16), q.device, block=16)
+    with pytest.raises(ValueError, match=said):
+        sparse_attention(get("rainfusion2"), layout, q, k, v, **{"density": 0.5, **changes})
+
+
+def test_a_block_has_a_token():
+    with pytest.raises(ValueError, match="block is 0"):
+        prepare(get("rainfusion2"), TokenGrid(1, 16, 16), torch.device("cpu"), block=0)

@@ -193,6 +193,7 @@ WHOLE = BlockMask.from_dense(torch.ones(1, 1, 4, 4, dtype=torch.bool), 16, 16)
         ({"block_mask": WHOLE, "k": torch.randn(1, 2, 48, 16), "v": torch.randn(1, 2, 48, 16)}, "block_mask covers 4 key blocks; expected 3"),
         ({"block_mask": WHOLE, "q": torch.randn(1, 2, 65, 16)}, "block_mask covers"),
         ({"block_mask": BlockMask(WHOLE.indices.to("meta"), WHOLE.counts.to("meta"), 16, 16, trusted=True)}, "block_mask is on meta but q is on cpu"),
+        ({"block_mask": torch.ones(1, 1, 4, 4, dtype=torch.bool)}, "block_mask is a Tensor; make one with BlockMask.from_dense"),
         ({"q": torch.empty(1, 2, 0, 16)}, "non-empty"),
         ({"precision": "int3"}, "int3"),
     ],
@@ -308,6 +309,14 @@ def test_gradients_of_rows_that_read_nothing_are_zeros():
     (out.sum() + lse[:, :, :16].sum()).backward()
     for x in (q, k, v):
         assert x.grad.isfinite().all() and not x.grad[:, :, 16:].any() and x.grad[:, :, :16].any()
+
+
+def test_where_no_row_reads_anything_gradients_are_zeros():
+    q, k, v = (x.requires_grad_() for x in tensors(1, 1, None, 32, 32, 4))
+    nothing = BlockMask.from_dense(torch.zeros(1, 1, 2, 2, dtype=torch.bool), 16, 16)
+    attention(q, k, v, block_mask=nothing).sum().backward()
+    for x in (q, k, v):
+        assert torch.equal(x.grad, torch.zeros_like(x))
 
 
 # a call that silently ran otherwise

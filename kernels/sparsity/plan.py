@@ -38,6 +38,8 @@ def prepare(recipe: Recipe, grid: TokenGrid | None, device: torch.device, *, blo
     """
     if grid is None and (seq_len is None or recipe.needs_grid):
         raise ValueError(f"{recipe.name}: no token grid is known; use a method that needs none, with seq_len")
+    if block < 1:
+        raise ValueError(f"block is {block}; use 1 token or more")
     tokens = grid.seq_len if grid is not None else seq_len
     assert tokens is not None
     order = hidden = None
@@ -104,6 +106,10 @@ def sparse_attention(
     `kernels.attention.explain` answered for `describe` of this call, in place of precision.
     Returns the output in the tokens' own order, and the mask used.
     """
+    if not 0.0 < density <= 1.0:
+        raise ValueError(f"density is {density}; use a value above 0 and up to 1")
+    if unknown := set(settings or {}) - set(recipe.settings):
+        raise ValueError(f"{recipe.name} has no setting {', '.join(sorted(unknown))}; it has {', '.join(recipe.settings) or 'none'}")
     if scale is None:
         scale = q.shape[-1] ** -0.5
     values = {name: setting.default for name, setting in recipe.settings.items()} | dict(settings or {})

@@ -42,11 +42,12 @@ def run(
     if len(lengths) > 1:
         queries, indices, row_first_block, row_first_bias = (x.index_select(0, order) for x in (queries, indices, row_first_block, row_first_bias))
 
+    nothing = queries[:0].sum() + keys[:0].sum() + values[:0].sum()  # 0, in the graph: where no row reads anything, gradients are 0
     outs, lses = [], []
     first = 0
     for length, size in zip(lengths, sizes, strict=True):
         if length == 0:
-            outs.append(queries.new_zeros((size, block_m, head_dim)))
+            outs.append(queries.new_zeros((size, block_m, head_dim)) + nothing)
             lses.append(torch.full((size, block_m), float("-inf"), dtype=_exact(q), device=q.device))
         else:
             limit = CUDA_CHUNK_BYTES if q.is_cuda else CPU_CHUNK_BYTES

@@ -92,7 +92,7 @@ def accelerated(transformer: Any, patch: AttentionPatch, scheduler: Any = None) 
     classes = [cls.__name__ for cls in type(transformer).__mro__]
     if "WanTransformer3DModel" not in classes:
         raise ValueError(f"accelerated: transformer is a {classes[0]}; only WanTransformer3DModel of diffusers is supported, others in ComfyUI")
-    original = transformer.forward
+    original, before = transformer.forward, vars(transformer).get("forward")  # before: what another hook has put there
     timesteps = None
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -123,7 +123,10 @@ def accelerated(transformer: Any, patch: AttentionPatch, scheduler: Any = None) 
     try:
         yield patch
     finally:
-        del transformer.forward  # the class's own shows again
+        if before is None:
+            del transformer.forward  # the class's own shows again
+        else:
+            transformer.forward = before
         patch.release()
 
 
