@@ -242,14 +242,14 @@ def test_two_hundred_runs_leave_nothing_behind(results):
 
 
 ERRORS = {
-    "nan": "gb is nan; use a number from 0.1 to 1024",
-    "infinite": "gb is inf; use a number from 0.1 to 1024",
-    "zero": "gb is 0.0; use a number from 0.1 to 1024",
+    "nan": "gb is nan; use a number of gigabytes above 0, such as 8",
+    "infinite": "gb is inf; use a number of gigabytes above 0, such as 8",
+    "zero": "gb is 0; use a number of gigabytes above 0, such as 8",
     "negative": "gb is -2; use a number of gigabytes above 0, such as 8",
     "more than the device": "gb is 17, and cpu:0 has 16.0 GB; use at most 16.0",
     "leave all": "gb is 16, and cpu:0 has 16.0 GB; use less than 16.0",
     "unknown limit": "limit is 'half'; use one of use at most, leave free",
-    "unknown policy": "policy is 'magic'; use auto, resident or superpipeline",
+    "unknown policy": "policy is 'magic'; use one of auto, resident, superpipeline",
     "k 1": "k is 1; use at least 2 blocks, or 0 to let the limit decide",
     "k_prime": "k_prime is 3; use 0 to k, which is 2",
 }
