@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Active:
     buffer: Any = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Ref:
     """What autograd keeps instead of a weight that will have left the device: where to find it again."""
 
@@ -58,6 +59,11 @@ class Backward:
         self.owner: int | None = None  # the thread that goes backward
         self.unit: Unit | None = None
         self._buffer: Any = None
+        self._refs: WeakSet[_Ref] = WeakSet()  # those that graphs hold
+
+    def waits(self) -> bool:
+        """Whether a graph is there that has still to come back for streamed weights."""
+        return len(self._refs) > 0
 
     def busy(self, thread: int) -> bool:
         """Whether another thread goes backward. One whose backward failed does so until it comes again, or ends."""
@@ -78,7 +84,9 @@ class Backward:
         assert unit.lent is not None
         run = unit.lent.run_at(start)
         offset = start // tensor.element_size() + int(tensor.storage_offset())
-        return _Ref(unit, offset, tensor.dtype, tensor.shape, tensor.stride(), run, unit.lent.state(run), threading.get_ident())
+        ref = _Ref(unit, offset, tensor.dtype, tensor.shape, tensor.stride(), run, unit.lent.state(run), threading.get_ident())
+        self._refs.add(ref)
+        return ref
 
     def _unpack(self, saved: Any) -> Tensor:
         if isinstance(saved, _Outer):

@@ -236,15 +236,12 @@ class Offload:
 
     touched = False  # who reaches for what stays on the device does not matter: it is compared when it leaves
 
-    def _edited(self, *, blocks: bool = False) -> bool:
-        """Whether the module has other modules or parameters than it was laid out with, or what stays on the device lies elsewhere.
-
-        blocks: look at where the tensors of all blocks lie, too. Otherwise that is done when a block runs.
-        """
+    def _edited(self) -> bool:
+        """Whether the module has other modules or parameters than it was laid out with, or its tensors lie elsewhere."""
         assert self._structure is not None
         if self._structure.changed() or self._fixed_places != places(self._fixed.parts):
             return True
-        return blocks and not all(unit.intact() for unit in self._units)
+        return not all(unit.intact() for unit in self._units)
 
     def _refuse_unreached(self, *, unseen: bool = False) -> None:
         part = self._held.written(unseen=unseen)
@@ -379,7 +376,7 @@ class Offload:
         if not in_backward:
             self._thread = threading.get_ident()
             self._backward.end()
-            if not unit.intact():
+            if not unit.intact():  # edited since the module's forward began, or the block is called by itself
                 self._arrive_again()
                 unit = self._unit_of(module)
             self._new_pass(unit, args)
@@ -439,18 +436,21 @@ class Offload:
         return next((f"{prefix}.{name}" for prefix, part in self.module.named_modules() if part is owner), name)
 
     def _new_pass(self, unit: Unit, args: tuple[Any, ...]) -> None:
-        """Learn the order of the blocks from the first pass; plan again when a pass begins and its compute has changed."""
+        """Learn the order of the blocks from the first pass; plan again when a pass begins and its compute has changed.
+
+        Not while a graph waits for its backward: the blocks that it saw as streamed stay so.
+        """
         assert self.scheduler is not None
         if self._order is not None:
-            if unit in self._order:
+            if unit not in self._order:
+                self._order.append(unit)
+            elif not self._backward.waits():
                 order, self._order = self._order, None
                 order += [other for other in self._units if other not in order]
                 if order != self._units:
                     self._units = order
                     self.nbytes = [other.packing.nbytes for other in order]
                     self._restart(self._remade())
-            else:
-                self._order.append(unit)
         if unit.index <= self._last:
             self.passes += 1
             self._replan()
@@ -471,7 +471,7 @@ class Offload:
 
     def _restart(self, plan: Plan) -> None:
         assert self.scheduler is not None
-        if self._edited(blocks=True):
+        if self._edited():
             return self._arrive_again()
         copied, misses = self.scheduler.copied_bytes, self.scheduler.misses
         self.scheduler.close()
@@ -481,7 +481,7 @@ class Offload:
 
     def _replan(self) -> None:
         assert self.scheduler is not None
-        if self.scheduler.backward or not self.plan.streamed:
+        if self.scheduler.backward or not self.plan.streamed or self._backward.waits():
             return
         seconds = self._seconds()
         if seconds is None or 1 / REPLAN < sum(seconds) / (self._planned_seconds or 1e-12) < REPLAN:
