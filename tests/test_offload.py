@@ -485,3 +485,13 @@ def test_the_plan_follows_the_compute():
                 assert torch.equal(module(x), expected)
             assert handle.plan.slots == 2 and len(handle.plan.resident) == residents + 1
             assert handle.report()["plans"] == 3
+            cost["block"] = 1.0
+            with torch.enable_grad():
+                graph = module(x).sum()
+            for _ in range(3):
+                assert torch.equal(module(x), expected)
+            assert handle.report()["plans"] == 3  # the graph comes back for the blocks that it saw
+            graph.backward()
+            for _ in range(3):
+                assert torch.equal(module(x), expected)
+            assert handle.plan.slots == 3
