@@ -86,7 +86,7 @@ def _hyperspectral(options: argparse.Namespace) -> None:
 def _layers(options: argparse.Namespace) -> None:
     from .cli import layers
 
-    for line in layers.convert(options.source, options.target, options.flatten_groups):
+    for line in layers.convert(options.source, options.target, options.flatten_groups, options.overwrite):
         print(line)
 
 
@@ -152,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     layered.add_argument("target", type=Path, metavar="OUT", help=".psd, .ora, or no ending for a folder of PNG files")
     faint = "make of each pass-through group below 100 %% opacity, which .ora has not, a normal group or one layer that looks the same"
     layered.add_argument("--flatten-groups", action="store_true", help=faint)
+    layered.add_argument("--overwrite", action="store_true", help="replace OUT if it is a file that exists; a folder never is")
     upscale = commands.add_parser("upscale", help="enlarge a picture, a folder of pictures or a video, patch by patch")
     upscale.add_argument("source", type=Path, metavar="IN", help="picture, folder of pictures, or video")
     upscale.add_argument("target", type=Path, metavar="OUT", help="file of type .png .jpg .webp .tif .mp4 .mov .mkv .webm; a folder for a folder")

@@ -460,10 +460,16 @@ def test_the_command_line_converts(tmp_path, monkeypatch, capsys):
     ora_of(tmp_path / "bomb.ora", one_layer("a.png"), **{"a.png": png_bomb(30_000)})
     Path("cut.ora").write_bytes(Path("b.ora").read_bytes()[:-100])
     Path("cut.psd").write_bytes(Path("a.psd").read_bytes()[:3000])
-    there = sorted(tmp_path.rglob("*"))
+    Path("link.psd").hardlink_to("a.psd")
+    there = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     for wrong, message in (
         (("none.psd", "x.ora"), "none.psd does not exist"),
         (("a.psd", "c"), "c is a folder that exists"),
+        (("--overwrite", "a.psd", "c"), "c is a folder that exists"),
+        (("a.psd", "b.ora"), "b.ora: the file is there already; choose another name, or give --overwrite"),
+        (("a.psd", "a.psd"), "a.psd is the source itself; choose another name for the result"),
+        (("--overwrite", "a.psd", "link.psd"), "link.psd is the source itself"),
+        (("--overwrite", "c", "c"), "c is the source itself"),
         (("a.psd", "x.tga"), ".tga"),
         (("cmyk.psd", "x.ora"), "cmyk.psd cannot be read: it is CMYK with 8 bits a channel; convert it to RGB"),
         (("bomb.ora", "x.psd"), "bomb.ora cannot be read: its layers have 900 million pixels"),
@@ -473,7 +479,9 @@ def test_the_command_line_converts(tmp_path, monkeypatch, capsys):
         assert main(["layers", *wrong]) == 1
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
-    assert sorted(tmp_path.rglob("*")) == there, "nothing was written"
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == there, "nothing was written"
+    Path("b.ora").write_text("mine")
+    assert main(["layers", "--overwrite", "a.psd", "b.ora"]) == 0 and len(read(tmp_path / "b.ora")[0].layers) > 0
     psd_of(tmp_path, "RGB", 16)
     assert main(["layers", "b.psd", "sixteen.ora"]) == 0
     assert torch.equal(read(tmp_path / "sixteen.ora")[0].layers[0].image, (read(tmp_path / "b.psd")[0].layers[0].image * 255).round() / 255)
