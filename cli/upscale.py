@@ -91,6 +91,11 @@ def find_jobs(source: Path, target: Path, overwrite: bool) -> list[tuple[Path, P
         if not found:
             raise ValueError(f"{source} holds no pictures; name a folder with pictures, or a file")
         jobs = [(path, target / (path.name if path.suffix.lower() in FORMATS else f"{path.name}.png")) for path in found]
+        sources: dict[Path, Path] = {}
+        for path, result in jobs:
+            if result in sources:  # one would replace the other
+                raise ValueError(f"{sources[result]} and {path} would both be written as {result}; rename one of them")
+            sources[result] = path
         waiting = [job for job in jobs if overwrite or not job[1].exists()]
         if len(waiting) < len(jobs):
             print(f"{len(jobs) - len(waiting)} of {len(jobs)} results are in {target} already and were left alone; --overwrite makes them again")

@@ -320,6 +320,9 @@ def test_bad_input(tmp_path, capsys):
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tif")
     (tmp_path / "there.png").write_text("mine")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "two").mkdir()
+    for name in ("a.bmp", "a.bmp.png"):
+        Image.fromarray(ramp()).save(tmp_path / "two" / name)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     out = tmp_path / "out.png"
     for arguments, message in [
@@ -334,6 +337,7 @@ def test_bad_input(tmp_path, capsys):
         ((tmp_path / "text.png", out, "--factor", "2"), "is no picture"),
         ((tmp_path / "float.tif", out, "--factor", "2"), "32 bits a channel"),
         ((tmp_path / "empty", tmp_path / "o", "--factor", "2"), "holds no pictures"),
+        ((tmp_path / "two", tmp_path / "o", "--factor", "2"), "two/a.bmp.png would both be written as"),
         ((tmp_path, picture, "--factor", "2"), "OUT must be one too"),
         ((tmp_path, tmp_path, "--factor", "2"), "the folder of the sources itself"),
         ((picture, out, "--factor", "0"), "factor is 0"),
@@ -349,7 +353,7 @@ def test_bad_input(tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    assert after == before
+    assert after == before and not (tmp_path / "o").exists()
 
 
 def test_a_failure_while_writing_leaves_what_was_there(tmp_path, monkeypatch):
