@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 NUMBERED = re.compile(r"(?P<prefix>.*)_(?P<number>\d{5,})_(?P<rest>.*)", re.DOTALL)  # as ComfyUI numbers what it saves
+UNFINISHED = re.compile(r"\..*(\.part|\.[0-9a-f]{8}(\.\w+)?)", re.DOTALL)  # as this pack's writers call what they have not finished
 
 
 def entries(outputs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -59,12 +60,12 @@ def make_folder(output: Path) -> None:
 def unreported(staged: Path, reported: Collection[PurePosixPath]) -> list[Path]:
     """Relative paths of the files of `staged` that are neither in `reported` nor in a folder that is.
 
-    Without the hidden ones, and those in hidden folders: so writers name what they have not finished.
+    Without those that a writer of this pack has not finished. Other hidden ones count: a user may have named them so.
     """
     known = {Path(path) for path in reported}
     files = [file.relative_to(staged) for file in staged.rglob("*") if file.is_symlink() or not file.is_dir()]
-    hidden = [any(part.startswith(".") for part in file.parts) for file in files]
-    return sorted(file for file, skip in zip(files, hidden, strict=True) if not skip and known.isdisjoint([file, *file.parents]))
+    whole = [file for file in files if not any(map(UNFINISHED.fullmatch, file.parts))]
+    return sorted(file for file in whole if known.isdisjoint([file, *file.parents]))
 
 
 def place(staged: Path, output: Path, reported: Collection[PurePosixPath], *, overwrite: bool = False, ended: bool = True) -> list[Path]:

@@ -32,6 +32,7 @@ def found(folder: Path) -> dict[str, str]:
     ("old", "new", "expected"),
     [
         ([], ["pic_00001_.png", "a/pic_00001_.png"], ["pic_00001_.png", "a/pic_00001_.png"]),
+        ([], [".mine/vae_00001_.safetensors", ".vae_00001_.safetensors"], [".mine/vae_00001_.safetensors", ".vae_00001_.safetensors"]),
         # The rule of ComfyUI's get_save_image_path: on from the highest number of the prefix, whatever the ending.
         (["pic_00001_.png"], ["pic_00001_.png", "pic_00002_.png"], ["pic_00002_.png", "pic_00003_.png"]),
         (["pic_00007_.png"], ["pic_00001_.png", "pic_00002_.png"], ["pic_00008_.png", "pic_00009_.png"]),
@@ -74,9 +75,10 @@ def test_overwrite(tmp_path):
 def test_what_may_be_unfinished_is_called_so(tmp_path):
     """What no node reported when a run did not end. Files that a writer has not even named are left out, reported ones with a dot are not."""
     staged = open_staging(tmp_path)
-    put(staged, "a/pic_00001_.png", "clip_00001_.mp4", ".0f.part", "a/.1f.part/0.png", ".hidden_00001_.png", "model.v1_00001_.safetensors")
+    put(staged, "a/pic_00001_.png", "clip_00001_.mp4", ".hidden_00001_.png", ".mine/model.v1_00001_.safetensors")
+    put(staged, ".0f0f0f0f0f0f0f0f.part", "a/.1f1f1f1f1f1f1f1f.part/0.png", ".clip.0a1b2c3d.mp4")
     place(staged, tmp_path, [PurePosixPath("a/pic_00001_.png"), PurePosixPath(".hidden_00001_.png")], ended=False)
-    names = ["a/pic_00001_.png", "clip_00001_.part.mp4", ".hidden_00001_.png", "model.v1_00001_.part.safetensors"]
+    names = ["a/pic_00001_.png", "clip_00001_.part.mp4", ".hidden_00001_.png", ".mine/model.v1_00001_.part.safetensors"]
     assert found(tmp_path) == dict.fromkeys(names, "new")
 
 
