@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,16 @@ def broken_links(workflow: Workflow) -> list[str]:
     ]
 
 
+def _once(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, of whose nodes and inputs none has the name of another, which would be lost."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found and not key.startswith(COMMENT):
+            raise FileError(f"{file}: {key!r:.80} is there twice, and only one of the two would count; rename one, or {EXPORT}")
+        found[key] = value
+    return found
+
+
 def _parse(file: Path) -> Any:
     try:
         data = file.read_bytes()
@@ -54,7 +65,9 @@ def _parse(file: Path) -> Any:
     if not data.strip():
         raise FileError(f"{file} is empty; {EXPORT}")
     try:
-        return json.loads(data)  # bytes: it finds out whether they are UTF-8, UTF-16 or UTF-32
+        return json.loads(data, object_pairs_hook=partial(_once, file))  # bytes: it finds out whether they are UTF-8, UTF-16 or UTF-32
+    except FileError:
+        raise
     except json.JSONDecodeError as error:
         raise FileError(f"{file} is no JSON file, or cut off (line {error.lineno}, column {error.colno}); {EXPORT}") from error
     except (ValueError, RecursionError) as error:  # bytes that are no text; numbers and nesting without end
