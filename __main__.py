@@ -124,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run an API-format workflow on a headless ComfyUI")
     run.add_argument("workflow", type=Path)
     run.add_argument("--output", type=Path, default=Path("output"), help="folder for what the workflow makes (default: %(default)s)")
-    run.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="change an input of the workflow; may be repeated")
+    run.add_argument(
+        "--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="change an input of the workflow, a text as written; may be repeated"
+    )
     run.add_argument("--overwrite", action="store_true", help="replace what has the same name (default: numbers go on from the highest there)")
     plan = commands.add_parser("offload-plan", help="what a memory budget costs on a GPU, predicted from a weight file")
     plan.add_argument("--model", type=Path, required=True, help="safetensors file of a diffusion model; of one in parts any part, or the index")

@@ -19,7 +19,7 @@ PATIENCE = 30.0  # seconds for a workflow to end that was told to
 def run_workflow(file: Path, output: Path, settings: list[str], overwrite: bool = False) -> None:
     """Queue `file`, save what it makes below `output`, print what its nodes report.
 
-    settings: "node.input=value" texts that change the workflow, values in JSON or plain text. overwrite: as for `saved_files.place`.
+    settings: "node.input=value" texts that change the workflow, see `change`. overwrite: as for `saved_files.place`.
     Raises FileError, ValueError, OSError and ServerError, each with one sentence. However it ends, what was finished by then is saved.
     """
     workflow = read_workflow(file)
@@ -122,13 +122,18 @@ def _name(workflow: Workflow, node: str) -> str:
 
 
 def change(workflow: Workflow, setting: str) -> None:
-    """Apply "node.input=value". Raises ValueError naming a setting that does not fit."""
+    """Apply "node.input=value". The value is JSON or plain text; where the input is a text now it stays one, as written or in JSON's quotes.
+
+    Raises ValueError naming a setting that does not fit.
+    """
     address, equals, text = setting.partition("=")
     node, _, name = address.partition(".")
     if not equals or node not in workflow or name not in workflow[node]["inputs"]:
         found = f"the workflow has no input {address!r}" if equals else "it has no value"
         raise ValueError(f"--set {setting}: {found}; write node.input=value, for example 8.seed=2")
     try:
-        workflow[node]["inputs"][name] = json.loads(text, parse_constant=str)  # NaN is no JSON
+        value = json.loads(text, parse_constant=str)  # NaN is no JSON
     except (ValueError, RecursionError):
-        workflow[node]["inputs"][name] = text
+        value = text
+    inputs = workflow[node]["inputs"]
+    inputs[name] = text if isinstance(inputs[name], str) and not isinstance(value, str) else value  # 1.10 in a name is no number

@@ -48,8 +48,9 @@ CANVAS = {"last_node_id": 2, "nodes": [{"id": 1, "type": "EmptyImage", "widgets_
         json.dumps(TWO).encode("utf-16"),
         json.dumps(TWO | {"_comment": "text", "#": [1, 2], "// later": None, "note": "text", "_meta": {"a": 1}}).encode(),
         json.dumps({"prompt": TWO, "client_id": "x"}).encode(),
+        b'{"_": 1, "_": 2, ' + json.dumps(TWO).encode()[1:],
     ],
-    ids=["byte order mark", "UTF-16", "comments", "a request"],
+    ids=["byte order mark", "UTF-16", "comments", "a request", "two comments"],
 )
 def test_what_is_around_a_workflow_is_taken_off(tmp_path, data):
     (tmp_path / "w.json").write_bytes(data)
@@ -81,6 +82,9 @@ def test_a_node_may_have_no_inputs_and_any_name(tmp_path):
         (json.dumps(CANVAS).encode(), "as the editor saves it"),
         (json.dumps({"prompt": CANVAS}).encode(), "as the editor saves it"),
         (b'{"1": null}', "'1' is no node"),
+        (b'{"1": {"class_type": "A"}, "2": {"class_type": "B"}, "1": {"class_type": "C"}}', "'1' is there twice"),
+        (b'{"prompt": {"1": {"class_type": "A"}, "1": {"class_type": "A"}}}', "'1' is there twice"),
+        (b'{"1": {"class_type": "A", "inputs": {"seed": 1, "seed": 2}}}', "'seed' is there twice"),
         (b'{"1": {"inputs": {}}}', "'1' is no node"),
         (b'{"1": {"class_type": 3}}', "'1' is no node"),
         (b'{"1": {"class_type": "A", "inputs": [1]}}', "'1' is no node"),
@@ -124,6 +128,16 @@ def test_a_setting(text, value):
     workflow = {"3": image(), "9": {"class_type": "A", "inputs": {}}}
     run.change(workflow, f"3.color={text}")
     assert workflow["3"]["inputs"]["color"] == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("null", "null"), ("1.10", "1.10"), ("true", "true"), ("[1]", "[1]"), ('["3", 0]', '["3", 0]'), ("a b", "a b"), ('"1.10"', "1.10"), ("", "")],
+)
+def test_a_setting_of_a_text_stays_text(text, value):
+    workflow = {"9": {"class_type": "SaveImage", "inputs": {"filename_prefix": "pic"}}}
+    run.change(workflow, f"9.filename_prefix={text}")
+    assert workflow["9"]["inputs"]["filename_prefix"] == value
 
 
 @pytest.mark.parametrize("setting", ["3.colour=1", "4.color=1", "color=1", "=1", "", "3.color", "9.color=1", "3.=1"])
