@@ -82,8 +82,8 @@ def lines(
     with _written(target) as temporary, torch.inference_mode():
         out = _create(temporary, target, shape, cube.dtype, layout)
         for y, row in enumerate(super_resolve(rows, network, scale, tile=tile, overlap=overlap, device=where, steps_down=halved)):
-            if row.isnan().any():
-                raise FileError(f"{model}: makes NaN (not a number) of {source}; use another model, or another --range")
+            if not row.isfinite().all():
+                raise FileError(f"{model}: makes NaN (not a number) or infinity of {source}; use another model, or another --range")
             out[:, y] = _as_stored(row.numpy(), low, high, cube.dtype)
             if (y + 1) * 10 // shape[1] > y * 10 // shape[1]:
                 yield f"{(y + 1) * 10 // shape[1] * 10} %"

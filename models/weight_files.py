@@ -104,10 +104,11 @@ def state_dict(path: str | Path, found: Any) -> dict[str, Tensor]:
 
 
 def check_numbers(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise FileError that names a tensor with NaN, from which a network makes nothing but NaN."""
+    """Raise FileError that names a tensor with NaN or infinity, from which a network makes nothing, or something wrong."""
     for name, value in tensors.items():
-        if value.is_floating_point() and value.element_size() > 1 and value.isnan().any():
-            raise FileError(f"{path}: {name} has NaN (not a number) among its values, so the result would be empty; {COPY}, or train it again")
+        if value.is_floating_point() and value.element_size() > 1 and not value.isfinite().all():
+            found = "NaN (not a number)" if value.isnan().any() else "infinity"
+            raise FileError(f"{path}: {name} has {found} among its values, so the result would be empty or wrong; {COPY}, or train it again")
 
 
 def check_fit(state: Mapping[str, Tensor], make: Callable[[], nn.Module], what: str) -> None:

@@ -300,9 +300,11 @@ def test_weights_that_are_not_numbers(tmp_path, capsys):
     state["mid_convs.3.bias"][5] = torch.nan
     save_file(state, tmp_path / "nan.safetensors")
     torch.save({"params": state}, tmp_path / "nan.pth")
-    for name in ("nan.safetensors", "nan.pth"):
+    state["mid_convs.3.bias"][5] = -torch.inf
+    save_file(state, tmp_path / "infinite.safetensors")
+    for name, found in (("nan.safetensors", "NaN"), ("nan.pth", "NaN"), ("infinite.safetensors", "infinity")):
         assert enlarge(tmp_path / "a.png", tmp_path / "b.png", "--model", tmp_path / name) == 1
-        assert f"{name}: mid_convs.3.bias has NaN" in capsys.readouterr().err
+        assert f"{name}: mid_convs.3.bias has {found}" in capsys.readouterr().err
     assert not (tmp_path / "b.png").exists()
     essaformer = {name: value.clone() for name, value in ESSAformer(5, 4, 2).state_dict().items()}
     essaformer["conv_last.bias"][0] = torch.nan
@@ -314,6 +316,10 @@ def test_weights_that_are_not_numbers(tmp_path, capsys):
 def test_a_network_that_makes_no_numbers():
     with pytest.raises(ValueError, match="the network makes of the picture NaN"):
         upscale(torch.rand(3, 8, 8), Network(lambda x: x.repeat(1, 1, 2, 2).log() * torch.nan, 2), (16, 16))
+    with pytest.raises(ValueError, match="the network makes of the picture infinity"):
+        upscale(torch.rand(3, 8, 8), Network(lambda x: x.repeat(1, 1, 2, 2) / 0, 2), (12, 12))
+    with pytest.raises(ValueError, match="the picture has infinity"):
+        upscale(torch.full((3, 8, 8), torch.inf), Network(lambda x: x.repeat(1, 1, 2, 2), 2), (16, 16))
     with pytest.raises(ValueError, match="the picture has NaN"):
         upscale(torch.full((3, 8, 8), torch.nan), Network(lambda x: x.repeat(1, 1, 2, 2), 2), (16, 16))
 

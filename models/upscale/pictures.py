@@ -113,7 +113,7 @@ def upscale(
 
     tile and overlap are in pixels of the network's input. Alpha is enlarged by interpolation and then follows the edges of the
     enlarged colours. `progress` belongs to the last pass. map_patches: does what `network.on_patch` does, elsewhere (`workers.py`).
-    Raises ValueError for another number of channels, and where the network makes NaN.
+    Raises ValueError for another number of channels, and where the network makes NaN or infinity.
     """
     if picture.shape[0] not in (1, 3, 4):
         raise ValueError(f"the picture has {picture.shape[0]} channels; use 1 (grey), 3 (RGB) or 4 (RGBA)")
@@ -135,9 +135,10 @@ def upscale(
             device=device,
             map_patches=map_patches,
         )
-    if count and colour.isnan().any():  # saved, it would be black
-        cause = "the picture has" if picture.isnan().any() else "the network makes of the picture"
-        raise ValueError(f"{cause} NaN (not a number) among its values; use another one")
+    if count and not colour.isfinite().all():  # saved, it would be black or white
+        cause, values = ("the network makes of the picture", colour) if picture.isfinite().all() else ("the picture has", picture)
+        found = "NaN (not a number)" if values.isnan().any() else "infinity"
+        raise ValueError(f"{cause} {found} among its values; use another one")
     colour = resize(colour, size).clamp(0, 1)
     if picture.shape[0] == 1:
         return colour.mean(0, keepdim=True)
