@@ -25,7 +25,7 @@ from tessera.__main__ import main
 from tessera.models.errors import FileError
 from tessera.models.layers import files, png
 from tessera.models.layers.blend import MODES
-from tessera.models.layers.compose import composite
+from tessera.models.layers.compose import composite, without_faint_groups
 from tessera.models.layers.document import Document, Group, Layer, Transform
 from tessera.models.layers.files import file_name, read, write
 from tessera.models.layers.ora import OPERATORS
@@ -446,6 +446,31 @@ def test_the_command_line_flattens_groups_that_openraster_has_not(tmp_path, monk
     after, notes = read(tmp_path / "b.ora")
     assert notes == [] and [node.name for node in after.layers] == ["below", "g", "n"] and after.layers[2].layers[0].name == "c"
     assert (composite(after) - composite(before)).abs().max() < 2.5 / 255
+
+
+def test_flattened_groups_say_what_they_lose():
+    """Nothing of one beyond the canvas is lost; one that becomes a layer is cut to the canvas, and says so."""
+
+    def group(name: str, *layers: Layer) -> Group:
+        return Group(name, layers, 0.5)
+
+    def part(x: int, y: int, **changes) -> Layer:
+        return Layer(f"{x}", levels(9, 9, 4), x, y, blend_mode="multiply", **changes)
+
+    away, partly = group("away", part(20, 0), part(-9, 3)), group("partly", part(-3, 4), part(14, 12))
+    hidden, both = group("hidden", part(2, 2), part(3, 3, visible=False)), group("both", part(15, 15), part(4, 4, opacity=0.0))
+    before = Document(20, 20, (Layer("below", levels(20, 20, 4)), away, partly, hidden, both))
+    after, notes = without_faint_groups(before)
+    assert after.layers[1].layers == away.layers and after.layers[1].blend_mode == "normal"
+    assert all(isinstance(node, Layer) for node in after.layers[2:]) and after.layers[2].bounds == (0, 4, 20, 16)
+    start = "a group that passed through at opacity 0.5 is"
+    assert notes == [
+        f"away: {start} a normal one, which looks the same",
+        f"partly: {start} one layer now, without what lay beyond the canvas",
+        f"hidden: {start} one layer now, without its layers that do not show",
+        f"both: {start} one layer now, without what lay beyond the canvas and its layers that do not show",
+    ]
+    assert (composite(after) - composite(before)).abs().max() < 1e-5
 
 
 def test_the_command_line_converts(tmp_path, monkeypatch, capsys):

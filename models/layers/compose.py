@@ -42,8 +42,8 @@ def composite(document: Document, *, linear: bool = False, device: torch.device 
 def without_faint_groups(document: Document) -> tuple[Document, list[str]]:
     """Without pass-through groups below full opacity, which not every format has; it looks the same. And a line about each one.
 
-    A group of normal layers only may as well be a normal group. Any other becomes one normal layer, of the colours that its layers take on
-    over what lies below them now.
+    A group of normal layers only, or one beyond the canvas, may as well be a normal group. Any other becomes one normal layer, of the colours
+    that its layers take on over what lies below them now: without what does not show or lies beyond the canvas, which its line says.
     """
     notes: list[str] = []
     canvas = torch.zeros(document.height, document.width, 4)
@@ -54,19 +54,22 @@ def _without_faint(nodes: tuple[Node, ...], canvas: Tensor, notes: list[str]) ->
     """canvas: what lies below the nodes; they are drawn onto it."""
     out: list[Node] = []
     for node in nodes:
-        new: Node | None = node
+        new: Node = node
         if isinstance(node, Group):
             through = node.blend_mode == PASS_THROUGH
             if not through or node.opacity == 1:
                 new = replace(node, layers=_without_faint(node.layers, canvas.clone() if through else torch.zeros_like(canvas), notes))
-            elif _all_normal(node):
+            elif _all_normal(node) or _beyond(node, canvas):
                 new = replace(node, blend_mode="normal", layers=_without_faint(node.layers, torch.zeros_like(canvas), notes))
                 notes.append(f"{node.name}: a group that passed through at opacity {node.opacity:.2g} is a normal one, which looks the same")
             else:
                 new = _as_layer(node, canvas)
-                notes.append(f"{node.name}: a group that passed through at opacity {node.opacity:.2g} is one layer now")
-        if new is not None:
-            out.append(new)
+                cut = ["what lay beyond the canvas"] if new.bounds != _bounds(node) else []
+                lost = " and ".join([*cut, *(["its layers that do not show"] if _hides(node) else [])])
+                notes.append(
+                    f"{node.name}: a group that passed through at opacity {node.opacity:.2g} is one layer now{f', without {lost}' if lost else ''}"
+                )
+        out.append(new)
         _draw(canvas, (0, 0), (node,), False, lambda: None)
     return tuple(out)
 
@@ -76,11 +79,20 @@ def _all_normal(group: Group) -> bool:
     return all(node.blend_mode in ("normal", "dissolve", PASS_THROUGH) and (isinstance(node, Layer) or _all_normal(node)) for node in group.layers)
 
 
-def _as_layer(group: Group, canvas: Tensor) -> Layer | None:
-    """None where nothing of it is on the canvas. Its alpha does not depend on what is below; its colour is what it adds to that."""
+def _beyond(group: Group, canvas: Tensor) -> bool:
+    """Whether none of its layers is on the canvas."""
+    return all(_beyond(node, canvas) if isinstance(node, Group) else _clipped(node.bounds, canvas, (0, 0)) is None for node in group.layers)
+
+
+def _hides(group: Group) -> bool:
+    """Whether something in it does not show."""
+    return any(not _shows(node) or (isinstance(node, Group) and _hides(node)) for node in group.layers)
+
+
+def _as_layer(group: Group, canvas: Tensor) -> Layer:
+    """What of it is on the canvas, which is something. Its alpha does not depend on what is below; its colour is what it adds to that."""
     box = _clipped(_bounds(group), canvas, (0, 0))
-    if box is None:
-        return None
+    assert box is not None
     x, y, width, height = box
     below = canvas[y : y + height, x : x + width]
     over, alone = below.clone(), torch.zeros_like(below)
