@@ -80,10 +80,11 @@ def test_refusal_names_node_input_and_value(any_comfy: ComfyServer):
 
 @comfy_only
 def test_a_failing_node_is_reported(any_comfy: ComfyServer):
-    """A start after the end is found when the node runs, before any sampling."""
+    """A start after the end, where a link brings it, is found when the node runs, before any sampling."""
     settings = {"method": "sparge", "method.similarity": 0.0, "density": 0.3, "precision": "native", "dense_blocks": "", "min_tokens": 0}
-    settings |= {"start_percent": 0.8, "end_percent": 0.2}
+    settings |= {"start_percent": ["6", 0], "end_percent": 0.2}
     graph = {
+        "6": {"class_type": "PrimitiveFloat", "inputs": {"value": 0.8}},
         "2": {"class_type": "UNETLoader", "inputs": {"unet_name": "tessera_shapes_t2v.safetensors", "weight_dtype": "default"}},
         "3": {"class_type": "EmptyHunyuanLatentVideo", "inputs": {"width": 64, "height": 64, "length": 9, "batch_size": 1}},
         "4": {"class_type": "TesseraSparseAttention", "inputs": {"model": ["2", 0], **settings}},
