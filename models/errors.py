@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import struct
@@ -14,7 +15,7 @@ _STUMBLED: tuple[type[Exception], ...] = (
     *(AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, OverflowError, RecursionError, StopIteration, TypeError),
     *(UnboundLocalError, UnicodeDecodeError, UnicodeEncodeError, ZeroDivisionError, struct.error),
 )
-_OF_PYTHON = re.compile(r"to unpack|object at 0x|invalid literal|could not convert string")  # the same, of a ValueError
+_OF_PYTHON = re.compile(r"to unpack|object at 0x|invalid literal|could not convert string|set_int_max_str_digits")  # the same, of a ValueError
 
 
 class FileError(ValueError):
@@ -37,6 +38,8 @@ def reading(file: str | os.PathLike[str], kind: str, remedy: str = "make or down
             error.filename = error.filename or os.fspath(file)
             raise
         found = str(error).strip().partition("\n")[0][:200]
-        if type(error) in _STUMBLED or _OF_PYTHON.search(found):
+        if isinstance(error, json.JSONDecodeError):
+            found = f"no JSON from line {error.lineno}, column {error.colno} on"
+        elif type(error) in _STUMBLED or _OF_PYTHON.search(found):
             found = ""
         raise FileError(f"{file}: not {kind}, or damaged{f' ({found})' if found else ''}; {remedy}") from error

@@ -127,6 +127,10 @@ def test_blocks_of_nothing_are_no_blocks(tmp_path, capsys):
     path = raw(tmp_path / "a.safetensors", {f"blocks.{i}.w": entry([0, 64], 0, 0) for i in range(3)})
     assert main(["offload-plan", "--model", str(path), "--gb", "1", "--gpu", "RTX 3060"]) == 1
     assert "a.safetensors has no repeated blocks" in capsys.readouterr().err
+    tensors = {f"blocks.{i}.{name}": torch.zeros(shape) for i in range(3) for name, shape in (("w", (0, 64)), ("v", (0, 0)), ("b", (64,)))}
+    save_file(tensors | {f"blocks.{i}.w": torch.zeros(0, 0) for i in range(3)}, path)
+    assert main(["offload-plan", "--model", str(path), "--gb", "1", "--gpu", "RTX 3060"]) == 0
+    assert "3 blocks" in capsys.readouterr().out
 
 
 # What asks for much

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from json import JSONDecodeError
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from tessera.models.errors import FileError, reading
         (OSError(22, "Invalid argument"), " ([Errno 22] Invalid argument)"),  # a place in the file that is none
         (ValueError("too many values to unpack (expected 2)"), ""),
         (KeyError("data_offsets"), ""),
+        (JSONDecodeError("Expecting value", "{\n", 2), " (no JSON from line 2, column 1 on)"),
+        (ValueError("Exceeds the limit (4300 digits); use sys.set_int_max_str_digits() to increase the limit"), ""),
         (TypeError("'NoneType' object is not subscriptable"), ""),
         (RecursionError("maximum recursion depth exceeded"), ""),
     ],

@@ -423,6 +423,22 @@ def test_bad_descriptions_are_refused(change, message, tmp_path):
     assert "a/layers.json" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "it is no JSON file, or cut off (line 1, column 1)"),
+        ('{"version": 1,\n', "it is no JSON file, or cut off (line 2, column 1)"),
+        ('{"width": ' + "9" * 5000 + "}", "it holds a number of thousands of digits"),
+    ],
+    ids=["empty", "cut", "digits"],
+)
+def test_descriptions_that_are_no_json(text, message, tmp_path):
+    (tmp_path / png.INDEX).write_text(text)
+    with pytest.raises(FileError) as caught:
+        read(tmp_path)
+    assert f"{png.INDEX} cannot be read: {message}" in str(caught.value) and not re.search(r"Expecting|sys\.", str(caught.value))
+
+
 def test_a_description_that_nests_without_end_is_one_sentence(tmp_path):
     write(Document(4, 4), tmp_path / "a")
     (tmp_path / "a" / png.INDEX).write_text("[" * 100_000)

@@ -63,7 +63,10 @@ def read(index: Path) -> tuple[Document, list[str]]:
         except UnicodeDecodeError:
             raise ValueError("it is no text in UTF-8; save it as such") from None
         except json.JSONDecodeError as error:
-            raise ValueError(f"it is no JSON ({error}); correct it there") from None
+            where = f"line {error.lineno}, column {error.colno}"
+            raise ValueError(f"it is no JSON file, or cut off ({where}); correct it there, or save the layers again") from None
+        except ValueError:  # Python's limit of digits
+            raise ValueError("it holds a number of thousands of digits; correct it, or save the layers again") from None
         version = described.get("version") if isinstance(described, dict) else None
         if version != 1:
             raise ValueError(f"its version is {version!r:.40}, not 1; save the layers again")

@@ -95,7 +95,7 @@ def read_blocks(path: str | Path) -> tuple[list[FileBlock], int]:
         for index in sorted(members):
             matrices = [tensors[name][0] for name in members[index] if len(tensors[name][0]) > 1]
             # The width of a token is the size that the block's matrices have in common.
-            sizes_seen = Counter(size for shape in matrices for size in {shape[0], prod(shape[1:])})
+            sizes_seen = Counter(size for shape in matrices for size in {shape[0], prod(shape[1:])} if size)
             width = max(sizes_seen, key=lambda size: (sizes_seen[size], -size)) if sizes_seen else 1
             blocks.append(FileBlock(f"{prefix}.{index}", nbytes[index], sum(prod(shape) for shape in matrices), width))
     if not blocks:
