@@ -54,7 +54,7 @@ _SIMILARITY = {
     )
 }
 
-_ALL = (  # the first is the default: the best of bench/results/quality.md at equal density
+_ALL = (  # the first is the default: of the two that lead bench/results/quality.md at equal density, the one whose rows are even
     Recipe(
         name="sparge",
         title="block means with a self-similarity guard, top-k; works without knowing the model family",
