@@ -194,7 +194,7 @@ def broken(path: Path, name: str) -> None:
 
 
 BROKEN = {
-    "cut": r"BrokenVideoError.*cut.mp4 is .*cut off at second \d\.\d\d.*the \d+ frames before that are finished, in .*up\.\w+\.part\.mp4",
+    "cut": r"cut.mp4 is .*cut off at second \d\.\d\d.*the \d+ frames before that are finished, in .*up\.\w+\.part\.mp4",
     "empty": r"empty.mp4.*",
     "words": r"words.mp4 is no video, or its beginning or end is missing",
 }
