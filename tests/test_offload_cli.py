@@ -55,6 +55,17 @@ def test_blocks_of_a_file(wan):
     assert blocks[0].operations(32760) == pytest.approx(22.9e12 + 22.0e12, rel=0.01)
 
 
+def test_of_a_whole_checkpoint_the_diffusion_model_counts(tmp_path):
+    """Text encoders and VAE are repeated blocks too, and not on the GPU while the diffusion model runs."""
+    own = {"in.weight": [64, 16]} | {f"blocks.{i}.w": [64, 64] for i in range(4)}
+    alone = read_blocks(write_header(tmp_path / "model.safetensors", own))
+    shapes = {f"model.diffusion_model.{name}": shape for name, shape in own.items()}
+    shapes |= {f"text_encoders.t5xxl.transformer.encoder.block.{i}.layer.0.w": [128, 128] for i in range(6)}
+    shapes |= {f"first_stage_model.decoder.up.{i}.w": [64, 64] for i in range(4)} | {"vae.w": [256, 256]}
+    blocks, fixed = read_blocks(write_header(tmp_path / "all.safetensors", shapes))
+    assert ([block.nbytes for block in blocks], fixed) == ([block.nbytes for block in alone[0]], alone[1])
+
+
 def test_two_lists_of_blocks(tmp_path):
     shapes = {f"double_blocks.{i}.img.weight": [64, 64] for i in range(3)} | {f"single_blocks.{i}.linear.weight": [64, 96] for i in range(4)}
     shapes |= {"txt_in.weight": [64, 64], "time.0.weight": [4, 4], "time.2.weight": [4, 4]}

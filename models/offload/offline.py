@@ -21,6 +21,9 @@ EFFICIENCY = 0.6
 
 GIGA = 1e9
 
+# Where checkpoints with all parts of a pipeline have the diffusion model: a convention of Stable Diffusion's first release that all follow.
+IN_CHECKPOINT = "model.diffusion_model."
+
 
 @dataclass(frozen=True)
 class Card:
@@ -76,11 +79,14 @@ class FileBlock:
 def read_blocks(path: str | Path) -> tuple[list[FileBlock], int]:
     """(repeated blocks in the order of the file's names, bytes outside them), from the headers of the safetensors files of a model.
 
-    path: as for `model_files`. Raises FileNotFoundError or FileError that names the file, what was found and what to do.
+    path: as for `model_files`. Of a whole checkpoint (with text encoders and VAE) only the diffusion model counts: the others are not on the
+    GPU while it runs. Raises FileNotFoundError or FileError that names the file, what was found and what to do.
     """
     tensors: dict[str, tuple[tuple[int, ...], int]] = {}
     for file in model_files(path):
         tensors |= read_sizes(file)
+    if any(name.startswith(IN_CHECKPOINT) for name in tensors):
+        tensors = {name: sizes for name, sizes in tensors.items() if name.startswith(IN_CHECKPOINT)}
     total = sum(nbytes for _, nbytes in tensors.values())
     lists: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name in tensors:
