@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -178,6 +179,22 @@ def test_what_others_have_put_on_the_module_comes_back(model, monkeypatch):
     assert model.transformer.forward is hooked
     assert torch.equal(sample(model), plain)
     assert len(calls) == 2 * 2 * RUN["steps"]
+
+
+def test_a_copy_made_inside_is_a_model_of_its_own(model):
+    """It has weights of its own, and no patch."""
+    patch = AttentionPatch(settings(density=1.0, start_percent=0.0))
+    text = torch.randn(1, 6, model.transformer.config.text_dim)
+    inputs = dict(hidden_states=torch.randn(1, 16, 3, 8, 8), timestep=torch.tensor([700.0]), encoder_hidden_states=text, return_dict=False)
+    with torch.inference_mode():
+        plain = model.transformer(**inputs)[0]
+        with host.accelerated(model.transformer, patch):
+            copied = deepcopy(model.transformer)
+            copied.proj_out.weight.data.zero_()
+            flat = copied(**inputs)[0].squeeze(0).reshape(16, -1, 2, 2)
+        assert patch.report.as_dict()["self_attention_calls"] == 0
+        assert torch.allclose(flat, flat[:, :1].amax((1, 2, 3), keepdim=True), atol=1e-6) or flat.std() < plain.std() / 2
+        assert torch.equal(model.transformer(**inputs)[0], plain)
 
 
 def test_another_model_is_refused_by_name():

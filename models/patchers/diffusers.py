@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ def accelerated(transformer: Any, patch: AttentionPatch, scheduler: Any = None) 
                 out = original(*args, **kwargs)
         return out
 
-    transformer.forward = forward
+    transformer.forward = _Forward(forward, transformer, before)
     try:
         yield patch
     finally:
@@ -128,6 +129,21 @@ def accelerated(transformer: Any, patch: AttentionPatch, scheduler: Any = None) 
         else:
             transformer.forward = before
         patch.release()
+
+
+class _Forward:
+    """The forward of a transformer inside `accelerated`. A copy of the transformer has weights of its own and runs as diffusers runs it."""
+
+    def __init__(self, forward: Callable[..., Any], transformer: Any, before: Any):
+        self.forward, self.transformer, self.before = forward, transformer, before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.before is None:
+            return MethodType(type(self.transformer).forward, memo[id(self.transformer)])
+        return deepcopy(self.before, memo)
 
 
 def _schedule(timesteps: Tensor) -> tuple[Callable[[float], float], list[float]]:
