@@ -106,8 +106,11 @@ def state_dict(path: str | Path, found: Any) -> dict[str, Tensor]:
 def check_numbers(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise FileError that names a tensor with NaN or infinity, from which a network makes nothing, or something wrong."""
     for name, value in tensors.items():
-        if value.is_floating_point() and value.element_size() > 1 and not value.isfinite().all():
-            found = "NaN (not a number)" if value.isnan().any() else "infinity"
+        if not value.is_floating_point():
+            continue
+        values = value.half() if value.element_size() == 1 else value  # exact, and torch can ask halves
+        if not values.isfinite().all():
+            found = "NaN (not a number)" if values.isnan().any() else "infinity"
             raise FileError(f"{path}: {name} has {found} among its values, so the result would be empty or wrong; {COPY}, or train it again")
 
 

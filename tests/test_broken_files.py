@@ -30,7 +30,7 @@ from tessera.models.upscale.essaformer import ESSAformer  # noqa: E402
 from tessera.models.upscale.networks import BUILT_IN, read_network  # noqa: E402
 from tessera.models.upscale.picture_files import read_picture  # noqa: E402
 from tessera.models.upscale.pictures import Network, upscale  # noqa: E402
-from tessera.models.weight_files import read_safetensors, read_sizes  # noqa: E402
+from tessera.models.weight_files import check_numbers, read_safetensors, read_sizes  # noqa: E402
 
 COUNT = int(os.environ.get("TESSERA_BROKEN_FILES", 300))
 
@@ -315,6 +315,16 @@ def test_weights_that_are_not_numbers(tmp_path, capsys):
     save_file(essaformer, tmp_path / "cube.safetensors")
     with pytest.raises(FileError, match=r"cube\.safetensors: conv_last\.bias has NaN"):
         hyperspectral._network(tmp_path / "cube.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float64])
+def test_numbers_are_looked_for_in_every_dtype(dtype):
+    good = torch.linspace(-200, 200, 64).to(dtype)
+    check_numbers("w", {"a": good, "b": torch.arange(3)})
+    broken = good.clone()
+    broken[7] = torch.nan
+    with pytest.raises(FileError, match=r"w: a has NaN"):
+        check_numbers("w", {"a": broken})
 
 
 def test_a_network_that_makes_no_numbers():

@@ -60,8 +60,11 @@ def test_loras_that_do_not_fit_are_refused(up, down, message):
     assert _fits(2, "to_q", layer, [Delta(torch.zeros(8, 2), torch.zeros(2, 6)), Delta(torch.zeros(8, 6))])
     with pytest.raises(ValueError, match=message):
         _fits(2, "to_q", layer, [Delta(torch.zeros(up), None if down is None else torch.zeros(down))])
-    with pytest.raises(ValueError, match="concept 2's LoRA is damaged: to_q has NaN"):
-        _fits(2, "to_q", layer, [Delta(torch.zeros(8, 2), torch.full((2, 6), torch.nan))])
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="concept 2's LoRA is damaged: to_q has NaN or infinity"):
+            _fits(2, "to_q", layer, [Delta(torch.zeros(8, 2), torch.full((2, 6), value))])
+        with pytest.raises(ValueError, match="concept 2's LoRA is damaged: to_q has NaN or infinity"):
+            _fits(2, "to_q", layer, [Delta(torch.full((8, 6), -value))])
 
 
 def test_an_unknown_network_is_refused():

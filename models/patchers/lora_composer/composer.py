@@ -178,8 +178,8 @@ def _fits(index: int, name: str, module: Any, deltas: Sequence[Delta]) -> bool:
         broken = f"concept {index}'s LoRA is damaged: {name} has"
         if delta.down is not None and delta.up.shape[1] != len(delta.down):
             raise ValueError(f"{broken} matrices of ranks {delta.up.shape[1]} and {len(delta.down)}; load another file")
-        if delta.up.isnan().any() or (delta.down is not None and delta.down.isnan().any()):
-            raise ValueError(f"{broken} NaN (not a number), so the picture would be black; load another file")
+        if not all(matrix.isfinite().all() for matrix in (delta.up, delta.down) if matrix is not None):
+            raise ValueError(f"{broken} NaN or infinity among its values, so the picture would be black; load another file")
         columns = (delta.up if delta.down is None else delta.down).shape[1]
         if columns != module.in_features or delta.start + delta.up.shape[0] > module.out_features:
             raise ValueError(
