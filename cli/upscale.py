@@ -74,6 +74,9 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and not 1 <= value <= 4096:
             raise ValueError(f"--{name} is {value}; use at least 1, and no more than there are cores or GPUs")
+    for name, default in (("chunk", 33), ("chunk_overlap", 8)):
+        if getattr(options, name) != default:
+            raise ValueError(f"--{name.replace('_', '-')} is for diffusion models; give the workflow of one with --diffusion, or leave it out")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     wanted_size(options, 1, 1)

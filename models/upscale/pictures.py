@@ -30,8 +30,8 @@ def target_size(width: int, height: int, *, factor: float | None = None, megapix
         long, short = NAMED[name]
         factor = min(long / max(width, height), short / min(width, height))
     elif megapixels is not None:
-        if not 0 < megapixels < 10_000:
-            raise ValueError(f"megapixels is {megapixels:g}; use a number above 0")
+        if not 0 < megapixels <= 10_000:
+            raise ValueError(f"megapixels is {megapixels:g}; use a number above 0, up to 10000")
         factor = sqrt(megapixels * 1e6 / (width * height))
     elif factor is None or not 0 < factor <= 64:
         raise ValueError(f"factor is {factor}; use a number above 0, up to 64")

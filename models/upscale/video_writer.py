@@ -168,7 +168,8 @@ class VideoWriter:
                 self._open_encoder(path, reader, encoder, crf)
                 return
             except (ValueError, av.FFmpegError) as error:
-                reasons.append(f"{name} refused {self._even[0]} x {self._even[1]} {self.pixel_format} in {suffix} ({error})")
+                found = getattr(error, "strerror", None) or error  # without the call of FFmpeg's that failed
+                reasons.append(f"{name} refused {self._even[0]} x {self._even[1]} {self.pixel_format} in {suffix} ({found})")
         raise ValueError(f"{self.target} cannot be written with {self.facts.bits} bit: {'; '.join(reasons)}. Use another codec, size or file type")
 
     def _open_encoder(self, path: Path, reader: Reader, encoder: Any, crf: int | None) -> None:
