@@ -122,7 +122,8 @@ def _name(workflow: Workflow, node: str) -> str:
 
 
 def change(workflow: Workflow, setting: str) -> None:
-    """Apply "node.input=value". The value is JSON or plain text; where the input is a text now it stays one, as written or in JSON's quotes.
+    """Apply "node.input=value". The value is JSON or plain text; where the input is a text now it stays one, as written or in JSON's quotes,
+    unless the value is a link to a node of the workflow: ["5", 0].
 
     Raises ValueError naming a setting that does not fit.
     """
@@ -136,4 +137,6 @@ def change(workflow: Workflow, setting: str) -> None:
     except (ValueError, RecursionError):
         value = text
     inputs = workflow[node]["inputs"]
-    inputs[name] = text if isinstance(inputs[name], str) and not isinstance(value, str) else value  # 1.10 in a name is no number
+    link = isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and value[0] in workflow and isinstance(value[1], int)
+    stays_text = isinstance(inputs[name], str) and not isinstance(value, str) and not link
+    inputs[name] = text if stays_text else value  # 1.10 in a name is no number

@@ -140,6 +140,12 @@ def test_a_setting_of_a_text_stays_text(text, value):
     assert workflow["9"]["inputs"]["filename_prefix"] == value
 
 
+def test_a_link_may_replace_a_text():
+    workflow = {"5": {"class_type": "StringConcatenate", "inputs": {}}, "9": {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat"}}}
+    run.change(workflow, '9.text=["5", 0]')
+    assert workflow["9"]["inputs"]["text"] == ["5", 0]
+
+
 @pytest.mark.parametrize("setting", ["3.colour=1", "4.color=1", "color=1", "=1", "", "3.color", "9.color=1", "3.=1"])
 def test_a_setting_that_does_not_fit(setting):
     with pytest.raises(ValueError, match=re.escape(f"--set {setting}: ") + ".*write node.input=value"):
