@@ -98,9 +98,6 @@ def test_what_core_makes_is_read_as_core_reads_it():
     assert (read.width, read.height) == (12, 8), "as far as the layers reach"
 
 
-NOT_LAYERS = "^layers has "
-
-
 def nested(depth: int) -> Group:
     group = Group("g")
     for _ in range(depth - 1):
@@ -148,15 +145,15 @@ def nested(depth: int) -> Group:
         (lambda: Layer("a", torch.rand(5, 5, 4), opacity="0.5"), "opacity '0.5'; use 0 to 1"),
         (lambda: Layer("a", torch.rand(5, 5, 4), opacity=10**400), "opacity 1000.*; use 0 to 1"),
         (lambda: Layer("a", torch.rand(5, 5, 4), blend_mode=torch.rand(9, 9)), "blend mode tensor.*; use one of normal"),
-        (lambda: Layer("a", torch.rand(5, 5, 4), transform=Transform(rotation="1")), "rotation='1'.*a finite rotation"),
+        (lambda: Layer("a", torch.rand(5, 5, 4), transform=Transform(rotation="1")), "turned by '1'; use sizes of .*a finite rotation"),
         (lambda: from_core({"layers": [{"type": torch.rand(9, 9)}]}), "type tensor"),
-        (lambda: from_core({"layers": 7}), NOT_LAYERS),
-        (lambda: from_core({"layers": ["a"]}), NOT_LAYERS),
-        (lambda: from_core({"layers": [{"image": 7}]}), NOT_LAYERS),
-        (lambda: from_core({"layers": [{"image": torch.rand(1, 2, 2, 4), "x": "3"}]}), NOT_LAYERS),
-        (lambda: from_core({"layers": [{"image": torch.rand(1, 2, 2, 4), "z_index": "3"}, {"z_index": 1}]}), NOT_LAYERS),
-        (lambda: from_core({"layers": [{"image": torch.rand(1, 2, 2, 4), "mask": True}]}), NOT_LAYERS),
-        (lambda: from_core({"layers": [], "canvas": 7}), NOT_LAYERS),
+        (lambda: from_core({"layers": 7}), "^layers has items that are no layers; connect Layers from Images"),
+        (lambda: from_core({"layers": ["a"]}), "^layers has items that are no layers; connect Layers from Images"),
+        (lambda: from_core({"layers": [{"image": 7}]}), r"an item without a name with the image 7; use one of \(batch, height, width, channels\)"),
+        (lambda: from_core({"layers": [{"image": torch.rand(1, 2, 2, 4), "x": "3"}]}), "an item without a name with x '3'; use a number"),
+        (lambda: from_core({"layers": [{"image": torch.rand(1, 2, 2, 4), "z_index": "3"}, {"z_index": 1}]}), "with z_index '3'; use a number"),
+        (lambda: from_core({"layers": [{"image": torch.rand(1, 2, 2, 4), "mask": True}]}), r"the mask True; use one of \(batch, height, width\)"),
+        (lambda: from_core({"layers": [], "canvas": 7}), "^layers has the canvas 7; use a width and a height in pixels"),
         (lambda: place(Layer("a", torch.rand(5, 5, 4)), (0, 0, 0, 7)), "the box of layer 'a' is 0 x 7"),
         (lambda: grid(9, 20, 20, gap=10), "do not fit 20 x 20"),
         (lambda: golden(30, 20, 20), "30 golden sections do not fit"),

@@ -67,9 +67,11 @@ class Layer:
             raise ValueError(f"layer {self.name!r} has no picture, or something else as its mask; look for the node that made it")
         shape = tuple(self.image.shape)
         if self.image.dtype != torch.float32 or len(shape) != 3 or shape[2] != 4 or not min(shape):
-            raise ValueError(f"layer {self.name!r} has an image {shape} of {self.image.dtype}; give float32 (height, width, 4) with a pixel at least")
+            raise ValueError(
+                f"layer {self.name!r} has an image {shape} of {str(self.image.dtype)[6:]}; give float32 (height, width, 4) with a pixel at least"
+            )
         if self.mask is not None and (tuple(self.mask.shape) != shape[:2] or self.mask.dtype != torch.float32):
-            raise ValueError(f"layer {self.name!r} has a mask {tuple(self.mask.shape)} of {self.mask.dtype}; give float32 {shape[:2]}")
+            raise ValueError(f"layer {self.name!r} has a mask {tuple(self.mask.shape)} of {str(self.mask.dtype)[6:]}; give float32 {shape[:2]}")
         if not all(_finite(x) for x in (self.image, self.mask) if x is not None and not any(x is known for known in self.checked)):
             raise ValueError(f"layer {self.name!r} has pixels that are not finite numbers; look for the node that made them")
         object.__setattr__(self, "checked", (self.image, self.mask))
@@ -77,7 +79,8 @@ class Layer:
             raise ValueError(f"layer {self.name!r} lies at {f'{self.x!r}, {self.y!r}':.40}; use whole pixels, {MAX_FAR} at most either way")
         shown = self.transform
         if not all(isinstance(side, int) and 0 <= side <= MAX_FAR for side in (shown.width, shown.height)) or not _is_finite(shown.rotation):
-            raise ValueError(f"layer {self.name!r} has {shown!r:.150}; use sizes of 0 to {MAX_FAR} whole pixels and a finite rotation")
+            found = f"is shown at {shown.width!r:.40} x {shown.height!r:.40} pixels, turned by {shown.rotation!r:.40}"
+            raise ValueError(f"layer {self.name!r} {found}; use sizes of 0 to {MAX_FAR} whole pixels and a finite rotation")
         _, _, width, height = self.bounds
         if width * height > MAX_AREA:
             raise ValueError(f"layer {self.name!r} is shown at {width} x {height} pixels; use at most {MAX_AREA >> 20} x 2**20 in all")
@@ -309,19 +312,24 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and abs(value) < 1e300  # type: ignore[operator]  # NumPy's are Real; isfinite fails for huge whole ones
 
 
+def _name(item: Mapping[str, Any]) -> str:
+    """As messages say it."""
+    return f"{item['name']!r:.40}" if item.get("name") else "without a name"
+
+
 def _number(item: Mapping[str, Any], key: str, default: float) -> float:
     value = item.get(key)
     if value is None:
         return default
     if not _is_number(value):
-        raise ValueError(f"layers has an item {item.get('name')!r:.40} with {key} {value!r:.40}; use a number")
+        raise ValueError(f"layers has an item {_name(item)} with {key} {value!r:.40}; use a number")
     return value
 
 
 def _text(item: Mapping[str, Any], key: str, default: str) -> str:
     value = item.get(key)
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"layers has an item {item.get('name')!r:.40} with {key} {value!r:.40}; use a text")
+        raise ValueError(f"layers has an item {_name(item)} with {key} {value!r:.40}; use a text")
     return value or default
 
 
@@ -332,7 +340,7 @@ def _pictures(item: Mapping[str, Any], key: str, axes: int, names: str) -> Tenso
         return ()
     if not isinstance(value, Tensor) or value.ndim != axes or (len(value) and not min(value.shape)):
         found = tuple(value.shape) if isinstance(value, Tensor) else f"{value!r:.40}"
-        raise ValueError(f"layers has an item {item.get('name')!r:.40} with the {key} {found}; use one of (batch, {names})")
+        raise ValueError(f"layers has an item {_name(item)} with the {key} {found}; use one of (batch, {names})")
     return value
 
 
