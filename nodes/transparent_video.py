@@ -170,6 +170,8 @@ class SaveTransparentVideo(io.ComfyNode):
         notes = saved.notes
         if mask is None and images.shape[3] < 4:
             notes = [*notes, "nothing is transparent: connect a mask, or images with alpha"]
+        if audio is not None and len(audio["waveform"]) > 1:
+            notes = [*notes, f"the sound is the first of {len(audio['waveform'])}"]
         line += "".join(f" · {note}" for note in notes)
         entry = ui.SavedResult(target.name, subfolder, io.FolderType.output)
         shown = entry
