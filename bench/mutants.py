@@ -50,10 +50,10 @@ MODULES = {
     "kernels/torch_backend/dense.py": ["test_torch_backend.py"],
 }
 
-# Sums for differences and quotients for products are faults that people make; bits for sums are not.
+# Sums for differences and quotients for products are faults that people make; bits for sums are not, nor `is` for `==`, which linters find.
 OPERATORS = re.compile(
     r"core/(ReplaceBinaryOperator_(Add_Sub|Sub_Add|Mul_Div|Div_Mul|FloorDiv_Mul|Mod_Mul|Pow_Mul|BitOr_BitAnd|BitAnd_BitOr)"
-    r"|ReplaceComparisonOperator_.*|ReplaceUnaryOperator_.*|AddNot|Number.*|ReplaceTrueWithFalse|ReplaceFalseWithTrue"
+    r"|ReplaceComparisonOperator_(Is|IsNot|In|NotIn)_.*|ReplaceComparisonOperator_.*_(Eq|NotEq|Lt|LtE|Gt|GtE|In|NotIn)|ReplaceUnaryOperator_.*|AddNot|Number.*|ReplaceTrueWithFalse|ReplaceFalseWithTrue"
     r"|ReplaceAndWithOr|ReplaceOrWithAnd|ReplaceBreakWithContinue|ReplaceContinueWithBreak|RemoveDecorator|ExceptionReplacer|ZeroIterationForLoop)$"
 )
 

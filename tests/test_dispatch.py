@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError
+
 import pytest
 import torch
 
@@ -49,6 +51,27 @@ def problem(**changes) -> Problem:
 def refusals(p: Problem, precision: str) -> str:
     """The reason of the Triton row of a precision, empty if it takes the problem."""
     return next(i for i in triton_backend.IMPLEMENTATIONS if i.precision == precision).refuse(p) or ""
+
+
+def test_what_is_handed_around_cannot_be_changed() -> None:
+    """A choice may be kept for later calls."""
+    choice = dispatch.choose(problem(device=torch.device("cpu")))
+    for record, name in ((choice, "precision"), (choice.implementation, "limits"), (choice.problem, "q_len")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(record, name, None)
+    assert not Problem(torch.device("cpu"), torch.float32, 1, 1, 8, 8, 64).key_bias, "unless one is given"
+
+
+def test_every_implementation_is_found_by_its_name() -> None:
+    for implementation in dispatch.implementations():
+        assert dispatch.named(implementation.name) is implementation
+        assert dispatch.named(f"{implementation.backend}/" + implementation.precision) is implementation, "equal, not the same text"
+
+
+@pytest.mark.parametrize("precision", ["", "AUTO", "a", "fp32", "zz"])
+def test_an_unknown_precision_is_refused(precision: str) -> None:
+    with pytest.raises(ValueError, match=f"precision is '{precision}'; use 'auto' or one of native, fp16, bf16, int8"):
+        dispatch.choose(problem(device=torch.device("cpu")), precision)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (13, 0)])
