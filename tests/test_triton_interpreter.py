@@ -212,7 +212,7 @@ def test_a_sparse_call_that_ran_dense_would_show(precision: str, return_lse: boo
     expected, _ = reference.attention(q, k, v, block_mask=mask)
     found = attention(q, k, v, block_mask=mask, precision=precision, return_lse=return_lse)
     out = found[0] if return_lse else found
-    assert (out - expected).abs().max() < 1.0
+    assert (out - expected).abs().max() < (0.5 if precision == "int8" else 0.02)
     assert attention(q, k, v, precision=precision).abs().max() > 1e3, "dense, it shows"
 
 
