@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from tessera.models.patchers.lora_composer.composer import ALL, BLOCK_TOKENS, Call, Composer, _fits
+from tessera.models.patchers.lora_composer.composer import ALL, BLOCK_TOKENS, Call, Composer
 from tessera.models.patchers.lora_composer.concepts import Box, Concept, Delta, validate
+from tessera.models.patchers.lora_composer.concepts import fits as _fits
 from tessera.models.patchers.lora_composer.isolation import Isolation, skip
 from tessera.models.patchers.lora_composer.latent import Schedule, enhancement_loss, reinitialise
 from tessera.models.patchers.lora_composer.maps import Maps

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ...families import TokenLayout, find, layout_of
-from .concepts import Concept, Delta, validate
-from .isolation import BLOCK, Blocks, Isolation, skip
-from .maps import Maps, map_size
+from .concepts import Concept, Delta, fits, validate
+from .isolation import BLOCK, Isolation, skip
+from .maps import Maps, map_size, probabilities, word_map
 
 CROSS, ALL = "cross-attention", "all layers"
 """Which layers of a LoRA take part: keys, values and output of cross-attention, as in the paper, or every linear layer."""
 
 BLOCK_TOKENS = 16 * BLOCK
 """From this length on isolation skips blocks; below it there is nothing to gain over a dense mask."""
+
+Made = TypeVar("Made")
 
 _UNET = "comfy.ldm.modules.diffusionmodules.openaimodel"
 
@@ -47,7 +51,7 @@ class Composer:
         *,
         isolate: bool = True,
         layers: str = CROSS,
-        keep: Callable[[], AbstractContextManager] = nullcontext,
+        keep: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
         validate([concept.box for concept in concepts], canvas)
         kind = kind_of(network)
@@ -63,7 +67,7 @@ class Composer:
         self._linear: dict[str, nn.Module] = {}
         for index, concept in enumerate(concepts, 1):
             wanted = [name for name in concept.deltas if self._takes_part(name, layers)]
-            taken = [name for name in wanted if _fits(index, name, modules.get(name), concept.deltas[name])]
+            taken = [name for name in wanted if fits(index, name, modules.get(name), concept.deltas[name])]
             if not taken:
                 raise ValueError(f"concept {index}'s LoRA changes none of the model's {layers}; use a LoRA of this base, or layers: {ALL}")
             self._linear |= {name: modules[name] for name in taken}
@@ -72,7 +76,7 @@ class Composer:
 
     def release(self) -> None:
         """Drop the tensors that were placed on a device."""
-        self._placed: dict[tuple, Any] = {}
+        self._placed: dict[tuple[Any, ...], Any] = {}
 
     def _takes_part(self, name: str, layers: str) -> bool:
         if layers == ALL or self._cross_name is None:
@@ -121,18 +125,18 @@ class Composer:
         """`delta` on the device and in the dtype of `like`."""
 
         def make() -> Delta:
-            up, down = (None if part is None else part.to(like.device, like.dtype) for part in (delta.up, delta.down))
-            assert up is not None
-            return Delta(up, down, delta.start)
+            down = None if delta.down is None else delta.down.to(like.device, like.dtype)
+            return Delta(delta.up.to(like.device, like.dtype), down, delta.start)
 
         return self.once((id(delta), like.device, like.dtype), make)
 
-    def once(self, key: tuple, make: Callable[[], Any]) -> Any:
+    def once(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
         """What `make` makes, kept under `key` until `release`."""
         if key not in self._placed:
             with self._keep():
                 self._placed[key] = make()
-        return self._placed[key]
+        made: Made = self._placed[key]
+        return made
 
     @contextmanager
     def call(
@@ -155,38 +159,26 @@ class Composer:
                     "encode both with the CLIP of the same checkpoint"
                 )
         call = Call(self, latent_shape, text.shape[0], conditional, extras or {}, maps)
-        handles = []
+        handles: list[RemovableHandle] = [module.register_forward_hook(call.linear_hook(name)) for name, module in self._linear.items()]
+        handles += [module.register_forward_pre_hook(call.enter_block) for module in self._blocks]
+        handles += [module.register_forward_pre_hook(call.enter_cross) for module in self._cross.values()]
+        handles += [module.register_forward_hook(call.cross_hook, with_kwargs=True) for module in self._cross.values()]
         try:
-            for name, module in self._linear.items():
-                handles.append(module.register_forward_hook(call.linear_hook(name)))
-            for module in self._blocks:
-                handles.append(module.register_forward_pre_hook(call.enter_block))
-            for module in self._cross.values():
-                handles.append(module.register_forward_pre_hook(call.enter_cross))
-                handles.append(module.register_forward_hook(call.cross_hook, with_kwargs=True))
             yield call
         finally:
             for handle in handles:
                 handle.remove()
 
 
-def _fits(index: int, name: str, module: Any, deltas: Sequence[Delta]) -> bool:
-    """Whether a layer takes a concept's deltas. Only linear layers do. Raises ValueError where the shapes are another base's or no LoRA's."""
-    if not hasattr(module, "in_features"):
-        return False
-    for delta in deltas:
-        broken = f"concept {index}'s LoRA is damaged: {name} has"
-        if delta.down is not None and delta.up.shape[1] != len(delta.down):
-            raise ValueError(f"{broken} matrices of ranks {delta.up.shape[1]} and {len(delta.down)}; load another file")
-        if not all(matrix.isfinite().all() for matrix in (delta.up, delta.down) if matrix is not None):
-            raise ValueError(f"{broken} NaN or infinity among its values, so the picture would be black; load another file")
-        columns = (delta.up if delta.down is None else delta.down).shape[1]
-        if columns != module.in_features or delta.start + delta.up.shape[0] > module.out_features:
-            raise ValueError(
-                f"concept {index}'s LoRA belongs to another base: its {name} goes from {columns} to {delta.up.shape[0]} channels, "
-                f"the model's from {module.in_features} to {module.out_features}"
-            )
-    return True
+class _Place(NamedTuple):
+    """Where the picture lies in a self-attention, in tokens. text: in front of it, the prompt and each concept's (joint attention)."""
+
+    height: int
+    width: int
+    frames: int = 1
+    before: int = 0  # references
+    after: int = 0
+    text: tuple[int, ...] = ()
 
 
 class Call:
@@ -218,7 +210,7 @@ class Call:
 
     def per_latent(self, x: Tensor) -> Tensor:
         """The mean over the conditionings, which are `(conditionings * batch, ...)` one after the other."""
-        return x.unflatten(0, (self.conditionings, -1)).mean(0)
+        return x.reshape(self.conditionings, -1, *x.shape[1:]).mean(0)
 
     def image_rows(self, tokens: int, device: torch.device) -> list[Tensor] | None:
         """Per concept its rows in a sequence of image tokens; None where a sequence of this length is none."""
@@ -253,10 +245,10 @@ class Call:
                 start += length
         return [torch.cat(part) if part else torch.empty(0, dtype=torch.int64, device=x.device) for part in parts]
 
-    def linear_hook(self, name: str) -> Callable:
+    def linear_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         replaced = self.composer.only_for_concepts(name)
 
-        def hook(module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
+        def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
             self.reached = True
             x = args[0]
             where: list[tuple[int, Any]]
@@ -281,13 +273,13 @@ class Call:
 
         return hook
 
-    def enter_block(self, module: nn.Module, args: tuple) -> None:
+    def enter_block(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.self_attentions += self.only is None
 
-    def enter_cross(self, module: nn.Module, args: tuple) -> None:
+    def enter_cross(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.inside_cross = True
 
-    def cross_hook(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
+    def cross_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
         """Replaces the rows of each box by the module's own output for the concept's prompt, with the concept's LoRA in its layers."""
         if self.only is not None:
             return None
@@ -300,7 +292,7 @@ class Call:
                 "leave out nodes that change the size inside the model (deep shrink)"
             )
         if self.maps is not None:
-            self.maps.look(self, module, x)
+            self._look(self.maps, module, x)
         pictures = kwargs.get("context_img_len") or 0
         others = {key: value for key, value in kwargs.items() if key not in ("context", "value")}
         out = out.clone()
@@ -344,51 +336,65 @@ class Call:
             return text
         return torch.cat([text, *(concept.context.to(text).expand(text.shape[0], -1, -1) for concept in self.composer.concepts)], 1)
 
+    def _look(self, maps: Maps, module: Any, x: Tensor) -> None:
+        """At a cross-attention: the concepts' keys against the base's queries of the whole picture."""
+        if self.composer.kind == "unet":
+            if x.shape[1] != math.prod(maps.size):
+                return
+            to_q, to_k, heads = module.to_q, module.to_k, module.heads
+        else:
+            to_q, to_k, heads = (lambda x: module.norm_q(module.q(x))), (lambda x: module.norm_k(module.k(x))), module.num_heads
+        q = to_q(x).unflatten(-1, (heads, -1)).transpose(1, 2)
+        for index, concept in enumerate(self.composer.concepts):
+            with self.concept(index):
+                k = to_k(self.text(index, x)).unflatten(-1, (heads, -1)).transpose(1, 2)
+            maps.keep(index, self.per_latent(word_map(q, k, concept.words)))
+
+    def _look_joint(self, maps: Maps, q: Tensor, k: Tensor, place: _Place, scale: float | None) -> None:
+        """At a joint attention of text and picture: the same with the appended prompts."""
+        start, *lengths = place.text
+        picture = q[:, :, sum(place.text) + place.before : q.shape[2] - place.after]
+        for index, (length, concept) in enumerate(zip(lengths, self.composer.concepts, strict=True)):
+            maps.keep(index, self.per_latent(word_map(picture, k[:, :, start : start + length], concept.words, scale)))
+            start += length
+
+    def _place(self, tokens: int) -> _Place | None:
+        """Of the picture in its self-attention; None where a sequence of this length is another."""
+        if self.layout is None:
+            return _Place(*self.levels[tokens]) if tokens in self.levels else None
+        grid = self.layout.grid(tokens, tokens)
+        if grid is None:
+            return None
+        text = (tokens - self.layout.image_tokens - sum(self.prompts), *self.prompts) if self.composer.kind == "joint" else ()
+        return _Place(grid.height, grid.width, grid.frames, self.layout.references_before, self.layout.references_after, text)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, masked: Callable[[Tensor], Tensor], scale: float | None, blocks: bool) -> Tensor | None:
         """Self-attention under the concepts' mask; None where a call is not the picture's self-attention or needs no mask.
 
         q, k, v: `(batch, heads, tokens, head_dim)`. masked(mask): the host's attention with an additive mask `(tokens, tokens)`, in the form
         of q. blocks: False where the host's own mask must be kept, so that blocks cannot be skipped.
         """
-        tokens = q.shape[2]
-        if k.shape[2] != tokens:
+        place = self._place(q.shape[2]) if k.shape[2] == q.shape[2] else None
+        if place is None:
             return None
-        text: tuple[int, ...] = ()
-        if self.layout is None:
-            if tokens not in self.levels:
-                return None
-            size = (*self.levels[tokens], 1)
-            before = after = 0
-        else:
-            grid = self.layout.grid(tokens, tokens)
-            if grid is None:
-                return None
-            size = (grid.height, grid.width, grid.frames)
-            before, after = self.layout.references_before, self.layout.references_after
-            length = tokens - self.layout.image_tokens
-            if self.composer.kind == "joint":
-                text = (length - sum(self.prompts), *self.prompts)
-        if not self.composer.isolate and not self.prompts:
-            if self.maps is not None:
-                self.maps.look_self(self, q, k, None, scale)
-            return None
-        if self.maps is not None and self.prompts:
-            self.maps.look_joint(self, q, k, scale)
-        key, once = (size, before, after, text, q.device), self.composer.once
-
-        def make() -> Isolation:
-            labels = F.pad(self.composer.labels(*size[:2]).repeat(size[2]), (before, after))
-            return Isolation(len(self.composer.concepts), labels, text, self.composer.isolate, q.device)
-
-        isolation: Isolation = once(("isolation", key), make)
+        once, counts = self.composer.once, self.composer.counts
+        isolation = once(("isolation", place, q.device), lambda: self._isolation(place, q.device)) if self.composer.isolate or self.prompts else None
         if self.maps is not None:
-            self.maps.look_self(self, q, k, isolation, scale)
-        if blocks and tokens >= BLOCK_TOKENS:
-            sorted_blocks: Blocks = once(("blocks", key), isolation.blocks)
-            out = skip(sorted_blocks, q, k, v, scale)
-            if out is not None:
-                self.composer.counts["block mask"] += 1
-                self.composer.counts["block density"] += sorted_blocks.density
+            if self.prompts:
+                self._look_joint(self.maps, q, k, place, scale)
+            if self.maps.with_self and q.shape[2] == math.prod(self.maps.size):
+                self.maps.own.append(self.per_latent(probabilities(q, k, scale, None if isolation is None else isolation.bias(torch.float32))))
+        if isolation is None:
+            return None
+        if blocks and q.shape[2] >= BLOCK_TOKENS:
+            sorted_blocks = once(("blocks", place, q.device), isolation.blocks)
+            if (out := skip(sorted_blocks, q, k, v, scale)) is not None:
+                counts["block mask"] += 1
+                counts["block density"] += sorted_blocks.density
                 return out
-        self.composer.counts["dense mask"] += 1
-        return masked(once(("mask", key, q.dtype), lambda: isolation.bias(q.dtype)))
+        counts["dense mask"] += 1
+        return masked(once(("mask", place, q.device, q.dtype), lambda: isolation.bias(q.dtype)))
+
+    def _isolation(self, place: _Place, device: torch.device) -> Isolation:
+        labels = F.pad(self.composer.labels(place.height, place.width).repeat(place.frames), (place.before, place.after))
+        return Isolation(len(self.composer.concepts), labels, place.text, self.composer.isolate, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -63,3 +64,22 @@ def validate(boxes: Sequence[Box], canvas: tuple[int, int]) -> None:
         for other, second in enumerate(boxes[: index - 1], 1):
             if box.left < second.right and second.left < box.right and box.top < second.bottom and second.top < box.bottom:
                 raise ValueError(f"the boxes of concept {other} ({second}) and concept {index} ({box}) overlap; move them apart")
+
+
+def fits(index: int, name: str, module: Any, deltas: Sequence[Delta]) -> bool:
+    """Whether a layer takes a concept's deltas. Only linear layers do. Raises ValueError where the shapes are another base's or no LoRA's."""
+    if not hasattr(module, "in_features"):
+        return False
+    for delta in deltas:
+        broken = f"concept {index}'s LoRA is damaged: {name} has"
+        if delta.down is not None and delta.up.shape[1] != len(delta.down):
+            raise ValueError(f"{broken} matrices of ranks {delta.up.shape[1]} and {len(delta.down)}; load another file")
+        if not all(matrix.isfinite().all() for matrix in (delta.up, delta.down) if matrix is not None):
+            raise ValueError(f"{broken} NaN or infinity among its values, so the picture would be black; load another file")
+        columns = (delta.up if delta.down is None else delta.down).shape[1]
+        if columns != module.in_features or delta.start + delta.up.shape[0] > module.out_features:
+            raise ValueError(
+                f"concept {index}'s LoRA belongs to another base: its {name} goes from {columns} to {delta.up.shape[0]} channels, "
+                f"the model's from {module.in_features} to {module.out_features}"
+            )
+    return True

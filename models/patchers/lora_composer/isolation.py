@@ -49,7 +49,7 @@ class Isolation:
     def blocks(self) -> Blocks:
         """The same as a block mask: tokens sorted by group, and every group filled up to whole blocks with hidden keys."""
         order, real, block_groups = [], [], []
-        for group in self.groups.unique().tolist():
+        for group in sorted(set(self.groups.tolist())):
             ids = (self.groups == group).nonzero()[:, 0]
             count = num_blocks(len(ids), BLOCK)
             order.append(F.pad(ids, (0, count * BLOCK - len(ids))))

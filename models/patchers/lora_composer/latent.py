@@ -85,7 +85,7 @@ def _smooth(x: Tensor) -> Tensor:
         return x
     line = torch.exp(-(torch.tensor([-1.0, 0.0, 1.0], device=x.device) ** 2))
     kernel = line[:, None] * line / line.sum() ** 2
-    return F.conv2d(F.pad(x.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="reflect"), kernel[None, None])[:, 0].unflatten(0, x.shape[:2])
+    return F.conv2d(F.pad(x.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="reflect"), kernel[None, None]).reshape(x.shape)
 
 
 class Schedule:

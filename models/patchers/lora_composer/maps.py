@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ...families import layout_of
-from .isolation import Isolation
-
-if TYPE_CHECKING:
-    from .composer import Call
 
 MAP_SCALE = 4
 """The attention maps that are looked at are this many times smaller than the latent (16 x 32 for 512 x 1024 pixels in the paper)."""
@@ -37,51 +32,28 @@ class Maps:
         """False where no forward took place (a prompt that is not in force at the step), or its self-attention was another's."""
         return bool(self.cross) and (bool(self.own) or not self.with_self)
 
-    def look(self, call: Call, module: Any, x: Tensor) -> None:
-        """At a cross-attention: the concepts' keys against the base's queries of the whole picture."""
-        if call.composer.kind == "unet":
-            if x.shape[1] != math.prod(self.size):
-                return
-            to_q, to_k, heads = module.to_q, module.to_k, module.heads
-        else:
-            heads = module.num_heads
-            to_q, to_k = (lambda x: module.norm_q(module.q(x))), (lambda x: module.norm_k(module.k(x)))
-        q = to_q(x).unflatten(-1, (heads, -1)).transpose(1, 2)
-        for index in range(len(call.composer.concepts)):
-            with call.concept(index):
-                k = to_k(call.text(index, x)).unflatten(-1, (heads, -1)).transpose(1, 2)
-            self._keep(call, index, q, k, None)
-
-    def look_joint(self, call: Call, q: Tensor, k: Tensor, scale: float | None) -> None:
-        """At a joint attention of text and picture: the same with the appended prompts."""
-        assert call.layout is not None
-        first = q.shape[2] - call.layout.image_tokens + call.layout.references_before
-        last = q.shape[2] - call.layout.references_after
-        start = q.shape[2] - call.layout.image_tokens - sum(call.prompts)
-        for index, length in enumerate(call.prompts):
-            self._keep(call, index, q[:, :, first:last], k[:, :, start : start + length], scale)
-            start += length
-
-    def look_self(self, call: Call, q: Tensor, k: Tensor, isolation: Isolation | None, scale: float | None) -> None:
-        if self.with_self and q.shape[2] == math.prod(self.size):
-            bias = None if isolation is None else isolation.bias(torch.float32)
-            self.own.append(call.per_latent(_probabilities(q, k, bias, scale)))
-
-    def _keep(self, call: Call, index: int, q: Tensor, k: Tensor, scale: float | None) -> None:
-        words = call.composer.concepts[index].words
-        probabilities = torch.zeros((), device=q.device)
-        for head in range(q.shape[1]):  # one by one: videos are long
-            probabilities = probabilities + _probabilities(q[:, [head]], k[:, [head]], None, scale)[..., list(words)]
-        self.cross.setdefault(index, []).append(call.per_latent(probabilities / q.shape[1]))
+    def keep(self, index: int, found: Tensor) -> None:
+        """A layer's map of the words of concept `index`."""
+        self.cross.setdefault(index, []).append(found)
 
     def concept(self, index: int) -> Tensor:
         """`(batch, height, width, words)`, the mean over layers and frames."""
-        return torch.stack(self.cross[index]).mean(0).unflatten(1, (-1, *self.size)).mean(1)
+        found = torch.stack(self.cross[index]).mean(0)
+        return found.view(len(found), -1, *self.size, found.shape[2]).mean(1)
 
 
-def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
+def probabilities(q: Tensor, k: Tensor, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
+    """float32 `(batch, queries, keys)`, the mean over heads, of q and k `(batch, heads, tokens, head_dim)` with an additive mask."""
     scores = q.float() @ k.float().transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     return (scores if bias is None else scores + bias).softmax(-1).mean(1)
+
+
+def word_map(q: Tensor, k: Tensor, words: Sequence[int], scale: float | None = None) -> Tensor:
+    """The same for some of the keys: float32 `(batch, queries, words)`."""
+    total = torch.zeros((), device=q.device)
+    for head in range(q.shape[1]):  # one by one: videos are long
+        total = total + probabilities(q[:, [head]], k[:, [head]], scale)[..., list(words)]
+    return total / q.shape[1]
 
 
 def map_size(network: nn.Module, latent_shape: tuple[int, ...]) -> tuple[int, int]:
