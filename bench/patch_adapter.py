@@ -38,13 +38,14 @@ import utils.extra_config  # noqa: E402,F401  (first, as main.py does)
 from safetensors.torch import load_file  # noqa: E402
 
 import nodes  # noqa: E402
-from tessera.models.default import clips, vocabulary  # noqa: E402
+from tessera.models.default import vocabulary  # noqa: E402
 from tessera.models.upscale import catanet, colour, pictures  # noqa: E402
 from tessera.models.upscale.metrics import flicker, psnr  # noqa: E402
-from tessera.models.upscale.train_patch_adapter import CANVAS, degrade  # noqa: E402
 from tessera.nodes import DEFAULT_WEIGHTS, UPSCALE  # noqa: E402
 from tessera.nodes import patch_adapter as host  # noqa: E402
 from tessera.nodes.diffusion_upscale import PatchUpscaleVideo  # noqa: E402
+from tessera.training.default import clips  # noqa: E402
+from tessera.training.upscale.train_patch_adapter import CANVAS, degrade  # noqa: E402
 
 torch.set_num_threads(1)
 for kind in ("diffusion_models", "vae"):

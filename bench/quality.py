@@ -146,10 +146,11 @@ def inside(comfyui: str, package_parent: str, job: dict[str, Any]) -> None:
     from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
     import nodes
-    from tessera.models.default import clips, vocabulary
+    from tessera.models.default import vocabulary
     from tessera.nodes import DEFAULT_WEIGHTS
     from tessera.nodes.attention import MODES, accelerate_settings
     from tessera.nodes.host import last_report, patch_attention
+    from tessera.training.default import clips
 
     for folder in ("diffusion_models", "vae"):
         folder_paths.add_model_folder_path(folder, str(DEFAULT_WEIGHTS / folder))

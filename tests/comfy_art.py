@@ -42,8 +42,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 import nodes  # noqa: E402
 from tessera.kernels.sparsity import plan  # noqa: E402
-from tessera.models.layers.default import dataset, evaluate, export, sampling, vocabulary  # noqa: E402
-from tessera.models.layers.default.drawn import pixels  # noqa: E402
+from tessera.models.layers.default import sampling, vocabulary  # noqa: E402
 from tessera.models.layers.document import Document, Group, Layer, from_core, rgba, to_core  # noqa: E402
 from tessera.models.layers.regions import filled, layer_embedding, pictures, schedule_shift, snap  # noqa: E402
 from tessera.models.layers.transparent_vae import grey_blended  # noqa: E402
@@ -61,6 +60,8 @@ from tessera.nodes.attention import AttentionSettings  # noqa: E402
 from tessera.nodes.host import last_report, patch_attention  # noqa: E402
 from tessera.nodes.memory import MemorySettings, patch_memory  # noqa: E402
 from tessera.nodes.regions import KEY, patch_regions  # noqa: E402
+from tessera.training.layers import dataset, evaluate, export  # noqa: E402
+from tessera.training.layers.drawn import pixels  # noqa: E402
 
 REGIONS = snap([(0, 17, 30, 40), (16, 0, 32, 32), (63, 40, 100, 100)], 64, 48)
 SHAPE = (1, 16, len(REGIONS.boxes), 2 * REGIONS.height, 2 * REGIONS.width)

@@ -27,15 +27,16 @@ import utils.extra_config  # noqa: E402,F401  (first, as main.py does)
 from safetensors.torch import save_file  # noqa: E402
 
 import nodes  # noqa: E402
-from tessera.models.default import evaluate, vocabulary  # noqa: E402
+from tessera.models.default import vocabulary  # noqa: E402
 from tessera.models.upscale.patch_adapter import Config, PatchAdapter, Window, initialise, metadata  # noqa: E402
-from tessera.models.upscale.train_patch_adapter import Model  # noqa: E402
 from tessera.nodes import DEFAULT_WEIGHTS  # noqa: E402
 from tessera.nodes import patch_adapter as host  # noqa: E402
 from tessera.nodes.attention import AttentionSettings  # noqa: E402
 from tessera.nodes.diffusion_upscale import PatchUpscaleVideo  # noqa: E402
 from tessera.nodes.host import patch_attention  # noqa: E402
 from tessera.nodes.windows import JointModulation  # noqa: E402
+from tessera.training.default import evaluate  # noqa: E402
+from tessera.training.upscale.train_patch_adapter import Model  # noqa: E402
 
 for kind in ("diffusion_models", "vae"):
     folder_paths.add_model_folder_path(kind, str(DEFAULT_WEIGHTS / kind))

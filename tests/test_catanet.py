@@ -372,7 +372,7 @@ def test_weight_files(root):
 
 def test_eight_bits_where_the_scale_is_free():
     """A weight file holds the network that was trained: moving a power of two into a norm is exact, rounding costs little."""
-    from tessera.models.upscale import train_catanet
+    from tessera.training.upscale import train_catanet
 
     state = network(2).state_dict()
     small = train_catanet.compact(state)

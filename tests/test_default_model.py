@@ -6,8 +6,9 @@ import os
 import pytest
 import torch
 
-from tessera.models.default import clips, networks, vocabulary
-from tessera.models.default.export import DIT_FILE, HERE, VAE_FILE
+from tessera.models.default import networks, vocabulary
+from tessera.training.default import clips
+from tessera.training.default.export import DIT_FILE, HERE, VAE_FILE
 
 safetensors = pytest.importorskip("safetensors")
 

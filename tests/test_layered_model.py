@@ -13,11 +13,12 @@ from safetensors import safe_open
 
 from tessera.models.default import networks as video
 from tessera.models.default.vocabulary import COLOURS, MOTIONS
-from tessera.models.layers.default import dataset, drawn, evaluate, export, networks, sampling, train, train_decoder, vocabulary
+from tessera.models.layers.default import networks, sampling, vocabulary
 from tessera.models.layers.default.vocabulary import SHAPES, Caption, Kind
 from tessera.models.layers.document import Document, Layer
 from tessera.models.layers.regions import LAYER_SPACING, TRAINED, WHOLE, Regions, beyond_training, filled, pictures, positions
 from tessera.models.layers.transparent_vae import grey_blended
+from tessera.training.layers import dataset, drawn, evaluate, export, train, train_decoder
 
 KINDS = st.builds(Kind, st.integers(0, len(COLOURS) - 1), st.integers(0, len(SHAPES) - 1), st.integers(-1, len(MOTIONS) - 1))
 CAPTIONS = st.builds(Caption, st.lists(KINDS, max_size=vocabulary.MAX_OBJECTS).map(tuple), st.integers(-1, len(COLOURS) - 1))
@@ -140,7 +141,7 @@ def test_training_sees_what_a_host_samples(tmp_path, frames):
     layouts = _work(tmp_path, frames)
     assert layouts.tokens.tolist() == sorted(layouts.tokens.tolist())
     torch.manual_seed(0)
-    model = networks.start().eval()
+    model = train.start().eval()
     single = []
     for index, sample in enumerate(layouts.samples):
         regions = layouts.regions(index)

@@ -6,7 +6,7 @@ import socket
 
 import torch
 
-from tessera.models.default.optim import Muon, Team, orthogonalise
+from tessera.training.optimizer import Muon, Team, orthogonalise
 
 
 def matrices(rank: int) -> list[torch.nn.Parameter]:

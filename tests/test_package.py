@@ -152,6 +152,8 @@ def test_imports_only_go_down(root):
             head, *rest = name.split(".")
             if head == "tessera" and rest and FLOORS.get(rest[0], 0) > floor:
                 wrong.append(f"{file}:{line} imports {name}: up a floor")
+            if head == "tessera" and rest[:1] == ["training"]:
+                wrong.append(f"{file}:{line} imports {name}: training is not in the package")
             if head == "tessera" and parts[0] == "cli" and rest[:1] == ["nodes"]:
                 wrong.append(f"{file}:{line} imports {name}: the command line speaks HTTP to ComfyUI")
             if head in COMFY and parts[0] != "nodes":

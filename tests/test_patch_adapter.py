@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from tessera.models.default import clips, evaluate, networks
+from tessera.models.default import networks
 from tessera.models.upscale.patch_adapter import Config, PatchAdapter, Window, initialise, load, metadata
-from tessera.models.upscale.train_patch_adapter import HERE, WEIGHTS, LoraLinear, Model, degrade, resize
+from tessera.training.default import clips, evaluate
+from tessera.training.upscale.train_patch_adapter import HERE, WEIGHTS, LoraLinear, Model, degrade, resize
 
 BOX = Window(0.25, 0.5, 0.75, 1.0)
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ...default import export, networks
+from ...default import networks
 from ..regions import LAYER_SPACING, MAX_FOREGROUNDS, WHOLE, Regions, positions
 
 LAYERS = WHOLE + MAX_FOREGROUNDS
 CONFIG = dict(networks.DIT_CONFIG, layers=4)
-FROM_VIDEO = (0, 2, 4, 5)  # the blocks of the default video model that training starts from
 
 
 class LayeredTransformer(networks.WanTransformer):
@@ -44,20 +41,6 @@ def rotary(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     angles = [positions[..., axis, None].double() * networks.rotary_frequencies(size) for axis, size in enumerate(networks.axis_sizes(head_dim))]
     angle = torch.cat(angles, -1)[:, :, None]
     return angle.cos().float(), angle.sin().float()
-
-
-def start() -> LayeredTransformer:
-    """Weights of the default video model, without two of its blocks, and no difference between layers."""
-    model = LayeredTransformer()
-    state = load_file(Path(export.HERE, export.DIT_FILE))
-    kept = {f"blocks.{old}.": f"blocks.{new}." for new, old in enumerate(FROM_VIDEO)}
-    found = {}
-    for name, value in state.items():
-        prefix = next((old for old in kept if name.startswith(old)), None)
-        if prefix or not name.startswith("blocks."):
-            found[kept[prefix] + name.removeprefix(prefix) if prefix else name] = value.float()
-    model.load_state_dict(found | {"layer_pe": torch.randn(model.layer_pe.shape, generator=torch.Generator().manual_seed(0)) * 0.02})
-    return model
 
 
 def padding(lengths: Tensor) -> Tensor:

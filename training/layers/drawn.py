@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...default.clips import DIRECTION, PALETTE
-from ..document import Box
-from ..regions import TOKEN, Regions
-from .vocabulary import COLOURS, MOTIONS, SHAPES, Caption, Kind
+from tessera.models.layers.default.vocabulary import COLOURS, MOTIONS, SHAPES, Caption, Kind
+from tessera.models.layers.document import Box
+from tessera.models.layers.regions import TOKEN, Regions
+
+from ..default.clips import DIRECTION, PALETTE
 
 MARGIN = 1.5  # pixels between shape and box
 MOVING = 0.62  # side of a moving shape, of its box

@@ -1,6 +1,6 @@
 """Train the layered transformer on the latents that dataset.py makes, with rectified flow.
 
-python -m tessera.models.layers.default.train --work DIR --minutes 80 [--resume]    writes DIR/layers.pt
+python -m tessera.training.layers.train --work DIR --minutes 80 [--resume]    writes DIR/layers.pt
 
 A batch holds as many layouts of a similar number of tokens as fit into --tokens. New files of latents are taken up while it runs; clips join
 when their files are there.
@@ -12,21 +12,41 @@ import argparse
 import math
 import os
 import time
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ...default.networks import WanVAE, unwhiten
-from ...default.optim import Muon, launch, resume, set_rate, store
-from ...default.train_dit import draw_sigma
-from ..regions import WHOLE, Regions
-from . import dataset, networks, vocabulary
+from tessera.models.default.networks import WanVAE, unwhiten
+from tessera.models.layers.default import networks, vocabulary
+from tessera.models.layers.regions import WHOLE, Regions
+
+from ..default import export
+from ..default.train_dit import draw_sigma
+from ..optimizer import Muon, launch, resume, set_rate, store
+from . import dataset
 from .train_vae import load_vae
 
 CLIPS = 0.4  # of the batches
 MERGED = 4.0  # how much more a token of the merged picture counts: it has to repeat what all the others show
+FROM_VIDEO = (0, 2, 4, 5)  # the blocks of the default video model that training starts from
 FLAT = 0.4  # of the time before the rate falls
+
+
+def start() -> networks.LayeredTransformer:
+    """Weights of the default video model, without two of its blocks, and no difference between layers."""
+    model = networks.LayeredTransformer()
+    state = load_file(Path(export.HERE, export.DIT_FILE))
+    kept = {f"blocks.{old}.": f"blocks.{new}." for new, old in enumerate(FROM_VIDEO)}
+    found = {}
+    for name, value in state.items():
+        prefix = next((old for old in kept if name.startswith(old)), None)
+        if prefix or not name.startswith("blocks."):
+            found[kept[prefix] + name.removeprefix(prefix) if prefix else name] = value.float()
+    model.load_state_dict(found | {"layer_pe": torch.randn(model.layer_pe.shape, generator=torch.Generator().manual_seed(0)) * 0.02})
+    return model
 
 
 class Layouts:
@@ -145,7 +165,7 @@ def train(team, options) -> None:
     torch.set_num_threads(options.threads)
     path = os.path.join(options.work, "layers.pt")
     device = options.device
-    model, ema = networks.start().to(device), networks.start().to(device)
+    model, ema = start().to(device), start().to(device)
     big = [p for k, p in model.named_parameters() if k.startswith("blocks") and p.ndim == 2]
     ids = {id(p) for p in big}
     optimisers = [

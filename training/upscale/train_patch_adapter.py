@@ -1,8 +1,8 @@
 """Train the patch adapter of the default video model, and measure it.
 
-    python -m tessera.models.upscale.train_patch_adapter cache    --work DIR --clips 400
-    python -m tessera.models.upscale.train_patch_adapter train    --work DIR --minutes 60
-    python -m tessera.models.upscale.train_patch_adapter evaluate --out DIR
+    python -m tessera.training.upscale.train_patch_adapter cache    --work DIR --clips 400
+    python -m tessera.training.upscale.train_patch_adapter train    --work DIR --minutes 60
+    python -m tessera.training.upscale.train_patch_adapter evaluate --out DIR
 
 Clips are drawn at twice the side that the model was trained for (256 pixels), made small, noisy, and enlarged again by bicubic
 interpolation. Both are encoded as a whole, and training windows are cut from the latents, as they are when the adapter is used.
@@ -22,12 +22,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..default import clips, evaluate, networks
-from ..default.optim import Muon, Team, launch, set_rate
-from ..default.train_dit import draw_sigma
-from .patch_adapter import LORA, Config, PatchAdapter, Window, initialise, metadata
+from tessera.models.default import networks
+from tessera.models.upscale import patch_adapter
+from tessera.models.upscale.patch_adapter import LORA, Config, PatchAdapter, Window, initialise, metadata
 
-HERE = Path(__file__).parent
+from ..default import clips, evaluate
+from ..default.train_dit import draw_sigma
+from ..optimizer import Muon, Team, launch, set_rate
+
+HERE = Path(patch_adapter.__file__).parent  # of the weights
 WEIGHTS = "patch_adapters/tessera_shapes_patch_adapter.safetensors"
 
 CANVAS, NATIVE = 256, 128  # pixels
@@ -267,7 +270,7 @@ def train(team: Team, options: argparse.Namespace) -> None:
 def save(state: dict[str, Tensor], config: Config, path: Path, note: str) -> None:
     """Write the weight file, bf16."""
     path.parent.mkdir(exist_ok=True)
-    about = {"title": "Tessera shapes patch adapter", "license": "Apache-2.0", "dataset": "drawn clips (models/default/clips.py)", "training": note}
+    about = {"title": "Tessera shapes patch adapter", "license": "Apache-2.0", "dataset": "drawn clips (training/default/clips.py)", "training": note}
     save_file({name: value.bfloat16().contiguous() for name, value in state.items()}, path, metadata={**metadata(config), **about})
     path.chmod(0o644)
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")

@@ -1,6 +1,6 @@
 """Measure the weight files; print and write gates.json and a contact sheet.
 
-python -m tessera.models.default.evaluate --out DIR [--clips 64] [--vae-clips 32] [--device cuda]
+python -m tessera.training.default.evaluate --out DIR [--clips 64] [--vae-clips 32] [--device cuda]
 
 Measured: reconstruction PSNR; colour, shape and motion read from generated clips against their captions, and against
 shuffled captions (chance); share of self-attention mass in the heaviest fifth of key blocks.
@@ -13,7 +13,9 @@ import os
 import torch
 from safetensors.torch import load_file
 
-from . import clips, networks, sampling
+from tessera.models.default import networks, sampling
+
+from . import clips
 from .export import DIT_FILE, HERE, VAE_FILE
 from .train_vae import psnr
 

@@ -1,8 +1,8 @@
 """Cache latents of drawn clips, then train the transformer on them with rectified flow.
 
-python -m tessera.models.default.train_dit fold  --work DIR                 latent statistics; writes DIR/vae_folded.pt
-python -m tessera.models.default.train_dit cache --work DIR --clips 2500    writes DIR/latents/*.pt (runs beside training)
-python -m tessera.models.default.train_dit train --work DIR --minutes 70 [--resume] [--device cuda]
+python -m tessera.training.default.train_dit fold  --work DIR                 latent statistics; writes DIR/vae_folded.pt
+python -m tessera.training.default.train_dit cache --work DIR --clips 2500    writes DIR/latents/*.pt (runs beside training)
+python -m tessera.training.default.train_dit train --work DIR --minutes 70 [--resume] [--device cuda]
 
 The first n latent frames of a clip are the latents of its first 4n - 3 frames (the encoder is causal), so training starts
 on short prefixes of the same cache and ends on whole clips.
@@ -16,8 +16,10 @@ import time
 
 import torch
 
-from . import clips, networks, sampling, vocabulary
-from .optim import Muon, launch, set_rate
+from tessera.models.default import networks, sampling, vocabulary
+
+from ..optimizer import Muon, launch, set_rate
+from . import clips
 
 # (until this fraction of the time, latent frames, batch)
 STAGES = ((0.22, 3, 24), (0.34, 5, 16), (9.0, 9, 8))

@@ -1,7 +1,7 @@
 """Latents of drawn layered pictures and clips, in files that training reads while more are made.
 
-python -m tessera.models.layers.default.dataset table --work DIR [--frames 9]                   every foreground there is, in every size of box
-python -m tessera.models.layers.default.dataset cache --work DIR --samples 12000 [--frames 9]   layouts with their merged picture and ground
+python -m tessera.training.layers.dataset table --work DIR [--frames 9]                   every foreground there is, in every size of box
+python -m tessera.training.layers.dataset cache --work DIR --samples 12000 [--frames 9]   layouts with their merged picture and ground
 
 A foreground's latent does not depend on where it is, but for what the autoencoder sees beyond its box, which is grey: it is encoded once, with
 a token of grey around it. Shard 000 of the layouts is held out.
@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...default.networks import WanVAE, whiten
-from ...default.optim import store
-from ...default.vocabulary import MOTIONS
-from ..document import Box
-from ..regions import MAX_FOREGROUNDS, TOKEN
+from tessera.models.default.networks import WanVAE, whiten
+from tessera.models.default.vocabulary import MOTIONS
+from tessera.models.layers.default.vocabulary import Caption, Kind, kinds
+from tessera.models.layers.document import Box
+from tessera.models.layers.regions import MAX_FOREGROUNDS, TOKEN
+
+from ..optimizer import store
 from . import drawn
 from .train_vae import load_vae, over_grey
-from .vocabulary import Caption, Kind, kinds
 
 SIZES = range(1, 7)  # tokens of a box's side, as drawn.layout makes them
 SHARD = 120

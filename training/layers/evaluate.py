@@ -1,6 +1,6 @@
 """The layered weights on held-out layouts: does the merged picture show the layers, and are the layers what the caption says?
 
-python -m tessera.models.layers.default.evaluate [--folder WHERE] [--layouts 100] [--clips 20] [--layers 2 52] [--boxes scattered] [--out FILE]
+python -m tessera.training.layers.evaluate [--folder WHERE] [--layouts 100] [--clips 20] [--layers 2 52] [--boxes scattered] [--out FILE]
 
 autoencoder: PSNR of held-out pictures and clips that the VAE alone encodes and decodes. merged: PSNR of the merged picture against the composite of
 ground and layers, and against the composite of another layout, on its canvas. iou: of a layer's alpha with the best-fitting object that the caption
@@ -26,14 +26,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...default.clips import PALETTE
-from ...default.networks import build_vae
-from .. import transparent_vae
-from ..compose import on_checkerboard
-from ..document import Box
-from ..regions import WHOLE, Regions
-from . import dataset, drawn, export, sampling, vocabulary
-from .networks import LayeredTransformer
+from tessera.models.default.networks import build_vae
+from tessera.models.layers import transparent_vae
+from tessera.models.layers.compose import on_checkerboard
+from tessera.models.layers.default import sampling, vocabulary
+from tessera.models.layers.default.networks import LayeredTransformer
+from tessera.models.layers.document import Box
+from tessera.models.layers.regions import WHOLE, Regions
+
+from ..default.clips import PALETTE
+from . import dataset, drawn, export
 from .train_vae import held_out, psnr
 
 SEED = 2 * 10**6

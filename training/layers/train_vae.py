@@ -1,7 +1,7 @@
 """Train the VAE of the layered weights on drawn layers over grey and on merged pictures.
 
-python -m tessera.models.layers.default.train_vae train --work DIR --minutes 15 [--workers 2] [--resume]    writes DIR/vae.pt
-python -m tessera.models.layers.default.train_vae fold  --work DIR                                          statistics; DIR/vae_folded.pt
+python -m tessera.training.layers.train_vae train --work DIR --minutes 15 [--workers 2] [--resume]    writes DIR/vae.pt
+python -m tessera.training.layers.train_vae fold  --work DIR                                          statistics; DIR/vae_folded.pt
 
 It starts from the VAE of the default video model.
 """
@@ -19,10 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...default import export, networks
-from ...default.optim import Muon, launch, resume, set_rate, store
-from ..regions import MAX_FOREGROUNDS, TOKEN
-from ..transparent_vae import grey_blended
+from tessera.models.default import networks
+from tessera.models.layers.regions import MAX_FOREGROUNDS, TOKEN
+from tessera.models.layers.transparent_vae import grey_blended
+
+from ..default import export
+from ..optimizer import Muon, launch, resume, set_rate, store
 from . import drawn
 
 # until this fraction of the time: (batch, frames, side) in turn; side 0: whole canvases

@@ -1,6 +1,6 @@
 """Train the VAE on drawn clips.
 
-python -m tessera.models.default.train_vae --work DIR --minutes 40 [--resume] [--decoder-only] [--device cuda]
+python -m tessera.training.default.train_vae --work DIR --minutes 40 [--resume] [--decoder-only] [--device cuda]
 
 Writes DIR/vae.pt (weights, optimiser state, time used). --decoder-only keeps the encoder, hence all latents, as they are
 and writes DIR/vae_decoder.pt, starting from DIR/vae.pt.
@@ -14,8 +14,10 @@ import time
 import torch
 import torch.nn.functional as F
 
-from . import clips, networks
-from .optim import Muon, launch, set_rate
+from tessera.models.default import networks
+
+from ..optimizer import Muon, launch, set_rate
+from . import clips
 
 # (until this fraction of the time, [(batch, frames, side)]): crops first, whole frames last
 STAGES = ((0.3, [(6, 5, 32)]), (0.65, [(4, 9, 32), (6, 5, 40)]), (0.88, [(2, 9, 64), (1, 17, 64), (4, 5, 64)]), (9.0, [(1, 9, 128), (2, 17, 64)]))

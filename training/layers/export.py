@@ -1,6 +1,6 @@
 """Write the weight files from a training work folder.
 
-python -m tessera.models.layers.default.export --work DIR [--folder WHERE] [--note TEXT]
+python -m tessera.training.layers.export --work DIR [--folder WHERE] [--note TEXT]
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from pathlib import Path
 
 import torch
 
-from ...default import export, networks
-from ..regions import LAYER_PE, TRAINED
-from ..transparent_vae import published
-from . import train_decoder
-from .networks import CONFIG
+from tessera.models.default import networks
+from tessera.models.layers.default import networks as layered
+from tessera.models.layers.regions import LAYER_PE, TRAINED
+from tessera.models.layers.transparent_vae import published
 
-HERE = Path(__file__).parent
+from ..default import export
+from . import train_decoder
+
+HERE = Path(layered.__file__).parent  # where the pack has them
 VAE = Path("vae", "tessera_layers_vae.safetensors")
 TRANSFORMER = Path("diffusion_models", "tessera_layers.safetensors")
 EMBEDDING = Path("layer_embeddings", "tessera_layers.safetensors")
@@ -35,8 +37,8 @@ TRAINED_ON = {
 """What `drawn.layout` makes: pixels, and how many times the canvas the boxes are together; held by a test."""
 COMMON = {
     "license": "Apache-2.0",
-    "dataset": "procedurally drawn layers (drawn.py), no external data",
-    "method_source": "ART (arXiv 2502.18364) on the architecture of Wan 2.1 (Apache-2.0); weights trained by this folder's scripts",
+    "dataset": "procedurally drawn layers (training/layers/drawn.py), no external data",
+    "method_source": "ART (arXiv 2502.18364) on the architecture of Wan 2.1 (Apache-2.0); weights trained by the scripts in training/layers",
 }
 
 
@@ -58,7 +60,7 @@ def main() -> None:
     embedding = {LAYER_PE: ema.pop(LAYER_PE)}
     decoder = train_decoder.build()
     decoder.load_state_dict(load("decoder.pt")["model"])
-    config = json.dumps({"transformer": {"text_dim": CONFIG["text_dim"], "num_heads": CONFIG["heads"]}})
+    config = json.dumps({"transformer": {"text_dim": layered.CONFIG["text_dim"], "num_heads": layered.CONFIG["heads"]}})
     training = options.note or f"rectified flow, {trained['step']} steps, {trained['seen']} layouts, averaged weights"
     write(load("vae_folded.pt")["model"], VAE, torch.float16, "Tessera layers VAE", config=json.dumps({"vae": networks.VAE_CONFIG}))
     write(ema, TRANSFORMER, torch.bfloat16, "Tessera layers", config=config, training=training)

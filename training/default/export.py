@@ -1,6 +1,6 @@
 """Write the two weight files with their metadata from a training work folder.
 
-python -m tessera.models.default.export --work DIR [--folder WHERE] [--vae vae_final.pt] [--note TEXT]
+python -m tessera.training.default.export --work DIR [--folder WHERE] [--vae vae_final.pt] [--note TEXT]
 """
 
 import argparse
@@ -10,14 +10,14 @@ import os
 import torch
 from safetensors.torch import save_file
 
-from . import networks
+from tessera.models.default import networks
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = os.path.dirname(os.path.abspath(networks.__file__))  # where the pack has them
 VAE_FILE = os.path.join("vae", "tessera_shapes_vae.safetensors")
 DIT_FILE = os.path.join("diffusion_models", "tessera_shapes_t2v.safetensors")
 COMMON = {
     "license": "Apache-2.0",
-    "dataset": "procedurally drawn clips (clips.py), no external data",
+    "dataset": "procedurally drawn clips (training/default/clips.py), no external data",
     "architecture_source": "Wan 2.1 (github.com/Wan-Video/Wan2.1, Apache-2.0); weights trained from scratch",
 }
 

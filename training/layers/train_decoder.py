@@ -1,6 +1,6 @@
 """Train the transparent decoder on drawn layers and their latents, which dataset.py makes.
 
-python -m tessera.models.layers.default.train_decoder --work DIR --minutes 20 [--resume]    writes DIR/decoder.pt
+python -m tessera.training.layers.train_decoder --work DIR --minutes 20 [--resume]    writes DIR/decoder.pt
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...default.networks import unwhiten
-from ...default.optim import Muon, launch, resume, set_rate, store
-from ..regions import LAYER_SPACING, PATCH, TOKEN, WHOLE, Regions
-from ..transparent_vae import TransparentDecoder
+from tessera.models.default.networks import unwhiten
+from tessera.models.layers.default.vocabulary import Kind
+from tessera.models.layers.regions import LAYER_SPACING, PATCH, TOKEN, WHOLE, Regions
+from tessera.models.layers.transparent_vae import TransparentDecoder
+
+from ..optimizer import Muon, launch, resume, set_rate, store
 from . import dataset, drawn
 from .train import Layouts, take_up
-from .vocabulary import Kind
 
 CLIPS = 0.6  # of the steps
 AUGMENTATION = 0.2  # most noise on a latent, as samplers leave some; in the normalised latent's units

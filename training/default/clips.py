@@ -5,7 +5,7 @@ Clips are (3, T, H, W) in [-1, 1]. Captions are index rows [colour, shape, motio
 
 import torch
 
-from .vocabulary import COLOURS, MOTIONS, SHAPES
+from tessera.models.default.vocabulary import COLOURS, MOTIONS, SHAPES
 
 PALETTE = torch.tensor([[0.95, 0.15, 0.15], [0.15, 0.85, 0.25], [0.2, 0.35, 1.0], [1.0, 0.9, 0.15], [0.97, 0.97, 0.97], [0.95, 0.2, 0.9]])
 DIRECTION = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, -1.0], [0.0, 1.0]])  # (x, y) of left, right, up, down

@@ -1,7 +1,7 @@
 """Train CATANet on one CPU core, on pictures that Python wheels ship.
 
 pip download --no-deps -d WHEELS scikit-image==0.26.0 scipy==1.11.4 matplotlib==3.11.2 scikit-learn==1.9.1
-python -m tessera.models.upscale.train_catanet --scale 2 --minutes 25 --wheels WHEELS --work DIR [--resume] [--body DIR/catanet_x2.pt]
+python -m tessera.training.upscale.train_catanet --scale 2 --minutes 25 --wheels WHEELS --work DIR [--resume] [--body DIR/catanet_x2.pt]
 
 Writes DIR/catanet_x2.pt (weights, optimiser state, time used) and, at the end, DIR/tessera_catanet_x2.safetensors and the held-out figures.
 --body starts from the weights of another scale, all but the upsampling tail. --finish only writes the weight file and the figures,
@@ -27,9 +27,10 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..default.networks import channels_last
-from ..default.optim import Muon, set_rate
-from . import catanet
+from tessera.models.default.networks import channels_last
+from tessera.models.upscale import catanet
+
+from ..optimizer import Muon, set_rate
 
 # (wheel, file in it): all in the public domain or CC0; README.md has the authors.
 TRAINING = {
