@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..models.media.picture_files import FORMATS, fitted, read_picture, write_picture
 from ..models.upscale.networks import NetworkFile, built_in, read_network
-from ..models.upscale.picture_files import FORMATS, fitted, read_picture, write_picture
 from ..models.upscale.pictures import NAMED, SMALLEST_TILE, Network, passes, target_size, upscale
 from ..models.upscale.tiling import Patch, Progress
 from ..models.upscale.video import upscale_video

@@ -32,11 +32,11 @@ from tessera.cli.offload_plan import lines
 from tessera.models.errors import FileError
 from tessera.models.layers import transparent_vae
 from tessera.models.layers.regions import Regions, layer_embedding
+from tessera.models.media.picture_files import fitted, read_picture, write_picture
 from tessera.models.upscale import convert_essaformer, patch_adapter
 from tessera.models.upscale.catanet import CATANet
 from tessera.models.upscale.essaformer import ESSAformer
 from tessera.models.upscale.networks import read_network
-from tessera.models.upscale.picture_files import fitted, read_picture, write_picture
 from tessera.models.weight_files import read_safetensors
 
 # What tells of a program and not of a file.

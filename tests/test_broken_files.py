@@ -25,10 +25,10 @@ from tessera.cli import hyperspectral  # noqa: E402
 from tessera.cli import upscale as command  # noqa: E402
 from tessera.models.errors import FileError  # noqa: E402
 from tessera.models.layers import transparent_vae  # noqa: E402
+from tessera.models.media.picture_files import read_picture  # noqa: E402
 from tessera.models.upscale import catanet, patch_adapter  # noqa: E402
 from tessera.models.upscale.essaformer import ESSAformer  # noqa: E402
 from tessera.models.upscale.networks import BUILT_IN, read_network  # noqa: E402
-from tessera.models.upscale.picture_files import read_picture  # noqa: E402
 from tessera.models.upscale.pictures import Network, upscale  # noqa: E402
 from tessera.models.weight_files import check_numbers, read_safetensors, read_sizes  # noqa: E402
 

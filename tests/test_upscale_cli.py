@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 av = pytest.importorskip("av")
 
 from tessera.__main__ import main  # noqa: E402
+from tessera.models.media.picture_files import Picture, read_picture, write_picture  # noqa: E402
 from tessera.models.upscale import catanet  # noqa: E402
 from tessera.models.upscale.networks import BUILT_IN, read_network  # noqa: E402
-from tessera.models.upscale.picture_files import Picture, read_picture, write_picture  # noqa: E402
 from tessera.models.upscale.pictures import Network, upscale  # noqa: E402
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import FileError
-from ..upscale.picture_files import read_picture
+from ..media.picture_files import read_picture
+from ..media.ycbcr import Colour, bit_depth, colour_tags, plane_codes, to_rgb
 from ..upscale.video_reader import INDEXED, BrokenVideoError, check_file, check_size, decoding, failure, first_video, open_video
-from ..upscale.ycbcr import Colour, bit_depth, colour_tags, plane_codes, to_rgb
 from .compose import straight
 from .document import rgba
 from .video_writer import ALPHA, ALPHA_TAG, FASTEST, RATE_TAG, SLOWEST, SOUND_FILE, Sound

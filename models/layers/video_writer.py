@@ -25,9 +25,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..upscale.picture_files import Picture, write_picture
+from ..media.picture_files import Picture, write_picture
+from ..media.ycbcr import BT709, FULL, LIMITED, RGB, SRGB, Colour, to_codes, to_planes
 from ..upscale.video_writer import LAYOUTS, SoundWriter, write_error
-from ..upscale.ycbcr import BT709, FULL, LIMITED, RGB, SRGB, Colour, to_codes, to_planes
 from .compose import straight
 from .files import finished
 

@@ -16,7 +16,7 @@ import av
 from torch import Tensor
 
 from ..errors import FileError, reading
-from .ycbcr import BT709, LIMITED, SRGB, Colour, bit_depth, colour_tags, to_rgb
+from ..media.ycbcr import BT709, LIMITED, SRGB, Colour, bit_depth, colour_tags, to_rgb
 
 if TYPE_CHECKING:
     from .video_writer import VideoWriter

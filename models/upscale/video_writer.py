@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..media.ycbcr import bit_depth, plane_codes, to_planes
 from .video_reader import Clip, ClipReader, Reader, VideoFacts
-from .ycbcr import bit_depth, plane_codes, to_planes
 
 CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

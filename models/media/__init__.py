@@ -1,0 +1,1 @@
+"""What upscaling and layers share: picture files, containers of video, Y'CbCr, sound, and files that appear when they are whole."""
