@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import secrets
 import shutil
 import struct
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +17,7 @@ import numpy as np
 import torch
 
 from ..models.errors import FileError, reading
+from ..models.media.atomic import finished
 from ..models.upscale.convert_essaformer import convert
 from ..models.upscale.essaformer import ESSAformer, build, super_resolve
 from ..models.weight_files import COPY, check_numbers, read_safetensors
@@ -79,7 +78,7 @@ def lines(
     network = network.to(where)
     halved: list[str] = []
     rows = (torch.from_numpy(((bands_first[:, y].astype(np.float64) - low) / (high - low)).astype(np.float32)) for y in range(height))
-    with _written(target) as temporary, torch.inference_mode():
+    with finished(target) as temporary, torch.inference_mode():
         out = _create(temporary, target, shape, cube.dtype, layout)
         for y, row in enumerate(super_resolve(rows, network, scale, tile=tile, overlap=overlap, device=where, steps_down=halved)):
             if not row.isfinite().all():
@@ -95,7 +94,7 @@ def lines(
 def convert_lines(source: Path, target: Path, *, overwrite: bool = False) -> Iterator[str]:
     """Convert the published ESSAformer checkpoint `source` to the safetensors file `target`; what was found, in a line."""
     _check_target(source, target, (".safetensors",), overwrite)
-    with _written(target) as temporary:
+    with finished(target) as temporary:
         network = convert(source, temporary)
     size = sum(parameter.numel() for parameter in network.parameters())
     yield f"wrote {target}: ESSAformer x{network.upscale}, {network.bands} bands, {size:,} parameters"
@@ -230,17 +229,6 @@ def _check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if needed > free:
         raise ValueError(f"{target}: the result needs {needed / GB:.1f} GB and {free / GB:.1f} are free on that disk")
-
-
-@contextmanager
-def _written(target: Path) -> Iterator[Path]:
-    """A name beside `target` to write to, which becomes it at the end, or is removed."""
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _create(temporary: Path, target: Path, shape: tuple[int, ...], dtype: np.dtype[Any], layout: str) -> np.ndarray:

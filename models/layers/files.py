@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
-import os
 import re
-import secrets
-import shutil
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -149,25 +146,6 @@ def decoding(name: str, kind: str, *ours: type[Exception]) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a place that the file names and has not
             raise
         raise FileError(f"{name}: not {kind}, or damaged; make or download it again") from error
-
-
-@contextmanager
-def finished(target: Path) -> Iterator[Path]:
-    """A path beside `target` to write a file or a folder to. It takes the name of `target` when all went well, or is removed.
-
-    Raises ValueError where `target` is a folder already: what is in it is not ours to delete.
-    """
-    if target.is_dir():
-        raise ValueError(f"{target} is a folder that exists; choose another name, or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.parent / f".{secrets.token_hex(8)}.part"
-    try:
-        yield unfinished
-        os.replace(unfinished, target)
-    finally:
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished)
-        unfinished.unlink(missing_ok=True)
 
 
 FORMATS = ("psd", "ora", "png")

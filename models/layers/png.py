@@ -14,9 +14,10 @@ from typing import IO, Any
 from PIL import Image
 from torch import Tensor
 
+from ..media.atomic import finished
 from .compose import composite
 from .document import Document, Group, Layer, Node, Transform
-from .files import PngReader, decoding, eight_bit, file_name, finished
+from .files import PngReader, decoding, eight_bit, file_name
 
 INDEX = "layers.json"
 MERGED = "merged.png"

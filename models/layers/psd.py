@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..media.atomic import finished
 from .blend import PASS_THROUGH
 from .compose import composite
 from .document import MAX_SIDE, Document, Group, Node
-from .files import eight_bit, finished
+from .files import eight_bit
 
 # Adobe Photoshop File Formats Specification, layer records: blend mode keys.
 KEYS = {

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 import struct
-import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,11 +23,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..media.atomic import finished
 from ..media.picture_files import Picture, write_picture
+from ..media.png_text import insert_chunks, text_chunks
 from ..media.ycbcr import BT709, FULL, LIMITED, RGB, SRGB, Colour, to_codes, to_planes
 from ..upscale.video_writer import LAYOUTS, SoundWriter, write_error
 from .compose import straight
-from .files import finished
 
 ALPHA = ("straight", "premultiplied")
 SOUND_FILE = "sound.wav"  # beside the pictures of a sequence
@@ -362,18 +361,8 @@ def _codes(picture: Tensor, pixel_format: str, bits: int) -> list[np.ndarray]:
 
 
 def _add_png_texts(path: Path, texts: Mapping[str, str]) -> None:
-    """tEXt chunks after the header of a PNG file (ISO/IEC 15948, 11.3.4.3)."""
-    whole = path.with_name(f"{path.name}.texts")
-    try:
-        with path.open("rb") as source, whole.open("wb") as file:
-            file.write(source.read(8 + 25))  # the signature and IHDR, which has to be first
-            for key, value in texts.items():
-                chunk = b"tEXt" + key.encode("latin-1", "replace") + b"\0" + value.encode("latin-1", "replace")
-                file.write(struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)))
-            shutil.copyfileobj(source, file)
-        os.replace(whole, path)
-    finally:
-        whole.unlink(missing_ok=True)
+    with finished(path) as whole, path.open("rb") as source, whole.open("wb") as file:
+        insert_chunks(source, file, text_chunks(texts).chunks)
 
 
 def _add_webp_texts(path: Path, texts: Mapping[str, str]) -> None:

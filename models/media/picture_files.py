@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import errno
 import io
-import os
-import secrets
-import struct
 import warnings
 import zlib
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import FileError, reading
+from .atomic import finished
+from .png_text import insert_chunks, text_chunks
 
 # What is written, and the longest side that it can hold. All four hold profiles and EXIF.
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
@@ -111,7 +109,7 @@ def _check_size(image: Any, size: int) -> None:
 
 
 def _decoded(image: Any, data: bytes) -> Picture:
-    notes = []
+    notes: list[str] = []
     if getattr(image, "n_frames", 1) > 1:
         notes.append(f"only the first of {image.n_frames} pictures in the file was used")
     profile, text, exif = image.info.get("icc_profile"), dict(getattr(image, "text", {})), _exif(image, notes)
@@ -255,33 +253,21 @@ def write_picture(target: Path, picture: Picture) -> None:
     top = 2**picture.bits - 1
     codes = (pixels.clamp(0, 1) * top).round().to(torch.int32 if picture.bits == 16 else torch.uint8).movedim(0, -1).contiguous().numpy()
     _resize_exif(picture.exif, codes.shape[1], codes.shape[0])
-    temporary = target.with_name(f".{target.stem[:64]}.{secrets.token_hex(4)}{target.suffix}")
-    try:
+    with finished(target) as unfinished:
         if kind == "TIFF":
-            temporary.write_bytes(_tiff(codes, picture))
+            unfinished.write_bytes(_tiff(codes, picture))
         elif picture.bits == 16:
-            temporary.write_bytes(_png16(codes, picture))
+            unfinished.write_bytes(_png16(codes, picture))
         else:
             image = Image.fromarray(codes[..., 0] if codes.shape[2] == 1 else codes)
-            extra = {"pnginfo": _text_chunks(picture)} if kind == "PNG" else {}
-            image.save(temporary, kind, icc_profile=picture.profile, exif=picture.exif, **SETTINGS[kind], **extra)
-        os.replace(temporary, target)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+            extra = {"pnginfo": text_chunks(picture.text)} if kind == "PNG" else {}
+            image.save(unfinished, kind, icc_profile=picture.profile, exif=picture.exif, **SETTINGS[kind], **extra)
 
 
 def _resize_exif(exif: Image.Exif, width: int, height: int) -> None:
     inner = exif.get_ifd(0x8769)
     if 0xA002 in inner:
         inner[0xA002], inner[0xA003] = width, height
-
-
-def _text_chunks(picture: Picture) -> PngImagePlugin.PngInfo:
-    info = PngImagePlugin.PngInfo()
-    for key, value in picture.text.items():
-        info.add_itxt(key, value) if isinstance(value, PngImagePlugin.iTXt) else info.add_text(key, value)
-    return info
 
 
 def _png16(codes: np.ndarray, picture: Picture) -> bytes:
@@ -295,14 +281,14 @@ def _png16(codes: np.ndarray, picture: Picture) -> bytes:
     context: Any = av.CodecContext.create("png", "w")
     context.width, context.height, context.pix_fmt, context.time_base = width, height, name, 1
     data = b"".join(bytes(packet) for packet in [*context.encode(frame), *context.encode(None)])
-    chunks = [(tag, value) for tag, value, *_ in _text_chunks(picture).chunks]
+    chunks: list[tuple[Any, ...]] = [*text_chunks(picture.text).chunks]
     if picture.profile is not None:
         chunks.insert(0, (b"iCCP", b"ICC profile\0\0" + zlib.compress(picture.profile)))
     if len(picture.exif):
         chunks.append((b"eXIf", picture.exif.tobytes().removeprefix(b"Exif\0\0")))
-    header = 8 + 25  # the signature and IHDR, after which the order is free for these
-    added = (struct.pack(">I", len(value)) + tag + value + struct.pack(">I", zlib.crc32(tag + value)) for tag, value in chunks)
-    return data[:header] + b"".join(added) + data[header:]
+    file = io.BytesIO()
+    insert_chunks(io.BytesIO(data), file, chunks)
+    return file.getvalue()
 
 
 def _tiff(codes: np.ndarray, picture: Picture) -> bytes:
