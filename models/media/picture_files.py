@@ -117,11 +117,7 @@ def _decoded(image: Any, data: bytes) -> Picture:
     if image.format == "TIFF":
         _check_tiff(image.tag_v2, deep)
     if deep:
-        image.load()  # stops at what is damaged, where FFmpeg fills it in
-        values = _decoded16(image.format.lower(), data)
-        if image.format == "TIFF" and 1 in image.tag_v2.get(338, ()):  # premultiplied
-            alpha = np.maximum(values[..., -1:], 1)
-            values = np.concatenate([(values[..., :-1] * 65535.0 / alpha).clip(0, 65535).round(), values[..., -1:]], -1)
+        values = _decoded16(image, data)
     elif image.mode.startswith("I;16"):
         values, deep = np.asarray(image).astype(np.uint16)[..., None], True
     elif image.mode in ("I", "F"):
@@ -130,19 +126,8 @@ def _decoded(image: Any, data: bytes) -> Picture:
         if image.mode in ("CMYK", "LAB"):
             image, profile = _to_srgb(image, profile), None
             notes.append("the colours were converted to sRGB")
-        clear = "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
-        grey = image.mode in ("1", "L", "LA", "La")
-        if image.mode in ("La", "RGBa"):
-            image = image.convert(image.mode.upper())
-        values = np.asarray(image.convert(("LA" if clear else "L") if grey else ("RGBA" if clear else "RGB")))
-        values = values.reshape(*values.shape[:2], -1)
-    turn = exif.get(_ORIENTATION, 1)
-    if turn in (5, 6, 7, 8):
-        values = values.swapaxes(0, 1)
-    if turn in (2, 3, 6, 7):
-        values = values[:, ::-1]
-    if turn in (3, 4, 7, 8):
-        values = values[::-1]
+        values = _decoded8(image)
+    values = _upright(values, exif.get(_ORIENTATION, 1))
     for tag in _LAYOUT & set(exif):
         del exif[tag]
     channels = values.shape[2]
@@ -150,6 +135,27 @@ def _decoded(image: Any, data: bytes) -> Picture:
         values = values[..., [0, 0, 0, 1]]
     pixels = torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1), np.float32)).div_(65535 if deep else 255)
     return Picture(pixels, 16 if deep else 8, channels < 3, profile, exif, text, notes)
+
+
+def _decoded8(image: Any) -> np.ndarray:
+    """uint8 (height, width, channels), 1 to 4."""
+    clear = "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
+    grey = image.mode in ("1", "L", "LA", "La")
+    if image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode.upper())
+    values = np.asarray(image.convert(("LA" if clear else "L") if grey else ("RGBA" if clear else "RGB")))
+    return values.reshape(*values.shape[:2], -1)
+
+
+def _upright(values: np.ndarray, turn: int) -> np.ndarray:
+    """turn: EXIF's orientation, 1 to 8."""
+    if turn in (5, 6, 7, 8):
+        values = values.swapaxes(0, 1)
+    if turn in (2, 3, 6, 7):
+        values = values[:, ::-1]
+    if turn in (3, 4, 7, 8):
+        values = values[::-1]
+    return values
 
 
 def _bits(image: Any, data: bytes) -> int:
@@ -196,18 +202,23 @@ def _check_tiff(tags: Mapping[int, Any], deep: bool) -> None:
         raise UnreadError(f"is a TIFF with 16 bits of {colours} colours in {samples} channels; export it as grey or RGB")
 
 
-def _decoded16(codec: str, data: bytes) -> np.ndarray:
-    """uint16 (height, width, channels)."""
+def _decoded16(image: Any, data: bytes) -> np.ndarray:
+    """uint16 (height, width, channels), 1 to 4, with straight alpha."""
     import av
 
-    context: Any = av.CodecContext.create(codec, "r")
+    image.load()  # stops at what is damaged, where FFmpeg fills it in
+    context: Any = av.CodecContext.create(image.format.lower(), "r")
     try:
         frame = [*context.decode(av.Packet(data)), *context.decode(None)][0]
     except (av.FFmpegError, IndexError) as error:
         raise UnreadError("is damaged, or of a kind that FFmpeg does not decode with 16 bits; export it again, as PNG") from error
     channels = len(frame.format.components)
     plane = frame.reformat(format=f"{_AV16[channels]}le").planes[0]
-    return np.frombuffer(plane, "<u2").reshape(plane.height, -1)[:, : plane.width * channels].reshape(plane.height, plane.width, channels)
+    values = np.frombuffer(plane, "<u2").reshape(plane.height, -1)[:, : plane.width * channels].reshape(plane.height, plane.width, channels)
+    if image.format == "TIFF" and 1 in image.tag_v2.get(338, ()):  # premultiplied
+        alpha = np.maximum(values[..., -1:], 1)
+        values = np.concatenate([(values[..., :-1] * 65535.0 / alpha).clip(0, 65535).round(), values[..., -1:]], -1)
+    return values
 
 
 def _to_srgb(image: Any, profile: bytes | None) -> Any:
