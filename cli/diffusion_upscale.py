@@ -27,13 +27,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..models.media.containers import NO_SPACE, open_video
 from ..models.media.picture_files import read_picture
 from ..models.media.ycbcr import to_rgb
 from ..models.upscale.pictures import NAMED
 from ..models.upscale.tiling import stream
 from ..models.upscale.video import upscale_video
-from ..models.upscale.video_reader import VideoFacts, VideoReader, inspect_video, open_video
-from ..models.upscale.video_writer import CONTAINERS, NO_SPACE
+from ..models.upscale.video_reader import VideoFacts, VideoReader, inspect_video
+from ..models.upscale.video_writer import CONTAINERS
 from .comfy_server import (
     HOW_TO_GET,
     ComfyClient,

@@ -143,7 +143,8 @@ class SaveTransparentVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, filename_prefix, fps, format, alpha, mask=None, audio=None) -> io.NodeOutput:
-        from ..models.layers.video_writer import Sound, save, save_preview
+        from ..models.layers.video_writer import save, save_preview
+        from ..models.media.sound import Sound
 
         kind, rate = format["format"], _rate(fps)
         frames = AlphaFrames(images, mask)

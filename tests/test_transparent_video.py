@@ -31,8 +31,9 @@ from tessera.models.errors import FileError  # noqa: E402
 from tessera.models.layers import video_reader, video_writer  # noqa: E402
 from tessera.models.layers.video import ClipLayer, LayeredClip  # noqa: E402
 from tessera.models.layers.video_reader import load  # noqa: E402
-from tessera.models.layers.video_writer import ALPHA, FORMATS, Sound, pull_push, save  # noqa: E402
-from tessera.models.upscale.video_reader import BrokenVideoError  # noqa: E402
+from tessera.models.layers.video_writer import ALPHA, FORMATS, pull_push, save  # noqa: E402
+from tessera.models.media.containers import BrokenVideoError  # noqa: E402
+from tessera.models.media.sound import Sound  # noqa: E402
 
 WIDTH, HEIGHT, COUNT = 96, 64, 5
 RATE = Fraction(24)

@@ -20,8 +20,9 @@ from torch.nn import functional as F
 av = pytest.importorskip("av")
 
 from tessera.models.errors import FileError  # noqa: E402
+from tessera.models.media.containers import BrokenVideoError  # noqa: E402
 from tessera.models.upscale.video import upscale_video  # noqa: E402
-from tessera.models.upscale.video_reader import BrokenVideoError, Clip, inspect_video  # noqa: E402
+from tessera.models.upscale.video_reader import Clip, inspect_video  # noqa: E402
 
 # R'G'B' to Y'CbCr as the standards print it: weights of luma, divisors of B'-Y' and R'-Y'.
 MATRICES = {

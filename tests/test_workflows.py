@@ -354,7 +354,8 @@ def test_transparent_video_runs(any_comfy: ComfyServer, tmp_path):
     import torch
 
     from tessera.models.layers.video_reader import load
-    from tessera.models.layers.video_writer import Sound, save
+    from tessera.models.layers.video_writer import save
+    from tessera.models.media.sound import Sound
 
     red, background = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0x1E, 0x5A, 0x78]) / 255
     alpha = torch.where(torch.arange(64) < 32, 0.5, 0.0).expand(48, 64)[..., None]

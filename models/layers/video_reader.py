@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import FileError
+from ..media.containers import INDEXED, BrokenVideoError, check_file, check_size, failure, first_video, open_video, reading_video
 from ..media.picture_files import read_picture
+from ..media.sound import Sound
 from ..media.ycbcr import Colour, bit_depth, colour_tags, plane_codes, to_rgb
-from ..upscale.video_reader import INDEXED, BrokenVideoError, check_file, check_size, decoding, failure, first_video, open_video
 from .compose import straight
 from .document import rgba
-from .video_writer import ALPHA, ALPHA_TAG, FASTEST, RATE_TAG, SLOWEST, SOUND_FILE, Sound
+from .video_writer import ALPHA, ALPHA_TAG, FASTEST, RATE_TAG, SLOWEST, SOUND_FILE
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class AlphaVideo:
 
     def __iter__(self) -> Iterator[Tensor]:
         read = _folder_frames if self.path.is_dir() else _webp_frames if self.codec == "webp" else _decoded
-        with decoding(str(self.path)):
+        with reading_video(str(self.path)):
             for number, frame in enumerate(read(self.path)):
                 if frame.shape[:2] != (self.height, self.width):
                     sizes = f"{self.width} x {self.height} to {frame.shape[1]} x {frame.shape[0]}"
@@ -62,7 +63,7 @@ class AlphaVideo:
         path = self.path / SOUND_FILE if self.path.is_dir() else self.path
         if self.codec == "webp" or not path.is_file():
             return None
-        with decoding(str(path)), open_video(path) as container:
+        with reading_video(str(path)), open_video(path) as container:
             if not container.streams.audio or container.streams.audio[0].codec_context is None:
                 return None
             stream, pictures = container.streams.audio[0], container.streams.video
@@ -99,7 +100,7 @@ def load(path: str | os.PathLike, alpha: str = "auto") -> AlphaVideo:
     if not path.is_dir():
         check_file(path)
     read = _folder_facts if path.is_dir() else _webp_facts if path.suffix.lower() == ".webp" else _video_facts
-    with decoding(str(path)):
+    with reading_video(str(path)):
         facts, tags = read(path)
         found, facts["rate"] = facts["rate"], min(max(facts["rate"], SLOWEST), Fraction(FASTEST))
         if found != facts["rate"]:

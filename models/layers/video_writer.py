@@ -24,10 +24,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..media.atomic import finished
+from ..media.containers import write_error
 from ..media.picture_files import Picture, write_picture
 from ..media.png_text import insert_chunks, text_chunks
+from ..media.sound import LAYOUTS, Sound, SoundWriter
 from ..media.ycbcr import BT709, FULL, LIMITED, RGB, SRGB, Colour, to_codes, to_planes
-from ..upscale.video_writer import LAYOUTS, SoundWriter, write_error
 from .compose import straight
 
 ALPHA = ("straight", "premultiplied")
@@ -79,14 +80,6 @@ FORMATS = {
     "FFV1": Format(".mkv", "matroska", "ffv1", {8: "bgra", 16: "gbrap16le"}, "flac", {"level": "3", "slicecrc": "1"}),
     "PNG sequence": Format("", "", "", {8: "", 16: ""}, "pcm_s24le", premultiplied=False),
 }
-
-
-@dataclass(frozen=True)
-class Sound:
-    """samples: float32 `(channels, samples)` in -1..1; 1, 2, 6 or 8 channels. rate: samples a second."""
-
-    samples: Tensor
-    rate: int
 
 
 @dataclass
@@ -250,7 +243,7 @@ def _sound_writer(container: Any, codec: str, sound: Sound, rate: Fraction) -> S
     stream.layout = LAYOUTS[len(sound.samples)]
     if codec in ("flac", "pcm_s24le"):
         stream.format = "s32"
-    return SoundWriter(container, stream, LAYOUTS[len(sound.samples)], sound.samples.clamp(-1, 1), sound.rate, rate)
+    return SoundWriter(container, stream, Sound(sound.samples.clamp(-1, 1), sound.rate), rate)
 
 
 class _FileWriter:

@@ -13,9 +13,10 @@ import av
 import torch
 from torch import Tensor
 
+from ..media.containers import BrokenVideoError, check_file, open_video, source_name, write_error
 from .tiling import Operator, stream
-from .video_reader import BrokenVideoError, Clip, ClipReader, Source, Trim, VideoReader, check_file, inspect_video, open_video, source_name
-from .video_writer import CONTAINERS, VideoSummary, VideoWriter, write_error
+from .video_reader import Clip, ClipReader, Source, Trim, VideoReader, inspect_video
+from .video_writer import CONTAINERS, VideoSummary, VideoWriter
 
 OnFrame = Callable[[int, int | None, Tensor | None], None]
 

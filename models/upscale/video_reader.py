@@ -2,67 +2,24 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import av
 from torch import Tensor
 
-from ..errors import FileError, reading
+from ..errors import FileError
+from ..media.containers import INDEXED, BrokenVideoError, File, first_video, is_cover, open_video, reading_video, source_name
 from ..media.ycbcr import BT709, LIMITED, SRGB, Colour, bit_depth, colour_tags, to_rgb
 
 if TYPE_CHECKING:
     from .video_writer import VideoWriter
 
-INDEXED = ("matroska", "mov", "avi")  # know their length and their key frames
 LONGEST = 250  # a last frame is taken to last no more than this many frames of the average rate
-
-
-DENSEST, SMALL = 1 << 13, 1 << 26  # pixels of a frame for a byte of the file, as a codec may make of an empty one; and what is read in any case
-
-
-class BrokenVideoError(FileError):
-    """A file that cannot be decoded, or not to its end."""
-
-
-@contextmanager
-def decoding(name: str) -> Iterator[None]:
-    """`errors.reading` for FFmpeg, which says of damaged bytes what others say of disks and memory."""
-    with reading(name, "a video that can be read", "get a complete copy of it, or export it again"):
-        try:
-            yield
-        except av.FFmpegError as error:
-            if isinstance(error, PermissionError):
-                raise
-            raise BrokenVideoError(f"{name} {failure(error, 'damaged')}") from error
-
-
-def failure(error: Exception, damage: str) -> str:
-    """The rest of a sentence about a file that a decoder fails at. damage: what is to be said unless the decoder knows the kind and lacks it."""
-    if isinstance(error, av.error.PatchWelcomeError):
-        return f"is of a kind that FFmpeg {av.ffmpeg_version_info} does not decode; export it with 8 bits a channel, or as another kind of file"
-    return f"is {damage} ({getattr(error, 'strerror', None) or 'the decoder failed'}); get a complete copy of it, or export it again"
-
-
-def check_size(name: str, width: int, height: int, size: int) -> None:
-    """Raises FileError for a frame of more pixels than a file of `size` bytes holds, which would be made room for."""
-    if width * height > max(DENSEST * size, SMALL):
-        raise FileError(f"{name} claims frames of {width} x {height} pixels in {size:,} bytes, which is no video; export it again")
-
-
-def check_file(path: Path) -> None:
-    """Raises FileNotFoundError, or FileError for a folder and for what has no end, such as a pipe."""
-    if not path.exists():
-        raise FileNotFoundError(errno.ENOENT, "there is no such file; check the path", str(path))
-    if not path.is_file():
-        raise FileError(f"{path} is {'a folder' if path.is_dir() else 'a pipe or a device'} and no file; choose a video file")
 
 
 @dataclass(frozen=True)
@@ -80,7 +37,7 @@ class Clip:
     bits: int = 8
 
 
-Source = str | os.PathLike | IO[bytes] | Clip
+Source = File | Clip
 Trim = tuple[float, float]
 
 
@@ -111,7 +68,7 @@ def inspect_video(source: Source, trim: Trim = (0.0, 0.0)) -> VideoFacts:
     if isinstance(source, Clip):
         return _clip_facts(source)
     name = source_name(source)
-    with decoding(name), open_video(source) as container:
+    with reading_video(name), open_video(source) as container:
         reader = VideoReader(container, name)
         video = reader.video
         declared = video.duration * video.time_base if video.duration else Fraction(container.duration or 0, av.time_base)
@@ -169,43 +126,6 @@ def _clip_facts(clip: Clip) -> VideoFacts:
     return VideoFacts(width, height, count, rate, 1 / rate, clip.bits, Colour(BT709, LIMITED, BT709, SRGB), 0, notes)
 
 
-def source_name(source: Source) -> str:
-    """What messages call it."""
-    return os.fspath(source) if isinstance(source, str | os.PathLike) else str(getattr(source, "name", "the video given as data"))
-
-
-def open_video(source: Source) -> Any:
-    """The `av` container of a path or file object. Raises FileNotFoundError, PermissionError, FileError."""
-    file: Any = source
-    if isinstance(source, str | os.PathLike):
-        check_file(Path(source))
-        file = f"file:{os.fspath(source)}"  # because of names with a colon, which would be taken for a protocol
-    else:
-        file.seek(0)
-    try:
-        container = av.open(file, metadata_errors="replace")
-    except PermissionError as error:
-        raise PermissionError(errno.EACCES, "the video may not be read; change its permissions", source_name(source)) from error
-    except av.FFmpegError as error:
-        what = f"{source_name(source)} is no video, or its beginning or end is missing"
-        raise BrokenVideoError(f"{what} ({error.strerror}); export or copy it again") from error
-    for item in container.streams.video:
-        if item.codec_context is not None:
-            check_size(source_name(source), item.codec_context.width, item.codec_context.height, container.size)
-    return container
-
-
-def first_video(container: Any, name: str) -> Any:
-    """The first video stream that is not a cover picture. Raises FileError where there is none, or no decoder for it."""
-    videos = [item for item in container.streams.video if not _is_cover(item)]
-    if not videos:
-        found = ", ".join(sorted({item.type for item in container.streams})) or "nothing"
-        raise FileError(f"{name} has no video stream, only {found}; choose a video file")
-    if videos[0].codec_context is None:
-        raise FileError(f"{name} has video of a kind that FFmpeg {av.ffmpeg_version_info} does not decode; export it as H.264 or ProRes")
-    return videos[0]
-
-
 class VideoReader:
     """Frames of the first video stream that is not a cover picture, and the packets of the others in between."""
 
@@ -219,7 +139,7 @@ class VideoReader:
         self.left_out = []
         for item in container.streams:
             if item.type not in ("audio", "subtitle") and item is not self.video:
-                self.left_out.append("a cover picture" if _is_cover(item) else f"another {item.type} stream")
+                self.left_out.append("a cover picture" if is_cover(item) else f"another {item.type} stream")
         if container.format.name.startswith("mov") and self.chapters:
             self.left_out = [what for what in self.left_out if what != "another data stream"]  # the chapters, which are kept
         self.video.thread_type = "AUTO"
@@ -256,7 +176,7 @@ class VideoReader:
                 yield frame
         # A file that was cut off ends like a complete one, but its header may know the length.
         declared = Fraction(self.container.duration or 0, av.time_base)
-        knows = self.container.format.name.startswith(INDEXED) and sum(not _is_cover(item) for item in self.container.streams.video) == 1
+        knows = self.container.format.name.startswith(INDEXED) and sum(not is_cover(item) for item in self.container.streams.video) == 1
         if knows and declared - end > max(Fraction(1, 4), declared / 100):
             self.broken = f"{self.name} is cut off at second {float(end):.2f} of {float(declared):.2f}; get a complete copy of it"
 
@@ -354,7 +274,3 @@ class ClipReader:
 
 
 Reader = VideoReader | ClipReader
-
-
-def _is_cover(item: Any) -> bool:
-    return bool(item.disposition & item.disposition.attached_pic)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import itertools
 import re
@@ -20,12 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..media.sound import LAYOUTS, Sound, SoundWriter
 from ..media.ycbcr import bit_depth, plane_codes, to_planes
 from .video_reader import Clip, ClipReader, Reader, VideoFacts
 
 CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}  # by the number of channels
 CLIP = -1  # index of the sound of a clip in memory, which is no stream of a file
 
 
@@ -72,35 +70,6 @@ class VideoSummary:
     pixel_format: str
     audio: str  # "copied", "re-encoded", "encoded" (that of a Clip) or "none"
     notes: list[str] = field(default_factory=list)
-
-
-def write_error(error: av.FFmpegError, target: Path, frames: int, advice: str) -> ValueError | OSError:
-    """What to raise for FFmpeg's error after so many frames. advice: what to try where neither the disk nor the system is to blame."""
-    what = f"{target} could not be written after {frames} frames: {error.strerror}"
-    if not isinstance(error, OSError):
-        return ValueError(f"{what}; try {advice}")
-    return OSError(error.errno, f"{what}; make room there or choose another folder" if error.errno in NO_SPACE else what)
-
-
-class SoundWriter:
-    """Encodes sound `(channels, samples)` in step with the frames, so that a file can be played while it is read. rate: frames a second."""
-
-    def __init__(self, container: Any, stream: Any, layout: str, samples: Tensor, sample_rate: int, rate: Fraction) -> None:
-        self.container, self.stream, self.layout, self.samples, self.sample_rate, self.rate = container, stream, layout, samples, sample_rate, rate
-        self.done = 0
-
-    def until(self, frames: int) -> None:
-        """Up to where so many frames end."""
-        stop = min(ceil(frames * self.sample_rate / self.rate), self.samples.shape[1])
-        if stop > self.done:
-            part = self.samples[:, self.done : stop].float().cpu().contiguous().numpy()
-            frame = av.AudioFrame.from_ndarray(part, format="fltp", layout=self.layout)
-            frame.sample_rate, frame.pts, frame.time_base = self.sample_rate, self.done, Fraction(1, self.sample_rate)
-            self.container.mux(self.stream.encode(frame))
-            self.done = stop
-
-    def finish(self) -> None:
-        self.container.mux(self.stream.encode(None))
 
 
 class VideoWriter:
@@ -240,12 +209,12 @@ class VideoWriter:
         if clip.sound is None:
             return None
         channels, rate = len(clip.sound), clip.sample_rate
-        layout = LAYOUTS.get(channels, "stereo")
-        out = self._add_sound(rate, av.AudioLayout(layout))
+        layout = LAYOUTS.get(channels)
+        out = None if layout is None else self._add_sound(rate, av.AudioLayout(layout))
         if out is None:
             raise ValueError(f"sound of {channels} channels at {rate} Hz cannot be encoded for {self.target}; give 1, 2, 6 or 8 channels")
         self._recoded[CLIP] = out
-        return SoundWriter(self.container, out, layout, clip.sound, rate, self.facts.rate)
+        return SoundWriter(self.container, out, Sound(clip.sound, rate), self.facts.rate)
 
     def _add_sound(self, sample_rate: int, source: Any) -> Any:
         """A stream to encode sound into, in the first layout that the encoder takes; None: it takes none."""
