@@ -9,8 +9,8 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..models.media.resize import resize
 from ..models.upscale import colour as colours
-from ..models.upscale.pictures import resize
 from .patch_adapter import Adapter, PatchGuide, adapted
 from .upscale import CATEGORY, size_for, size_input
 from .windows import COORDINATES, FUSIONS, PATCH, JointModulation

@@ -11,7 +11,7 @@ from tessera.models.layers import document
 from tessera.models.layers.clean import MERGED, Cleaning, bled, cleaned, colour, levelled, stacked, without_matte, without_specks
 from tessera.models.layers.compose import composite, on_checkerboard, thumbnails
 from tessera.models.layers.document import Document, Group, Layer
-from tessera.models.upscale.pictures import resize
+from tessera.models.media.resize import resize
 
 MATTES = {"black": (0.0, 0.0, 0.0), "white": (1.0, 1.0, 1.0), "grey": (128 / 255,) * 3, "any": (0.2, 0.9, 0.4)}
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..upscale.pictures import resize
+from ..media.resize import resize
 from .blend import MODES, PASS_THROUGH
 
 MAX_SIDE = 30_000  # of a canvas, in pixels: PSD's limit

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..media.resize import resize
 from .tiling import MapPatches, Operator, Patch, Progress, Tiling, overlapping, run_within_memory
 
 NAMED = {"HD 1280 x 720": (1280, 720), "Full HD 1920 x 1080": (1920, 1080), "QHD 2560 x 1440": (2560, 1440), "4K UHD 3840 x 2160": (3840, 2160)}
@@ -145,13 +146,6 @@ def upscale(
     if picture.shape[0] == 3:
         return colour
     return torch.cat([colour, guided_alpha(picture[3:].float(), picture[:3].float(), colour)])
-
-
-def resize(picture: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bicubic, with antialiasing where it gets smaller. `(channels, height, width)` -> `(channels, size[1], size[0])`."""
-    if (picture.shape[-1], picture.shape[-2]) == tuple(size):
-        return picture
-    return F.interpolate(picture[None], size=(size[1], size[0]), mode="bicubic", antialias=True)[0]
 
 
 def guided_alpha(alpha: Tensor, small: Tensor, large: Tensor, radius: int = 2, epsilon: float = 1e-5) -> Tensor:
