@@ -42,8 +42,8 @@ from tessera.models.default import vocabulary  # noqa: E402
 from tessera.models.upscale import catanet, colour, pictures  # noqa: E402
 from tessera.models.upscale.metrics import flicker, psnr  # noqa: E402
 from tessera.nodes import DEFAULT_WEIGHTS, UPSCALE  # noqa: E402
-from tessera.nodes import patch_adapter as host  # noqa: E402
-from tessera.nodes.diffusion_upscale import PatchUpscaleVideo  # noqa: E402
+from tessera.nodes.upscale import PatchUpscaleVideo  # noqa: E402
+from tessera.nodes.upscale import patch_adapter as host  # noqa: E402
 from tessera.training.default import clips  # noqa: E402
 from tessera.training.upscale.train_patch_adapter import CANVAS, degrade  # noqa: E402
 

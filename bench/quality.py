@@ -148,8 +148,7 @@ def inside(comfyui: str, package_parent: str, job: dict[str, Any]) -> None:
     import nodes
     from tessera.models.default import vocabulary
     from tessera.nodes import DEFAULT_WEIGHTS
-    from tessera.nodes.attention import MODES, accelerate_settings
-    from tessera.nodes.host import last_report, patch_attention
+    from tessera.nodes.attention import MODES, accelerate_settings, last_report, patch_attention
     from tessera.training.default import clips
 
     for folder in ("diffusion_models", "vae"):

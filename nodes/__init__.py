@@ -9,23 +9,41 @@ import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 from ..models.upscale import spandrel_catanet
-from .art import DECODERS as TRANSPARENT_DECODERS
-from .art import FOLDER as LAYER_EMBEDDINGS
-from .art import DecodeRegionLayers, DecodeRegionVideo, EncodeRegionLayers, RegionLayers
 from .attention import Accelerate, AttentionReport, SparseAttention
-from .diffusion_upscale import PatchUpscaleVideo
-from .door import guarded
-from .layered_video import AddVideoLayer, ComposeLayeredVideo
-from .layers import ComposeLayers, EditLayer, LayersFromImages, LoadLayers, SaveLayers
-from .layout import AutoLayout, Layout
-from .lora_composer import ConceptRegion, LoRAComposer
+from .comfy.door import guarded
+from .layers import (
+    AddVideoLayer,
+    AutoLayout,
+    ComposeLayeredVideo,
+    ComposeLayers,
+    EditLayer,
+    LayersFromImages,
+    Layout,
+    LoadLayers,
+    LoadTransparentVideo,
+    SaveLayers,
+    SaveTransparentVideo,
+)
+from .lora import ConceptRegion, LoRAComposer
 from .offload import LayerOffload, OffloadReport
-from .patch_adapter import FOLDER as PATCH_ADAPTERS
-from .patch_adapter import LoadPatchAdapter
 from .prompt import LayersPrompt, ShapesPrompt
-from .transparent_video import LoadTransparentVideo, SaveTransparentVideo
-from .upscale import PatchUpscale, UpscaleReport
-from .upscale_video import PatchUpscaleVideoFile, PatchUpscaleVideoNetwork
+from .regions import (
+    LAYER_EMBEDDINGS,
+    TRANSPARENT_DECODERS,
+    DecodeRegionLayers,
+    DecodeRegionVideo,
+    EncodeRegionLayers,
+    RegionLayers,
+)
+from .upscale import (
+    PATCH_ADAPTERS,
+    LoadPatchAdapter,
+    PatchUpscale,
+    PatchUpscaleVideo,
+    PatchUpscaleVideoFile,
+    PatchUpscaleVideoNetwork,
+    UpscaleReport,
+)
 
 DEFAULT_WEIGHTS = Path(__file__).parent.parent / "models" / "default"
 LAYERED_WEIGHTS = Path(__file__).parent.parent / "models" / "layers" / "default"

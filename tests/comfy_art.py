@@ -46,7 +46,10 @@ from tessera.models.layers.default import sampling, vocabulary  # noqa: E402
 from tessera.models.layers.document import Document, Group, Layer, from_core, rgba, to_core  # noqa: E402
 from tessera.models.layers.regions import filled, layer_embedding, pictures, schedule_shift, snap  # noqa: E402
 from tessera.models.layers.transparent_vae import grey_blended  # noqa: E402
-from tessera.nodes.art import (  # noqa: E402
+from tessera.nodes.attention import AttentionSettings, last_report, patch_attention  # noqa: E402
+from tessera.nodes.offload import MemorySettings, patch_memory  # noqa: E402
+from tessera.nodes.regions import KEY, patch_regions  # noqa: E402
+from tessera.nodes.regions.nodes import (  # noqa: E402
     DECODERS,
     FOLDER,
     NAMES,
@@ -56,10 +59,6 @@ from tessera.nodes.art import (  # noqa: E402
     EncodeRegionLayers,
     RegionLayers,
 )
-from tessera.nodes.attention import AttentionSettings  # noqa: E402
-from tessera.nodes.host import last_report, patch_attention  # noqa: E402
-from tessera.nodes.memory import MemorySettings, patch_memory  # noqa: E402
-from tessera.nodes.regions import KEY, patch_regions  # noqa: E402
 from tessera.training.layers import dataset, evaluate, export  # noqa: E402
 from tessera.training.layers.drawn import pixels  # noqa: E402
 
@@ -443,7 +442,7 @@ class Default:
 def lines_of_region_layers(default):
     """What the node shows for a canvas as its model was trained on, and for others."""
     shown = []
-    with mock.patch("tessera.nodes.art.say", lambda node_id, text: shown.append(text)):
+    with mock.patch("tessera.nodes.regions.nodes.say", lambda node_id, text: shown.append(text)):
         default.region_layers(128, 96, "16 16 48 48")
         default.region_layers(512, 96, "0 0 128 96")
     emit("lines", shown=shown)

@@ -29,7 +29,7 @@ from tessera.kernels import attention as kernel  # noqa: E402
 from tessera.kernels import dispatch, selftest  # noqa: E402
 from tessera.models.families import layout_of  # noqa: E402
 from tessera.models.patchers.attention import AttentionSettings, ModelCall  # noqa: E402
-from tessera.nodes.host import KEY, OVERRIDE, _AttentionHost  # noqa: E402
+from tessera.nodes.attention.host import KEY, OVERRIDE, _AttentionHost  # noqa: E402
 
 GENERATOR = torch.Generator().manual_seed(0)
 WAN = dict(dim=128, ffn_dim=64, text_dim=32, num_heads=2, num_layers=2, freq_dim=32, text_len=16)

@@ -25,8 +25,7 @@ import utils.extra_config  # noqa: E402,F401  (first, as main.py does: nodes.py 
 
 import nodes  # noqa: E402
 import tessera.models.patchers.attention as patcher  # noqa: E402
-from tessera.nodes.attention import Accelerate, SparseAttention  # noqa: E402
-from tessera.nodes.host import last_report  # noqa: E402
+from tessera.nodes.attention import Accelerate, SparseAttention, last_report  # noqa: E402
 
 OPERATIONS = dict(device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init)
 

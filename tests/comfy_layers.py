@@ -33,9 +33,9 @@ from server import PromptServer  # noqa: E402
 import nodes  # noqa: E402,F401
 from tessera.models.layers.document import Document, Layer, to_core  # noqa: E402
 from tessera.models.layers.files import write  # noqa: E402
-from tessera.nodes.door import guarded  # noqa: E402
-from tessera.nodes.layers import SHOWN, ComposeLayers, EditLayer, LayersFromImages, LoadLayers, SaveLayers  # noqa: E402
-from tessera.nodes.layout import AutoLayout, Layout  # noqa: E402
+from tessera.nodes.comfy.door import guarded  # noqa: E402
+from tessera.nodes.layers import AutoLayout, ComposeLayers, EditLayer, LayersFromImages, Layout, LoadLayers, SaveLayers  # noqa: E402
+from tessera.nodes.layers.document import SHOWN  # noqa: E402
 
 LAYERS = tuple(Layer(name, torch.full((20, 30, 4), 0.5 + 0.1 * number), 4 * number) for number, name in enumerate("abc"))
 DOCUMENT = Document(48, 40, LAYERS)

@@ -45,8 +45,8 @@ import nodes  # noqa: E402
 from tessera.models.patchers.lora_composer.composer import ALL, CROSS  # noqa: E402
 from tessera.models.patchers.lora_composer.concepts import Box  # noqa: E402
 from tessera.models.patchers.lora_composer.latent import enhancement_loss  # noqa: E402
-from tessera.nodes import lora_composer as host  # noqa: E402
-from tessera.nodes import lora_composer_host as life  # noqa: E402
+from tessera.nodes.lora import host as life  # noqa: E402
+from tessera.nodes.lora import nodes as host  # noqa: E402
 
 host.LoRAComposer.hidden = SimpleNamespace(unique_id=None)  # as the server does
 for kind in ("checkpoints", "loras"):

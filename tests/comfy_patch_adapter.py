@@ -30,11 +30,10 @@ import nodes  # noqa: E402
 from tessera.models.default import vocabulary  # noqa: E402
 from tessera.models.upscale.patch_adapter import Config, PatchAdapter, Window, initialise, metadata  # noqa: E402
 from tessera.nodes import DEFAULT_WEIGHTS  # noqa: E402
-from tessera.nodes import patch_adapter as host  # noqa: E402
-from tessera.nodes.attention import AttentionSettings  # noqa: E402
-from tessera.nodes.diffusion_upscale import PatchUpscaleVideo  # noqa: E402
-from tessera.nodes.host import patch_attention  # noqa: E402
-from tessera.nodes.windows import JointModulation  # noqa: E402
+from tessera.nodes.attention import AttentionSettings, patch_attention  # noqa: E402
+from tessera.nodes.upscale import PatchUpscaleVideo  # noqa: E402
+from tessera.nodes.upscale import patch_adapter as host  # noqa: E402
+from tessera.nodes.upscale.windows import JointModulation  # noqa: E402
 from tessera.training.default import evaluate  # noqa: E402
 from tessera.training.upscale.train_patch_adapter import Model  # noqa: E402
 

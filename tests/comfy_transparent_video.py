@@ -32,8 +32,8 @@ from PIL import Image  # noqa: E402
 import nodes  # noqa: E402,F401
 from tessera.models.layers import video_reader  # noqa: E402
 from tessera.models.layers.video_writer import save  # noqa: E402
-from tessera.nodes.layered_video import AddVideoLayer, ComposeLayeredVideo  # noqa: E402
-from tessera.nodes.transparent_video import LoadTransparentVideo, SaveTransparentVideo, _choices  # noqa: E402
+from tessera.nodes.layers import AddVideoLayer, ComposeLayeredVideo, LoadTransparentVideo, SaveTransparentVideo  # noqa: E402
+from tessera.nodes.layers.transparent_video import _choices  # noqa: E402
 
 COUNT = 6
 CLIP = torch.rand(COUNT, 16, 16, 4)

@@ -40,9 +40,9 @@ from tessera.models.default import vocabulary  # noqa: E402
 from tessera.models.upscale.video import upscale_video  # noqa: E402
 from tessera.models.upscale.video_reader import Clip  # noqa: E402
 from tessera.nodes import DEFAULT_WEIGHTS  # noqa: E402
-from tessera.nodes.upscale import Display, PatchUpscale  # noqa: E402
-from tessera.nodes.upscale_video import PatchUpscaleVideoFile  # noqa: E402
-from tessera.nodes.windows import JointModulation  # noqa: E402
+from tessera.nodes.upscale import PatchUpscale, PatchUpscaleVideoFile  # noqa: E402
+from tessera.nodes.upscale.pictures import Display  # noqa: E402
+from tessera.nodes.upscale.windows import JointModulation  # noqa: E402
 
 
 def emit(case, **values):

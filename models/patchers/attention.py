@@ -1,6 +1,6 @@
 """Decides what happens to each attention call of a patched model, and counts it. Knows no host.
 
-A host glue (`nodes/host.py`, `models/patchers/diffusers.py`) creates one `AttentionPatch` per patched model, one `ModelCall`
+A host glue (`nodes/attention/host.py`, `models/patchers/diffusers.py`) creates one `AttentionPatch` per patched model, one `ModelCall`
 per forward of the network, and hands every attention call to `AttentionPatch.attend` with a `dense()` to fall back on.
 """
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from ..models.patchers.lora_composer.composer import Call, Composer
-from ..models.patchers.lora_composer.latent import Schedule, enhancement_loss, reinitialise
-from ..models.patchers.lora_composer.maps import Maps, map_size
-from .host import BOXES, OVERRIDE
-from .reporting import say
+from ...models.patchers.lora_composer.composer import Call, Composer
+from ...models.patchers.lora_composer.latent import Schedule, enhancement_loss, reinitialise
+from ...models.patchers.lora_composer.maps import Maps, map_size
+from ..attention import BOXES, OVERRIDE
+from ..comfy.reporting import say
 
 KEY = "tessera_lora_composer"
 

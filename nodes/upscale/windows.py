@@ -9,7 +9,7 @@ import torch
 from comfy.context_windows import ContextHandlerABC
 from torch import Tensor
 
-from ..models.upscale.tiling import Axis, Tiling, jointly_modulated, last, overlapping, whole
+from ...models.upscale.tiling import Axis, Tiling, jointly_modulated, last, overlapping, whole
 from .patch_adapter import PatchGuide
 
 PATCH = 2  # latent positions of a token, in height and width, for every supported family

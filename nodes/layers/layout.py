@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..models.layers.document import MAX_SIDE, Document, from_core, to_core
-from ..models.layers.layout import FITS, arranged, from_caption, from_json, from_masks, golden, grid, swatches
-from .layers import CATEGORY, Layers, all_layers, shown, summary
-from .reporting import said
+from ...models.layers.document import MAX_SIDE, Document, from_core, to_core
+from ...models.layers.layout import FITS, arranged, from_caption, from_json, from_masks, golden, grid, swatches
+from ..comfy.reporting import said
+from .document import CATEGORY, Layers, all_layers, shown, summary
 
 
 def _check_boxes(boxes: str, width: int, height: int) -> None:

@@ -21,10 +21,10 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..models.layers.document import rgba
-from .layers import CATEGORY
-from .paths import check_prefix, existing, input_path, numbered
-from .reporting import said, saved_file
+from ...models.layers.document import rgba
+from ..comfy.paths import check_prefix, existing, input_path, numbered
+from ..comfy.reporting import said, saved_file
+from .document import CATEGORY
 
 # The library's formats; PyAV, which it needs, is imported when a node runs.
 FORMATS = {
@@ -143,8 +143,8 @@ class SaveTransparentVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, filename_prefix, fps, format, alpha, mask=None, audio=None) -> io.NodeOutput:
-        from ..models.layers.video_writer import save, save_preview
-        from ..models.media.sound import Sound
+        from ...models.layers.video_writer import save, save_preview
+        from ...models.media.sound import Sound
 
         kind, rate = format["format"], _rate(fps)
         frames = AlphaFrames(images, mask)
@@ -234,7 +234,7 @@ class LoadTransparentVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, channels, alpha, start, frames) -> io.NodeOutput:
-        from ..models.layers.video_reader import load
+        from ...models.layers.video_reader import load
 
         clip = load(_existing(file), alpha)
         stop = start + frames if frames else None
@@ -273,6 +273,6 @@ def _choices() -> list[str]:
 @cache
 def _is_animated_png(file: Path, modified: int, size: int) -> bool:
     """Read once a version of the file: the front end asks for the choices often, and there may be thousands of pictures."""
-    from ..models.layers.video_reader import is_animated_png
+    from ...models.layers.video_reader import is_animated_png
 
     return is_animated_png(file)

@@ -9,10 +9,10 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..models.media.resize import resize
-from ..models.upscale import colour as colours
+from ...models.media.resize import resize
+from ...models.upscale import colour as colours
 from .patch_adapter import Adapter, PatchGuide, adapted
-from .upscale import CATEGORY, size_for, size_input
+from .pictures import CATEGORY, size_for, size_input
 from .windows import COORDINATES, FUSIONS, PATCH, JointModulation
 
 

@@ -8,11 +8,11 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..models.patchers.lora_composer.composer import ALL, CROSS, Composer, kind_of
-from ..models.patchers.lora_composer.concepts import Box, Concept
-from .host import pause_malloc_graph
-from .lora_composer_host import patch
-from .lora_deltas import deltas_of
+from ...models.patchers.lora_composer.composer import ALL, CROSS, Composer, kind_of
+from ...models.patchers.lora_composer.concepts import Box, Concept
+from ..attention import pause_malloc_graph
+from .deltas import deltas_of
+from .host import patch
 
 CATEGORY = "Tessera/compose"
 Concepts = io.Custom("TESSERA_CONCEPTS")

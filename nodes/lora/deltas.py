@@ -8,7 +8,7 @@ from typing import Any
 import comfy.lora
 from comfy.weight_adapter import LoRAAdapter
 
-from ..models.patchers.lora_composer.concepts import Delta
+from ...models.patchers.lora_composer.concepts import Delta
 
 
 def deltas_of(index: int, concept: Any, base: Any) -> dict[str, list[Delta]]:

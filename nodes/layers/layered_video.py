@@ -8,9 +8,9 @@ import comfy.utils
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..models.layers.blend import MODES
-from ..models.layers.document import MAX_SIDE, clean_name
-from .layers import CATEGORY
+from ...models.layers.blend import MODES
+from ...models.layers.document import MAX_SIDE, clean_name
+from .document import CATEGORY
 from .transparent_video import AlphaFrames, followed, image_and_mask, stacked
 
 VideoLayers = io.Custom("TESSERA_VIDEO_LAYERS")
@@ -43,7 +43,7 @@ class AddVideoLayer(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, name, x, y, opacity, blend_mode, ending, mask=None, layers=()) -> io.NodeOutput:
-        from ..models.layers.video import ClipLayer
+        from ...models.layers.video import ClipLayer
 
         name = clean_name(name) or f"Layer {len(layers) + 1}"
         if name in (layer.name for layer in layers):
@@ -74,7 +74,7 @@ class ComposeLayeredVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, layers, layer, width, height) -> io.NodeOutput:
-        from ..models.layers.video import LayeredClip
+        from ...models.layers.video import LayeredClip
 
         lowest = layers[0].frames.images
         width, height = width or lowest.shape[2], height or lowest.shape[1]

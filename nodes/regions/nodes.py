@@ -16,9 +16,9 @@ from comfy.ldm.wan.model import WanModel
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..models.layers import transparent_vae
-from ..models.layers.document import MAX_SIDE, Document, Layer, from_core, rgba, to_core
-from ..models.layers.regions import (
+from ...models.layers import transparent_vae
+from ...models.layers.document import MAX_SIDE, Document, Layer, from_core, rgba, to_core
+from ...models.layers.regions import (
     MAX_FOREGROUNDS,
     PATCH,
     TOKEN,
@@ -34,12 +34,10 @@ from ..models.layers.regions import (
     snap,
     visible,
 )
-from ..models.weight_files import check_numbers, read_safetensors
-from .layered_video import VideoLayers
-from .layers import CATEGORY, Layers
-from .regions import KEY, network_of, patch_regions
-from .reporting import say
-from .transparent_video import AlphaFrames
+from ...models.weight_files import check_numbers, read_safetensors
+from ..comfy.reporting import say
+from ..layers import CATEGORY, AlphaFrames, Layers, VideoLayers
+from .host import KEY, network_of, patch_regions
 
 FOLDER = "layer_embeddings"
 DECODERS = "transparent_decoders"
@@ -258,7 +256,7 @@ class DecodeRegionVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples, vae, transparent_decoder) -> io.NodeOutput:
-        from ..models.layers.video import ClipLayer
+        from ...models.layers.video import ClipLayer
 
         regions = _regions(samples)
         if vae.latent_dim != 3:

@@ -14,10 +14,10 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
-from ..models.families import find, layout_of
-from ..models.patchers.attention import AttentionPatch, AttentionSettings, ModelCall
-from ..models.patchers.report import summary
-from .reporting import say
+from ...models.families import find, layout_of
+from ...models.patchers.attention import AttentionPatch, AttentionSettings, ModelCall
+from ...models.patchers.report import summary
+from ..comfy.reporting import say
 
 KEY = "tessera_attention"
 OVERRIDE = "optimized_attention_override"

@@ -15,8 +15,8 @@ from comfy.model_sampling import ModelSamplingFlux
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..models.layers.regions import LAYER_SPACING, PATCH, Regions, positions
-from .host import BOXES
+from ...models.layers.regions import LAYER_SPACING, PATCH, Regions, positions
+from ..attention import BOXES
 
 KEY = "tessera_regions"  # of the hooks; of a latent's regions, too: samplers pass on what they do not know
 CHANNELS = 16  # of the latents of the Wan models that regions are for

@@ -16,9 +16,9 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..models.upscale.patch_adapter import Config, PatchAdapter, Window, load
-from ..models.upscale.tiling import last
-from .host import OVERRIDE
+from ...models.upscale.patch_adapter import Config, PatchAdapter, Window, load
+from ...models.upscale.tiling import last
+from ..attention import OVERRIDE
 
 FOLDER = "patch_adapters"
 KEY = "tessera_patch_adapter"

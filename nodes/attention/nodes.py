@@ -6,11 +6,11 @@ import json
 
 from comfy_api.latest import io, ui
 
-from ..kernels.dispatch import PRECISIONS
-from ..kernels.sparsity import RECIPES
-from ..models.patchers.attention import BLOCKS, MIN_TOKENS, AttentionSettings, parse_blocks
-from ..models.patchers.report import AttentionReport as Report
-from ..models.patchers.report import heat_map, summary
+from ...kernels.dispatch import PRECISIONS
+from ...kernels.sparsity import RECIPES
+from ...models.patchers.attention import BLOCKS, MIN_TOKENS, AttentionSettings, parse_blocks
+from ...models.patchers.report import AttentionReport as Report
+from ...models.patchers.report import heat_map, summary
 from .host import last_report, patch_attention
 
 CATEGORY = "Tessera/attention"

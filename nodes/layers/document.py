@@ -14,14 +14,14 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..models.layers import files
-from ..models.layers.blend import MODES
-from ..models.layers.clean import Cleaning, colour, stacked
-from ..models.layers.compose import composite, on_checkerboard, thumbnails
-from ..models.layers.document import MAX_SIDE, Document, Layer, clean_name, from_core, rgba, to_core
-from ..models.layers.layout import chosen, restacked
-from .paths import check_prefix, input_path, numbered
-from .reporting import progress, said, saved_file
+from ...models.layers import files
+from ...models.layers.blend import MODES
+from ...models.layers.clean import Cleaning, colour, stacked
+from ...models.layers.compose import composite, on_checkerboard, thumbnails
+from ...models.layers.document import MAX_SIDE, Document, Layer, clean_name, from_core, rgba, to_core
+from ...models.layers.layout import chosen, restacked
+from ..comfy.paths import check_prefix, input_path, numbered
+from ..comfy.reporting import progress, said, saved_file
 
 CATEGORY = "Tessera/layers"
 Layers = io.Custom("LAYERS")  # io.Layers is newer than our oldest ComfyUI

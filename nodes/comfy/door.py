@@ -13,9 +13,9 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
-from ..models.layers.video import ClipLayer
-from .lora_composer import Region
-from .patch_adapter import LoadedAdapter
+from ...models.layers.video import ClipLayer
+from ..lora import Region
+from ..upscale import LoadedAdapter
 
 SHOWN = 40  # characters of a wrong value that a message repeats
 LISTED = 12  # choices that a message names

@@ -25,12 +25,12 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy.sampler_helpers import estimate_memory, get_additional_models
 
-from ..models.offload.blocks import Block, find_blocks
-from ..models.offload.devices import CudaDevice
-from ..models.offload.memory import nbytes_of
-from ..models.patchers.offload_report import GB, BlockSpan, ModuleSpan, OffloadReport, Split, StepSpan, size, summary
-from ..models.patchers.report import clock
-from .reporting import say
+from ...models.offload.blocks import Block, find_blocks
+from ...models.offload.devices import CudaDevice
+from ...models.offload.memory import nbytes_of
+from ...models.patchers.offload_report import GB, BlockSpan, ModuleSpan, OffloadReport, Split, StepSpan, size, summary
+from ...models.patchers.report import clock
+from ..comfy.reporting import say
 
 try:  # ComfyUI >= 0.21
     from comfy import model_prefetch

@@ -18,10 +18,10 @@ from comfy.cli_args import args
 from comfy_api.latest import InputImpl, io, ui
 from torch import Tensor
 
-from ..models.upscale.pictures import passes, upscale
-from ..models.upscale.tiling import Progress
-from .paths import check_prefix, existing, input_path, numbered
-from .upscale import CATEGORY, Display, check_overlap, load_network, network_of, patch_inputs, size_for, size_input, unload_network
+from ...models.upscale.pictures import passes, upscale
+from ...models.upscale.tiling import Progress
+from ..comfy.paths import check_prefix, existing, input_path, numbered
+from .pictures import CATEGORY, Display, check_overlap, load_network, network_of, patch_inputs, size_for, size_input, unload_network
 
 WHOLE = (0.0, 0.0)
 
@@ -116,7 +116,7 @@ class PatchUpscaleVideoFile(io.ComfyNode):
     @classmethod
     def execute(cls, upscale_model, file, size, tile, overlap, filename_prefix, container, crf) -> io.NodeOutput:
         path = _existing(file)
-        from ..models.upscale.video_reader import inspect_video
+        from ...models.upscale.video_reader import inspect_video
 
         facts = inspect_video(path)
         wanted = size_for(facts.width, facts.height, size)
@@ -132,8 +132,8 @@ class PatchUpscaleVideoFile(io.ComfyNode):
 
 def _upscale(node_id, upscale_model, source, trim, target, part, size, tile, overlap, crf, metadata=None) -> str:
     """Upscale a source of the library into `target`; what an interrupted run finished is in `part`. Returns a line on what was done."""
-    from ..models.upscale.video import upscale_video
-    from ..models.upscale.video_reader import inspect_video
+    from ...models.upscale.video import upscale_video
+    from ...models.upscale.video_reader import inspect_video
 
     facts = inspect_video(source, trim)
     wanted = size_for(facts.width, facts.height, size)
@@ -184,7 +184,7 @@ def _upscale(node_id, upscale_model, source, trim, target, part, size, tile, ove
 
 def _source(video: Any) -> tuple[Any, tuple[float, float]]:
     """ComfyUI's VIDEO as a source of the library, and its trim: start and length in seconds."""
-    from ..models.upscale.video_reader import Clip
+    from ...models.upscale.video_reader import Clip
 
     if isinstance(video, InputImpl.VideoFromComponents):
         # Its stream would be lossy H.264 of 8 bit, and as much memory again.

@@ -1,0 +1,5 @@
+"""LoRA Composer: several concepts' LoRAs in one picture, each in its box."""
+
+from .nodes import ConceptRegion, LoRAComposer, Region
+
+__all__ = ["ConceptRegion", "LoRAComposer", "Region"]
