@@ -192,10 +192,12 @@ def serve(listener: socket.socket, tests: list[str]) -> None:
         connection, _ = listener.accept()
         if not os.fork():
             signal.alarm(TIMEOUT_S)  # a fault that never ends is found out, too
-            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-                status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
-            connection.sendall(bytes([int(status)]))
-            os._exit(0)
+            try:
+                with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+                    status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
+                connection.sendall(bytes([int(status)]))
+            finally:  # or this child, whom nobody listens to any more, would tidy up for its parent
+                os._exit(0)
         connection.close()
 
 
