@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import gpu
+from . import gpu, registry
 
 PRECISIONS = ("native", "fp16", "bf16", "int8")
 """native: operands stay in the dtype of q. fp16, bf16: operands are cast. int8: INT8 q.k with smoothed K, p.v in fp16/bf16."""
@@ -95,7 +95,8 @@ _disabled: dict[tuple[str, str], str] = {}
 
 
 def register(implementation: Implementation) -> None:
-    """Add an implementation. Earlier registrations are preferred."""
+    """Add an implementation. Earlier registrations are preferred. Raises ValueError, naming both, where there is another of that name."""
+    registry.add({known.name: known for known in _implementations}, "implementation", implementation.name, implementation)
     _implementations.append(implementation)
 
 

@@ -328,3 +328,10 @@ def test_backends_made_of_torch_are_not_tested(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(selftest, "failure", crash)
     q = torch.randn(1, 1, 20, 16)
     attention(q, q, q, precision="native")
+
+
+def test_an_implementation_is_registered_once() -> None:
+    for implementation in dispatch.implementations():
+        again = Implementation(implementation.backend, implementation.precision, (), crash)
+        with pytest.raises(ValueError, match=f"two of implementation '{implementation.name}': Implementation.* and Implementation.*crash"):
+            dispatch.register(again)

@@ -7,13 +7,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tessera.kernels import attention as kernel
-from tessera.kernels import reference
+from tessera.kernels import reference, registry
 from tessera.kernels.block_mask import num_blocks
-from tessera.kernels.sparsity import RECIPES, Layout, TokenGrid, describe, get, prepare, sparse_attention
-from tessera.kernels.sparsity.compensate import COMPENSATORS
-from tessera.kernels.sparsity.estimate import ESTIMATORS, block_mean, hidden_blocks
-from tessera.kernels.sparsity.permute import PERMUTERS
-from tessera.kernels.sparsity.select import SELECTORS, Forced
+from tessera.kernels.sparsity import RECIPES, Layout, Recipe, TokenGrid, describe, get, prepare, sparse_attention
+from tessera.kernels.sparsity.compensate import COMPENSATORS, compensator
+from tessera.kernels.sparsity.estimate import ESTIMATORS, block_mean, estimator, hidden_blocks
+from tessera.kernels.sparsity.permute import PERMUTERS, permuter
+from tessera.kernels.sparsity.select import SELECTORS, Forced, selector
 
 CPU = torch.device("cpu")
 quick = settings(deadline=None, max_examples=60)
@@ -447,12 +447,39 @@ def test_layout_without_a_grid():
 # recipes
 
 
+PARTS = [
+    ("permuter", permuter, PERMUTERS),
+    ("estimator", estimator, ESTIMATORS),
+    ("selector", selector, SELECTORS),
+    ("compensator", compensator, COMPENSATORS),
+]
+
+
 def test_every_recipe_names_parts_that_exist():
     for recipe in RECIPES.values():
         assert recipe.permute is None or recipe.permute in PERMUTERS
         assert recipe.estimate in ESTIMATORS and recipe.select in SELECTORS and recipe.compensate in COMPENSATORS
         assert recipe.title and recipe.source
         assert all(setting.minimum <= setting.default <= setting.maximum for setting in recipe.settings.values())
+
+
+@pytest.mark.parametrize(("kind", "register", "table"), PARTS)
+def test_a_part_of_a_name_that_is_taken_is_refused(kind, register, table):
+    for name, part in list(table.items()):
+
+        def other():
+            raise AssertionError
+
+        other.__name__ = name
+        with pytest.raises(ValueError, match=rf"two of {kind} '{name}': tessera\..*\.{part.__qualname__} and .*other; rename one"):
+            register(other)
+        assert table[name] is part
+
+
+def test_a_recipe_of_a_name_that_is_taken_is_refused():
+    twin = Recipe("draft", "another", "nobody", "pooled", "topk")
+    with pytest.raises(ValueError, match=r"two of recipe 'draft': Recipe\(name='draft', title='tiles.*Recipe\(name='draft', title='another'"):
+        registry.by_name("recipe", (*RECIPES.values(), twin))
 
 
 def test_an_unknown_method_is_named_with_the_known_ones():

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from .. import registry
 from ..attention import attention
 from ..block_mask import BlockMask
 from ..dispatch import Choice
@@ -19,7 +20,7 @@ COMPENSATORS: dict[str, Compensator] = {}
 
 
 def compensator(function: Compensator) -> Compensator:
-    COMPENSATORS[function.__name__] = function
+    registry.add(COMPENSATORS, "compensator", function.__name__, function)
     return function
 
 

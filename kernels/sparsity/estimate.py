@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from .. import registry
 from ..block_mask import num_blocks
 
 Scores = tuple[Tensor, "Tensor | None"]
@@ -25,7 +26,7 @@ ESTIMATORS: dict[str, Estimator] = {}
 
 
 def estimator(function: Estimator) -> Estimator:
-    ESTIMATORS[function.__name__] = function
+    registry.add(ESTIMATORS, "estimator", function.__name__, function)
     return function
 
 

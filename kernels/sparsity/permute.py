@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import registry
 from .grid import TokenGrid
 
 Permuter = Callable[[TokenGrid, int, bool], Tensor]
@@ -19,7 +20,7 @@ PERMUTERS: dict[str, Permuter] = {}
 
 
 def permuter(function: Permuter) -> Permuter:
-    PERMUTERS[function.__name__] = function
+    registry.add(PERMUTERS, "permuter", function.__name__, function)
     return function
 
 

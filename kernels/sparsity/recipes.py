@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from .. import registry
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -103,7 +105,7 @@ _ALL = (  # the first is the default: of the two that lead bench/results/quality
     ),
 )
 
-RECIPES = {recipe.name: recipe for recipe in _ALL}
+RECIPES = registry.by_name("recipe", _ALL)
 
 
 def get(name: str) -> Recipe:

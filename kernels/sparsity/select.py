@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .. import registry
 from ..block_mask import BlockMask
 
 
@@ -77,7 +78,7 @@ SELECTORS: dict[str, Selector] = {}
 
 
 def selector(function: Selector) -> Selector:
-    SELECTORS[function.__name__] = function
+    registry.add(SELECTORS, "selector", function.__name__, function)
     return function
 
 

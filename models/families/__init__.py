@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...kernels import registry
 from .flux import FLUX
 from .hunyuan_video import HUNYUAN_VIDEO
 from .layout import Family, TokenLayout
@@ -12,7 +13,7 @@ from .ltx_video import LTX_VIDEO
 from .qwen_image import QWEN_IMAGE
 from .wan import WAN
 
-FAMILIES = (WAN, HUNYUAN_VIDEO, FLUX, QWEN_IMAGE, LTX_VIDEO)
+FAMILIES = tuple(registry.by_name("DiT family", (WAN, HUNYUAN_VIDEO, FLUX, QWEN_IMAGE, LTX_VIDEO)).values())
 
 __all__ = ["FAMILIES", "Family", "TokenLayout", "find", "layout_of"]
 
