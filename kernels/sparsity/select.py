@@ -1,9 +1,9 @@
 """select: which blocks to keep.
 
-A selector is `f(scores, forced, density, block, settings, must, hidden) -> BlockMask`: scores `(batch, heads, query blocks, key blocks)`;
-forced, the pairs that the layout always keeps; must, bool like scores, the pairs that the estimator insists on, or None where it never does;
-hidden, bool `(batch, key blocks)`, the blocks without a visible key, or None where there are none; density, the share of the pairs outside
-`forced` to choose, best first.
+A selector is `f(scores, forced, density, block, settings, must, hidden) -> BlockMask`, written as `f(pairs, density, settings)`: scores
+`(batch, heads, query blocks, key blocks)`; forced, the pairs that the recipe always keeps; must, bool like scores, the pairs that the
+estimator insists on, or None where it never does; hidden, bool `(batch, key blocks)`, the blocks without a visible key, or None where there
+are none; density, the share of the pairs outside `forced` to choose, best first.
 
 What is forced or insisted on comes on top of that choice and never takes its place, as in the authors' codes (RainFusion2.0, DraftAttention,
 SpargeAttn), so that more is kept than `density` of all pairs. A hidden block is never kept, forced or not; and a row is never empty where
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -73,33 +74,83 @@ class Forced:
         return RowCounts(own[:, None].to(device), int(own.amax()), counts.to(device, torch.int32), width, bool((free == width).all()))
 
 
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """The block pairs of one call: their scores, and which of them are kept in any case, never, or by choice. Fields: a selector's arguments."""
+
+    scores: Tensor
+    forced: Forced
+    block: int
+    must: Tensor | None
+    hidden: Tensor | None
+
+    def ranked(self, rank: Tensor) -> Tensor:
+        """rank where there is a choice, elsewhere -inf."""
+        rank = rank.masked_fill(self.forced.pairs, float("-inf"))
+        if self.must is not None:
+            rank.masked_fill_(self.must, float("-inf"))
+        return self._without_hidden(rank)
+
+    def best_of_heads(self, rank: Tensor, density: float) -> Tensor:
+        """Bool like rank: per head the open pairs of highest rank, as many as the density asks for."""
+        flat = self.ranked(rank).flatten(2)
+        keep = round(density * int(self.forced.open.sum()))
+        # By index and not by comparison with a threshold: equal scores (many are 0 where attention is sharp) would all pass it.
+        return torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, flat.topk(keep, -1).indices, True).view_as(rank)
+
+    def mask(self, chosen: Tensor, width: int | None = None) -> BlockMask:
+        """The BlockMask of a choice, with what comes on top and without what is hidden.
+
+        `chosen` has some of either where fewer pairs than were asked for are open. width: as for `BlockMask.from_dense`; the longest row is
+        known without asking the device where some row is dense, too.
+        """
+        kept = chosen | self.forced.pairs
+        if self.must is not None:
+            kept |= self.must
+        if self.hidden is not None:
+            kept &= ~self.hidden[:, None, None]
+        if self.hidden is not None or self.forced.bare:
+            best, where = self._without_hidden(self.scores).max(-1, keepdim=True)
+            kept |= torch.zeros_like(kept).scatter_(-1, where, True) & ~kept.any(-1, keepdim=True) & ~best.isneginf()
+        return BlockMask.from_dense(kept, self.block, self.block, width=kept.shape[-1] if len(self.forced.dense_rows) else width)
+
+    def _without_hidden(self, scores: Tensor) -> Tensor:
+        return scores if self.hidden is None else scores.masked_fill(self.hidden[:, None, None], float("-inf"))
+
+
 Selector = Callable[[Tensor, Forced, float, int, Mapping[str, float], "Tensor | None", "Tensor | None"], BlockMask]
 SELECTORS: dict[str, Selector] = {}
 
 
-def selector(function: Selector) -> Selector:
-    registry.add(SELECTORS, "selector", function.__name__, function)
-    return function
+def selector(choose: Callable[[Pairs, float, Mapping[str, float]], BlockMask]) -> Selector:
+    """Register `choose(pairs, density, settings)` as the selector of its name."""
+
+    def select(
+        scores: Tensor,
+        forced: Forced,
+        density: float,
+        block: int,
+        settings: Mapping[str, float],
+        must: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> BlockMask:
+        return choose(Pairs(scores, forced, block, must, hidden), density, settings)
+
+    registry.add(SELECTORS, "selector", choose.__name__, wraps(choose)(select))
+    return select
 
 
 @selector
-def topk(
-    scores: Tensor,
-    forced: Forced,
-    density: float,
-    block: int,
-    settings: Mapping[str, float],
-    must: Tensor | None = None,
-    hidden: Tensor | None = None,
-) -> BlockMask:
+def topk(pairs: Pairs, density: float, settings: Mapping[str, float]) -> BlockMask:
     """The same number of blocks in every free row: even work, and no read from the device (RainFusion2.0, SpargeAttn top-k)."""
+    scores, forced = pairs.scores, pairs.forced
     batch, heads, query_blocks, key_blocks = scores.shape
     rows = forced.row_counts(density)
-    if must is not None or hidden is not None or forced.bare:
-        best = _open(scores, forced, must, hidden).topk(rows.widest_own, -1).indices
+    if pairs.must is not None or pairs.hidden is not None or forced.bare:
+        best = pairs.ranked(scores).topk(rows.widest_own, -1).indices
         best = best.masked_fill(torch.arange(rows.widest_own, device=scores.device) >= rows.own, key_blocks)
         chosen = scores.new_zeros((*scores.shape[:3], key_blocks + 1), dtype=torch.bool).scatter_(-1, best, True)[..., :-1]
-        return _mask(chosen, scores, forced, must, hidden, block, width=None if must is not None else max(rows.width, 1))
+        return pairs.mask(chosen, None if pairs.must is not None else max(rows.width, 1))
     best = scores.masked_fill(forced.pairs, float("inf")).index_select(2, forced.free_rows).topk(rows.width, -1).indices
     if not rows.even:  # what a row does not keep sorts behind every block
         short = torch.arange(rows.width, device=scores.device) >= rows.counts[forced.free_rows, None]
@@ -110,75 +161,21 @@ def topk(
         indices = torch.arange(key_blocks, dtype=torch.int32, device=scores.device).repeat(batch, heads, query_blocks, 1)
         indices[:, :, forced.free_rows, : rows.width] = best
         best = indices
-    return BlockMask(best, counts, block, block, key_blocks, trusted=True)
+    return BlockMask(best, counts, pairs.block, pairs.block, key_blocks, trusted=True)
 
 
 @selector
-def global_quantile(
-    scores: Tensor,
-    forced: Forced,
-    density: float,
-    block: int,
-    settings: Mapping[str, float],
-    must: Tensor | None = None,
-    hidden: Tensor | None = None,
-) -> BlockMask:
+def global_quantile(pairs: Pairs, density: float, settings: Mapping[str, float]) -> BlockMask:
     """One threshold a head over all its pairs: rows that need more get more (DraftAttention)."""
-    return _mask(_best_of_head(scores, forced, must, hidden, density), scores, forced, must, hidden, block)
+    return pairs.mask(pairs.best_of_heads(pairs.scores, density))
 
 
 @selector
-def top_p(
-    scores: Tensor,
-    forced: Forced,
-    density: float,
-    block: int,
-    settings: Mapping[str, float],
-    must: Tensor | None = None,
-    hidden: Tensor | None = None,
-) -> BlockMask:
+def top_p(pairs: Pairs, density: float, settings: Mapping[str, float]) -> BlockMask:
     """In every row the fewest best blocks that hold the share p of its attention; p is solved for, a head, so that the density is met.
 
     SpargeAttn's cumulative rule (cdfthreshd) under a density. Scores are 0..1 and sum to 1 in a row.
     """
-    ordered, ids = scores.sort(-1, descending=True)
-    before = torch.empty_like(scores).scatter_(-1, ids, ordered.cumsum(-1) - ordered)
-    return _mask(_best_of_head(-before, forced, must, hidden, density), scores, forced, must, hidden, block)
-
-
-def _best_of_head(rank: Tensor, forced: Forced, must: Tensor | None, hidden: Tensor | None, density: float) -> Tensor:
-    """Bool like rank: per head the open pairs of highest rank, as many as the density asks for."""
-    flat = _open(rank, forced, must, hidden).flatten(2)
-    keep = round(density * int(forced.open.sum()))
-    # By index and not by comparison with a threshold: equal scores (many are 0 where attention is sharp) would all pass it.
-    return torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, flat.topk(keep, -1).indices, True).view_as(rank)
-
-
-def _open(rank: Tensor, forced: Forced, must: Tensor | None, hidden: Tensor | None) -> Tensor:
-    """rank where there is a choice, elsewhere -inf."""
-    rank = rank.masked_fill(forced.pairs, float("-inf"))
-    if must is not None:
-        rank.masked_fill_(must, float("-inf"))
-    if hidden is not None:
-        rank.masked_fill_(hidden[:, None, None], float("-inf"))
-    return rank
-
-
-def _mask(
-    chosen: Tensor, scores: Tensor, forced: Forced, must: Tensor | None, hidden: Tensor | None, block: int, width: int | None = None
-) -> BlockMask:
-    """The BlockMask of a choice, with what comes on top and without what is hidden.
-
-    `chosen` has some of either where fewer pairs than were asked for are open. width: as for `BlockMask.from_dense`; the longest row is known
-    without asking the device where some row is dense, too.
-    """
-    kept = chosen | forced.pairs
-    if must is not None:
-        kept |= must
-    if hidden is not None:
-        kept &= ~hidden[:, None, None]
-        scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
-    if hidden is not None or forced.bare:
-        best, where = scores.max(-1, keepdim=True)
-        kept |= torch.zeros_like(kept).scatter_(-1, where, True) & ~kept.any(-1, keepdim=True) & ~best.isneginf()
-    return BlockMask.from_dense(kept, block, block, width=kept.shape[-1] if len(forced.dense_rows) else width)
+    ordered, ids = pairs.scores.sort(-1, descending=True)
+    before = torch.empty_like(pairs.scores).scatter_(-1, ids, ordered.cumsum(-1) - ordered)
+    return pairs.mask(pairs.best_of_heads(-before, density))
