@@ -580,6 +580,32 @@ def test_what_fills_a_block_of_a_box_judges_nothing():
     torch.testing.assert_close(seen["scores"], (q_mean @ k_mean.mT * 16**-0.5 + size.log()).softmax(-1))
 
 
+def test_a_compensator_is_told_what_the_choice_knew():
+    """In the order of the blocks; and no scores where the mask was there before."""
+    recipe = get("sparge")
+    layout = prepare(recipe, TokenGrid(2, 8, 16, after=5), CPU, block=32)
+    q, k, v = tensors(261)
+    bias = torch.randn(1, 261)
+    seen = []
+
+    def note(q, k, v, mask, block, scores, settings, *call):
+        seen.append((mask, block, scores, settings, call))
+        return drop(q, k, v, mask, block, scores, settings, *call)
+
+    drop = COMPENSATORS["drop"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(COMPENSATORS, "drop", note)
+        keywords = dict(density=0.3, precision="native", key_bias=bias, settings={"similarity": 0.2})
+        _, mask = sparse_attention(recipe, layout, q, k, v, **keywords)
+        sparse_attention(recipe, layout, q, k, v, mask=mask, **keywords)
+    for used, block, _, numbers, (key_bias, scale, precision, choice) in seen:
+        assert used is mask and block == 32 and numbers == {"similarity": 0.2}
+        assert torch.equal(key_bias, bias[:, layout.order]) and (scale, precision, choice) == (0.25, "native", None)
+    ordered = (x.index_select(2, layout.order) for x in (q, k))
+    expected = ESTIMATORS["pooled_similarity"](*ordered, None, bias[:, layout.order], 32, 0.25, {"similarity": 0.2})[0]
+    assert torch.equal(seen[0][2], expected) and seen[1][2] is None
+
+
 @quick
 @given(methods, region_grids, blocks)
 def test_boxes_have_blocks_of_their_own(name, grid, block):

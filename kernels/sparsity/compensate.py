@@ -1,12 +1,14 @@
 """compensate: what happens to the blocks that are not kept.
 
-A compensator is `f(q, k, v, mask, key_bias, precision, choice, scale) -> out`, all in permuted order: it runs the sparse attention, which
-`plan.describe` describes and choice was made for if there is one, and accounts for the rest.
+A compensator is `f(q, k, v, mask, block, scores, settings, key_bias, scale, precision, choice) -> out`, all in permuted order: it runs the
+sparse attention of q, k and v over `mask`, and accounts for the rest. block: tokens in a block; scores: the estimator's, or None where the
+mask is one that was used before; settings: the method's numbers; key_bias, scale, precision and choice: as `attention` takes them, choice for
+the call that `plan.describe` describes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -15,7 +17,9 @@ from ..attention import attention
 from ..block_mask import BlockMask
 from ..dispatch import Choice
 
-Compensator = Callable[[Tensor, Tensor, Tensor, BlockMask, "Tensor | None", str, "Choice | None", float], Tensor]
+Compensator = Callable[
+    [Tensor, Tensor, Tensor, BlockMask, int, "Tensor | None", Mapping[str, float], "Tensor | None", float, str, "Choice | None"], Tensor
+]
 COMPENSATORS: dict[str, Compensator] = {}
 
 
@@ -25,6 +29,18 @@ def compensator(function: Compensator) -> Compensator:
 
 
 @compensator
-def drop(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, key_bias: Tensor | None, precision: str, choice: Choice | None, scale: float) -> Tensor:
+def drop(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    block: int,
+    scores: Tensor | None,
+    settings: Mapping[str, float],
+    key_bias: Tensor | None,
+    scale: float,
+    precision: str,
+    choice: Choice | None,
+) -> Tensor:
     """The rest is left out; the kept blocks share the whole weight."""
-    return attention(q, k, v, block_mask=mask, key_bias=key_bias, precision=precision, choice=choice, scale=scale)
+    return attention(q, k, v, block_mask=mask, key_bias=key_bias, scale=scale, precision=precision, choice=choice)

@@ -123,9 +123,10 @@ def sparse_attention(
     if layout.hidden is not None:
         query_bias = torch.zeros(1, len(layout.hidden), device=q.device).masked_fill_(layout.hidden, float("-inf"))
         key_bias = query_bias.expand(q.shape[0], -1) if key_bias is None else key_bias + query_bias
+    scores = None
     if mask is None:
         scores, must = ESTIMATORS[recipe.estimate](q, k, query_bias, key_bias, layout.block, scale, values)
         hidden = None if key_bias is None else hidden_blocks(key_bias, layout.block)
         mask = SELECTORS[recipe.select](scores, layout.forced, density, layout.block, values, must, hidden)
-    out = COMPENSATORS[recipe.compensate](q, k, v, mask, key_bias, precision, choice, scale)
+    out = COMPENSATORS[recipe.compensate](q, k, v, mask, layout.block, scores, values, key_bias, scale, precision, choice)
     return (out if layout.inverse is None else out.index_select(2, layout.inverse)), mask
