@@ -25,7 +25,7 @@ from torch import Tensor
 from tessera.kernels import reference
 from tessera.kernels.attention import attention
 from tessera.kernels.block_mask import BlockMask
-from tessera.kernels.sparsity import Layout, TokenGrid, get, prepare, sparse_attention
+from tessera.kernels.sparsity import Arrangement, TokenGrid, get, prepare, sparse_attention
 from tessera.kernels.sparsity.select import SELECTORS, Forced
 
 HEADS, HEAD_DIM, BLOCK = 8, 64, 128
@@ -55,7 +55,7 @@ def largest_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask)
     return worst
 
 
-def verify(calls: dict[tuple[str, float], Callable[[], tuple[Tensor, BlockMask]]], layout: Layout, q: Tensor, k: Tensor, v: Tensor) -> dict:
+def verify(calls: dict[tuple[str, float], Callable[[], tuple[Tensor, BlockMask]]], layout: Arrangement, q: Tensor, k: Tensor, v: Tensor) -> dict:
     """Errors and achieved densities of all calls. Ends the program when one is wrong."""
     found = {}
     for (kind, density), call in calls.items():

@@ -293,7 +293,7 @@ def interrupted(model, cond, shape):
         return "not raised"
     except comfy.model_management.InterruptProcessingException:
         host = patched.get_attachment("tessera_attention")
-        return {"layouts_released": not host.patch._layouts, "reported": last_report(patched) is not None}
+        return {"layouts_released": not host.patch._arrangements, "reported": last_report(patched) is not None}
     finally:
         patcher.sparse_attention = original
 

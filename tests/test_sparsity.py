@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tessera.kernels import attention as kernel
 from tessera.kernels import reference, registry
 from tessera.kernels.block_mask import num_blocks
-from tessera.kernels.sparsity import RECIPES, Layout, Recipe, TokenGrid, describe, get, prepare, sparse_attention
+from tessera.kernels.sparsity import RECIPES, Arrangement, Recipe, TokenGrid, describe, get, prepare, sparse_attention
 from tessera.kernels.sparsity.compensate import COMPENSATORS, compensator
 from tessera.kernels.sparsity.estimate import ESTIMATORS, block_mean, estimator, hidden_blocks
 from tessera.kernels.sparsity.permute import PERMUTERS, permuter
@@ -720,7 +720,7 @@ def test_chosen_blocks_beat_random_ones(name, frames):
     exact, _ = reference.attention(q, k, v)
 
     def run(method, density):
-        layout: Layout = prepare(get(method), grid, CPU, block=32)
+        layout: Arrangement = prepare(get(method), grid, CPU, block=32)
         out, mask = sparse_attention(get(method), layout, q, k, v, density=density, precision="native")
         return ((out - exact).norm() / exact.norm()).item(), mask.density(grid.seq_len).item()
 

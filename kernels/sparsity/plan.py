@@ -20,8 +20,8 @@ from .select import SELECTORS, Forced
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What a recipe needs to know about sequences of one grid, on one device. Made once by `prepare`, used by every call."""
+class Arrangement:
+    """How a recipe puts sequences of one grid into blocks, on one device. Made once by `prepare`, used by every call."""
 
     order: Tensor | None  # int64 (positions,): source token of each position; None = as they come
     inverse: Tensor | None
@@ -31,60 +31,63 @@ class Layout:
     hidden: Tensor | None = None  # bool (positions,): what only fills a block; None where nothing does
 
 
-def prepare(recipe: Recipe, grid: TokenGrid | None, device: torch.device, *, block: int = 128, seq_len: int | None = None) -> Layout:
-    """The layout of `recipe` for `grid`. Without a grid (unknown model) tokens stay in order and none is protected; give seq_len then.
+def prepare(recipe: Recipe, grid: TokenGrid | None, device: torch.device, *, block: int = 128, seq_len: int | None = None) -> Arrangement:
+    """The arrangement of `recipe` for `grid`. Without a grid (unknown model) tokens stay in order and none is protected; give seq_len then.
 
     Raises ValueError when there is neither, or when the recipe needs a grid and has none.
     """
-    if grid is None and (seq_len is None or recipe.needs_grid):
-        raise ValueError(f"{recipe.name}: no token grid is known; use a method that needs none, with seq_len")
     if block < 1:
         raise ValueError(f"block is {block}; use 1 token or more")
-    tokens = grid.seq_len if grid is not None else seq_len
-    assert tokens is not None
-    order = hidden = None
-    protected = torch.zeros(tokens, dtype=torch.bool)
+    order = hidden = inverse = None
     if grid is not None:
-        if recipe.protect_text:
-            protected[: grid.before] = True
-            protected[tokens - grid.after :] = True
-        if recipe.protect_first_frame and grid.frames > 1:
-            protected[grid.before : grid.before + grid.height * grid.width] = True
+        tokens, protected = grid.seq_len, _protected(recipe, grid)
+        permute = None if recipe.permute is None else PERMUTERS[recipe.permute]
         if grid.boxes:
-            order, hidden = ragged(grid, block, None if recipe.permute is None else PERMUTERS[recipe.permute])
-            protected = protected[order]
-        elif recipe.permute is not None:
-            order = PERMUTERS[recipe.permute](grid, block, recipe.protect_first_frame)
-            protected = protected[order]
-    positions = len(protected)
-    blocks = num_blocks(positions, block)
-    protected_blocks = torch.nn.functional.pad(protected, (0, blocks * block - positions)).view(blocks, block).any(1)
-    pairs = protected_blocks[:, None] | protected_blocks[None, :]
+            order, hidden = ragged(grid, block, permute)
+        elif permute is not None:
+            order = permute(grid, block, recipe.protect_first_frame)
+    elif seq_len is not None and not recipe.needs_grid:
+        tokens, protected = seq_len, torch.zeros(seq_len, dtype=torch.bool)
+    else:
+        raise ValueError(f"{recipe.name}: no token grid is known; use a method that needs none, with seq_len")
+    if order is not None:
+        protected = protected[order]
+        shown = torch.arange(len(order)) if hidden is None else (~hidden).nonzero()[:, 0]
+        inverse = shown[order[shown].argsort()]
+    blocks = num_blocks(len(protected), block)
+    protected = torch.nn.functional.pad(protected, (0, blocks * block - len(protected))).view(blocks, block).any(1)
+    pairs = protected[:, None] | protected[None, :]
     if recipe.protect_own_block:
         pairs = pairs | torch.eye(blocks, dtype=torch.bool)
-    forced = Forced.of(pairs, device)
-    if order is None:
-        return Layout(None, None, forced, block, tokens)
-    if hidden is None:
-        return Layout(order.to(device), order.argsort().to(device), forced, block, tokens)
-    shown = (~hidden).nonzero()[:, 0]
-    return Layout(order.to(device), shown[order[shown].argsort()].to(device), forced, block, tokens, hidden.to(device))
+    order, inverse, hidden = (None if x is None else x.to(device) for x in (order, inverse, hidden))
+    return Arrangement(order, inverse, Forced.of(pairs, device), block, tokens, hidden)
 
 
-def describe(layout: Layout, q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | None = None) -> Problem:
+def _protected(recipe: Recipe, grid: TokenGrid) -> Tensor:
+    """Bool `(tokens,)`, in their own order: text and first frame, where the recipe protects them."""
+    token = torch.arange(grid.seq_len) - grid.before
+    protected = torch.zeros(grid.seq_len, dtype=torch.bool)
+    if recipe.protect_text:
+        protected |= (token < 0) | (token >= grid.video_tokens)
+    if recipe.protect_first_frame and grid.frames > 1:
+        protected |= (token >= 0) & (token < grid.height * grid.width)
+    return protected
+
+
+def describe(arrangement: Arrangement, q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | None = None) -> Problem:
     """The kernel's `Problem` of `sparse_attention` with these tensors: what to ask `kernels.attention.explain` about before the call."""
-    problem = kernel.describe(q, k, v, blocks=(layout.block, layout.block), key_bias=key_bias)
-    if not problem.q_len == problem.k_len == layout.tokens:
-        raise ValueError(f"sparse_attention: the layout is for {layout.tokens} tokens, but q has {problem.q_len} and k {problem.k_len}")
-    if layout.order is None:
+    problem = kernel.describe(q, k, v, blocks=(arrangement.block, arrangement.block), key_bias=key_bias)
+    if not problem.q_len == problem.k_len == arrangement.tokens:
+        raise ValueError(f"sparse_attention: the layout is for {arrangement.tokens} tokens, but q has {problem.q_len} and k {problem.k_len}")
+    if arrangement.order is None:
         return problem
-    positions = len(layout.order)
-    return replace(problem, q_len=positions, k_len=positions, key_bias=problem.key_bias or layout.hidden is not None)
+    positions = len(arrangement.order)
+    return replace(problem, q_len=positions, k_len=positions, key_bias=problem.key_bias or arrangement.hidden is not None)
 
 
 def sparse_attention(
     recipe: Recipe,
-    layout: Layout,
+    arrangement: Arrangement,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -113,20 +116,20 @@ def sparse_attention(
     if scale is None:
         scale = q.shape[-1] ** -0.5
     values = {name: setting.default for name, setting in recipe.settings.items()} | dict(settings or {})
-    describe(layout, q, k, v, key_bias=key_bias)  # before anything is chosen from tensors that do not fit
+    describe(arrangement, q, k, v, key_bias=key_bias)  # before anything is chosen from tensors that do not fit
     if key_bias is not None:
         key_bias = kernel.as_bias(key_bias, q)
-    if layout.order is not None:
-        q, k, v = (x.index_select(2, layout.order) for x in (q, k, v))
-        key_bias = None if key_bias is None else key_bias.index_select(1, layout.order)
+    if arrangement.order is not None:
+        q, k, v = (x.index_select(2, arrangement.order) for x in (q, k, v))
+        key_bias = None if key_bias is None else key_bias.index_select(1, arrangement.order)
     query_bias = None
-    if layout.hidden is not None:
-        query_bias = torch.zeros(1, len(layout.hidden), device=q.device).masked_fill_(layout.hidden, float("-inf"))
+    if arrangement.hidden is not None:
+        query_bias = torch.zeros(1, len(arrangement.hidden), device=q.device).masked_fill_(arrangement.hidden, float("-inf"))
         key_bias = query_bias.expand(q.shape[0], -1) if key_bias is None else key_bias + query_bias
     scores = None
     if mask is None:
-        scores, must = ESTIMATORS[recipe.estimate](q, k, query_bias, key_bias, layout.block, scale, values)
-        hidden = None if key_bias is None else hidden_blocks(key_bias, layout.block)
-        mask = SELECTORS[recipe.select](scores, layout.forced, density, layout.block, values, must, hidden)
-    out = COMPENSATORS[recipe.compensate](q, k, v, mask, layout.block, scores, values, key_bias, scale, precision, choice)
-    return (out if layout.inverse is None else out.index_select(2, layout.inverse)), mask
+        scores, must = ESTIMATORS[recipe.estimate](q, k, query_bias, key_bias, arrangement.block, scale, values)
+        hidden = None if key_bias is None else hidden_blocks(key_bias, arrangement.block)
+        mask = SELECTORS[recipe.select](scores, arrangement.forced, density, arrangement.block, values, must, hidden)
+    out = COMPENSATORS[recipe.compensate](q, k, v, mask, arrangement.block, scores, values, key_bias, scale, precision, choice)
+    return (out if arrangement.inverse is None else out.index_select(2, arrangement.inverse)), mask

@@ -136,8 +136,9 @@ def selector(choose: Callable[[Pairs, float, Mapping[str, float]], BlockMask]) -
     ) -> BlockMask:
         return choose(Pairs(scores, forced, block, must, hidden), density, settings)
 
-    registry.add(SELECTORS, "selector", choose.__name__, wraps(choose)(select))
-    return select
+    named: Selector = wraps(choose)(select)
+    registry.add(SELECTORS, "selector", choose.__name__, named)
+    return named
 
 
 @selector

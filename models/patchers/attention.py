@@ -19,7 +19,7 @@ from torch import Tensor
 from ...kernels import attention as kernel
 from ...kernels import dispatch
 from ...kernels.block_mask import BlockMask, num_blocks
-from ...kernels.sparsity import Layout, TokenGrid, describe, get, prepare, sparse_attention
+from ...kernels.sparsity import Arrangement, TokenGrid, describe, get, prepare, sparse_attention
 from ..families import TokenLayout
 from .report import HOST, QUANTIZED, SPARSE, AttentionReport, CallRecord, ModelCallRecord, clock
 
@@ -160,7 +160,7 @@ class AttentionPatch:
         self._turn = 0
         self._sigma: float | None = None
         self._places: Counter[Hashable] = Counter()
-        self._layouts: dict[tuple, Layout] = {}
+        self._arrangements: dict[Hashable, Arrangement] = {}
         self._masks: dict[tuple, tuple[int, BlockMask]] = {}
         self._choices: dict[tuple[dispatch.Problem, str], dispatch.Choice] = {}
         self._disabled: set[tuple[int | None, str]] = set()
@@ -187,7 +187,7 @@ class AttentionPatch:
 
     def release(self) -> None:
         """Drop the tensors; the report stays."""
-        self._layouts.clear()
+        self._arrangements.clear()
         self._masks.clear()
 
     def begin(self, call: ModelCall) -> None:
@@ -276,11 +276,11 @@ class AttentionPatch:
             unsupported = "another length than the video's"
         outcome, reason, in_window = self._decide(call, layer, problem.q_len, grid, unsupported)
         shape = (q.shape[0], problem.num_heads, problem.num_kv_heads, problem.q_len, problem.head_dim)
-        implementation = layout = None
+        implementation = arrangement = None
         if outcome != HOST:
             if outcome == SPARSE:
-                layout = self._layout(grid, q)
-                problem = describe(layout, q, k, v, key_bias=key_bias)
+                arrangement = self._arrangement(grid, q)
+                problem = describe(arrangement, q, k, v, key_bias=key_bias)
             choice, refusal = self._choice(problem, quantize, layer)
             if choice is None:
                 reason = refusal if outcome == SPARSE else reason
@@ -293,8 +293,8 @@ class AttentionPatch:
         if implementation is None:
             out = dense()
         else:
-            if layout is not None:
-                result, kept, pairs = self._sparse(call, layer, grid, layout, q, k, v, choice, key_bias, scale)
+            if arrangement is not None:
+                result, kept, pairs = self._sparse(call, layer, grid, arrangement, q, k, v, choice, key_bias, scale)
             else:
                 result = kernel.attention(q, k, v, key_bias=key_bias, choice=choice, scale=scale)
             with self._keep():
@@ -352,12 +352,12 @@ class AttentionPatch:
         self.report.refusals.update(choice.refusals)
         return choice
 
-    def _sparse(self, call, layer, grid, layout, q, k, v, choice, key_bias, scale) -> tuple[Tensor, Tensor, int]:
+    def _sparse(self, call, layer, grid, arrangement, q, k, v, choice, key_bias, scale) -> tuple[Tensor, Tensor, int]:
         key = (layer, call.place, grid, q.shape)
         mask = self._masks[key][1] if key in self._masks else None
         out, used = sparse_attention(
             self.recipe,
-            layout,
+            arrangement,
             q,
             k,
             v,
@@ -374,14 +374,14 @@ class AttentionPatch:
             pairs = q.shape[0] * q.shape[1] * used.counts.shape[2] * num_blocks(k.shape[2], used.block_n)
             return out, used.counts.expand(*q.shape[:2], -1).sum(), pairs
 
-    def _layout(self, grid: TokenGrid | None, q: Tensor) -> Layout:
+    def _arrangement(self, grid: TokenGrid | None, q: Tensor) -> Arrangement:
         block = self._block(q.shape[2])
         key = (grid, q.shape[2], q.device, block)
-        layout = self._layouts.get(key)
-        if layout is None:
+        arrangement = self._arrangements.get(key)
+        if arrangement is None:
             with self._keep():
-                layout = self._layouts[key] = prepare(self.recipe, grid, q.device, block=block, seq_len=q.shape[2])
-        return layout
+                arrangement = self._arrangements[key] = prepare(self.recipe, grid, q.device, block=block, seq_len=q.shape[2])
+        return arrangement
 
 
 def _first_reason(choice: dispatch.Choice) -> str:
