@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import backends, dispatch, selftest
 from .block_mask import BlockMask, num_blocks
+from .dispatch import describe
 
 
 @overload
@@ -108,70 +109,6 @@ def explain(problem: dispatch.Problem, precision: str = "auto") -> dispatch.Choi
         choice = dispatch.choose(problem, precision)
         if choice.implementation is None or selftest.ensure(choice.implementation, problem.device):
             return choice
-
-
-def describe(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    block_mask: BlockMask | None = None,
-    blocks: tuple[int, int] | None = None,
-    key_bias: Tensor | None = None,
-) -> dispatch.Problem:
-    """The `Problem` of a call. Raises ValueError, naming the input, when shapes or dtypes do not fit together.
-
-    blocks: (block_m, block_n) of a mask that is yet to be chosen, in place of block_mask.
-    """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.ndim != 4:
-            raise ValueError(f"attention: {name} has shape {tuple(tensor.shape)}; expected (batch, heads, tokens, head_dim)")
-        if tensor.dtype != q.dtype or tensor.device != q.device:
-            raise ValueError(f"attention: {name} is {tensor.dtype} on {tensor.device} but q is {q.dtype} on {q.device}; convert one of them")
-    batch, heads, q_len, head_dim = q.shape
-    kv_heads, k_len = k.shape[1], k.shape[2]
-    if not q.is_floating_point() or 0 in q.shape or 0 in k.shape:
-        raise ValueError(f"attention: q is {q.dtype} {tuple(q.shape)}, k is {tuple(k.shape)}; expected non-empty floating-point tensors")
-    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != head_dim or heads % kv_heads:
-        raise ValueError(
-            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit; "
-            "k and v must share one shape, batch and head_dim must match q, and kv_heads must divide heads"
-        )
-    if key_bias is not None:
-        if key_bias.shape != (batch, k_len):
-            raise ValueError(f"attention: key_bias has shape {tuple(key_bias.shape)}; expected (batch, k_len) = {(batch, k_len)}")
-        if not (key_bias.is_floating_point() or key_bias.dtype == torch.bool) or key_bias.device != q.device:
-            raise ValueError(f"attention: key_bias is {key_bias.dtype} on {key_bias.device}; expected floating point or bool on {q.device}, as q")
-    if block_mask is not None:
-        if not isinstance(block_mask, BlockMask):
-            raise ValueError(f"attention: block_mask is a {type(block_mask).__name__}; make one with BlockMask.from_dense")
-        blocks = (block_mask.block_m, block_mask.block_n)
-        key_blocks = num_blocks(k_len, block_mask.block_n)
-        if block_mask.indices.device != q.device:
-            raise ValueError(f"attention: block_mask is on {block_mask.indices.device} but q is on {q.device}; move one of them")
-        if block_mask.key_blocks not in (None, key_blocks) or (block_mask.last or 0) >= key_blocks:
-            covered = block_mask.key_blocks or f"{block_mask.last} and more"
-            raise ValueError(
-                f"attention: block_mask covers {covered} key blocks; expected {key_blocks} for k_len {k_len} and block_n {block_mask.block_n}"
-            )
-        mask_batch, mask_heads, query_blocks, _ = block_mask.indices.shape
-        if mask_batch not in (1, batch) or mask_heads not in (1, heads) or query_blocks != num_blocks(q_len, block_mask.block_m):
-            raise ValueError(
-                f"attention: block_mask covers (batch, heads, query blocks) = {(mask_batch, mask_heads, query_blocks)}; expected "
-                f"({batch} or 1, {heads} or 1, {num_blocks(q_len, block_mask.block_m)}) for q_len {q_len} and block_m {block_mask.block_m}"
-            )
-    return dispatch.Problem(
-        q.device,
-        q.dtype,
-        heads,
-        kv_heads,
-        q_len,
-        k_len,
-        head_dim,
-        blocks,
-        key_bias is not None,
-        torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, key_bias) if x is not None),
-    )
 
 
 def as_bias(key_bias: Tensor, q: Tensor) -> Tensor:

@@ -64,11 +64,27 @@ class BlockMask:
         ids = self.indices.masked_fill(~used, 0)
         first, last = (int(bound) for bound in ids.aminmax()) if ids.numel() else (0, 0)
         if first < 0 or (self.key_blocks is not None and last >= self.key_blocks):
-            limit = "" if self.key_blocks is None else f", {self.key_blocks - 1}"
-            raise ValueError(f"BlockMask: ids go from {first} to {last}; expected 0 to the last key block{limit}")
+            which = "" if self.key_blocks is None else f", {self.key_blocks - 1}"
+            raise ValueError(f"BlockMask: ids go from {first} to {last}; expected 0 to the last key block{which}")
         if ((ids.diff(dim=-1) <= 0) & used[..., 1:]).any():
             raise ValueError("BlockMask: the ids of a row do not ascend, or one occurs twice; sort them, and list each once")
         return last
+
+    def check_fit(self, q: Tensor, k: Tensor) -> None:
+        """Raises ValueError unless this mask is for a q `(batch, heads, q_len, head_dim)` and k `(batch, kv_heads, k_len, head_dim)` like these."""
+        (batch, heads, q_len, _), k_len = q.shape, k.shape[2]
+        query_blocks, key_blocks = num_blocks(q_len, self.block_m), num_blocks(k_len, self.block_n)
+        if self.indices.device != q.device:
+            raise ValueError(f"attention: block_mask is on {self.indices.device} but q is on {q.device}; move one of them")
+        if self.key_blocks not in (None, key_blocks) or (self.last or 0) >= key_blocks:
+            covered = self.key_blocks or f"{self.last} and more"
+            raise ValueError(f"attention: block_mask covers {covered} key blocks; expected {key_blocks} for k_len {k_len} and block_n {self.block_n}")
+        covers = tuple(self.counts.shape)
+        if covers[0] not in (1, batch) or covers[1] not in (1, heads) or covers[2] != query_blocks:
+            raise ValueError(
+                f"attention: block_mask covers (batch, heads, query blocks) = {covers}; expected "
+                f"({batch} or 1, {heads} or 1, {query_blocks}) for q_len {q_len} and block_m {self.block_m}"
+            )
 
     @classmethod
     def from_dense(cls, mask: Tensor, block_m: int, block_n: int, *, width: int | None = None) -> BlockMask:

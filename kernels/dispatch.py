@@ -10,8 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from . import gpu, registry
+from .block_mask import BlockMask
 
 PRECISIONS = ("native", "fp16", "bf16", "int8")
 """native: operands stay in the dtype of q. fp16, bf16: operands are cast. int8: INT8 q.k with smoothed K, p.v in fp16/bf16."""
@@ -19,7 +21,7 @@ PRECISIONS = ("native", "fp16", "bf16", "int8")
 
 @dataclass(frozen=True)
 class Problem:
-    """All that a limit may look at. Lengths in tokens."""
+    """All that a limit may look at. Lengths in tokens. Made by `describe`."""
 
     device: torch.device
     dtype: torch.dtype
@@ -35,6 +37,55 @@ class Problem:
     @property
     def gpu(self) -> gpu.GPU:
         return gpu.of(self.device)
+
+
+def describe(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_mask: BlockMask | None = None,
+    blocks: tuple[int, int] | None = None,
+    key_bias: Tensor | None = None,
+) -> Problem:
+    """The `Problem` of a call. Raises ValueError, naming the input, when shapes or dtypes do not fit together.
+
+    blocks: (block_m, block_n) of a mask that is yet to be chosen, in place of block_mask.
+    """
+    _check_tensors(q, k, v)
+    if key_bias is not None:
+        _check_bias(key_bias, q, k)
+    if block_mask is not None:
+        if not isinstance(block_mask, BlockMask):
+            raise ValueError(f"attention: block_mask is a {type(block_mask).__name__}; make one with BlockMask.from_dense")
+        block_mask.check_fit(q, k)
+        blocks = (block_mask.block_m, block_mask.block_n)
+    requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, key_bias) if x is not None)
+    _, heads, q_len, head_dim = q.shape
+    return Problem(q.device, q.dtype, heads, k.shape[1], q_len, k.shape[2], head_dim, blocks, key_bias is not None, requires_grad)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.ndim != 4:
+            raise ValueError(f"attention: {name} has shape {tuple(tensor.shape)}; expected (batch, heads, tokens, head_dim)")
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise ValueError(f"attention: {name} is {tensor.dtype} on {tensor.device} but q is {q.dtype} on {q.device}; convert one of them")
+    if not q.is_floating_point() or 0 in q.shape or 0 in k.shape:
+        raise ValueError(f"attention: q is {q.dtype} {tuple(q.shape)}, k is {tuple(k.shape)}; expected non-empty floating-point tensors")
+    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit; "
+            "k and v must share one shape, batch and head_dim must match q, and kv_heads must divide heads"
+        )
+
+
+def _check_bias(key_bias: Tensor, q: Tensor, k: Tensor) -> None:
+    expected = (q.shape[0], k.shape[2])
+    if key_bias.shape != expected:
+        raise ValueError(f"attention: key_bias has shape {tuple(key_bias.shape)}; expected (batch, k_len) = {expected}")
+    if not (key_bias.is_floating_point() or key_bias.dtype == torch.bool) or key_bias.device != q.device:
+        raise ValueError(f"attention: key_bias is {key_bias.dtype} on {key_bias.device}; expected floating point or bool on {q.device}, as q")
 
 
 Limit = Callable[[Problem], "str | None"]
