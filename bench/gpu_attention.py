@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import itertools
 import json
 import re
 import statistics
@@ -180,20 +181,20 @@ def sweep(q: Tensor, k: Tensor, v: Tensor, deadline: float) -> list[dict]:
 
     rows = []
     masks = {"dense": None, "sparse 128x128": random_mask(q.shape[1], q.shape[2], 0.2, (128, 128))}
-    for (name, mask), int8 in ((item, int8) for item in masks.items() for int8 in (False, True)):
+    for (name, mask), qk in itertools.product(masks.items(), ("native", "int8")):
         variant = []
         for config in CONFIGS:
-            if time.monotonic() > deadline or (int8 and config.block_n > compile_table.K_BLOCK):
+            if time.monotonic() > deadline or (qk == "int8" and config.block_n > compile_table.K_BLOCK):
                 continue
 
-            def run(config: compile_table.Config = config, mask: BlockMask | None = mask, int8: bool = int8) -> Tensor:
-                return launch(q, k, v, mask, None, HEAD_DIM**-0.5, False, int8=int8, config=config)[0]
+            def run(config: compile_table.Config = config, mask: BlockMask | None = mask, qk: str = qk) -> Tensor:
+                return launch(q, k, v, mask, None, HEAD_DIM**-0.5, False, qk=qk, config=config)[0]
 
             with contextlib.suppress(Exception):  # too much shared memory for this GPU
                 error = relative_error(run(), q, k, v, mask)
                 median = statistics.median(milliseconds(run) for _ in range(5))
                 tile = [config.block_m, config.block_n, config.num_warps, config.num_stages]
-                variant.append({"what": f"{name} {'int8' if int8 else 'native'}", "tile": tile, "ms": round(median, 3), "error": round(error, 4)})
+                variant.append({"what": f"{name} {qk}", "tile": tile, "ms": round(median, 3), "error": round(error, 4)})
         rows += sorted(variant, key=lambda row: row["ms"])
     return rows
 

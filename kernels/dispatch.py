@@ -16,7 +16,10 @@ from . import gpu, registry
 from .block_mask import BlockMask
 
 PRECISIONS = ("native", "fp16", "bf16", "int8")
-"""native: operands stay in the dtype of q. fp16, bf16: operands are cast. int8: INT8 q.k with smoothed K, p.v in fp16/bf16."""
+"""native: operands stay in the dtype of q. fp16, bf16: operands are cast. int8: INT8 q.k with smoothed K, p.v in fp16/bf16.
+
+What users ask for; the qk and pv of an implementation say what its two products are made of.
+"""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class Implementation:
     """One way to compute attention: a backend at a precision.
 
     load: imports and returns `run(q, k, v, block_mask, key_bias, scale, return_lse) -> (out, lse or None)`. Called on first use.
+    qk, pv: the operands of q.k and of p.v: "fp16", "bf16", "int8", or "native", which is q's dtype.
     tolerance: the largest sum |out - float64| / sum |float64| that its self-test takes for right, on a problem of self_test_dtype.
     trusted: made of PyTorch operations, which PyTorch tests; it has no self-test.
     """
@@ -104,10 +108,12 @@ class Implementation:
     backend: str
     precision: str
     limits: tuple[Limit, ...]
-    load: Callable[[], Callable]
+    load: Callable[[], Callable[..., tuple[Tensor, Tensor | None]]]
     tolerance: float = 0.03
     self_test_dtype: torch.dtype = torch.bfloat16
     trusted: bool = False
+    qk: str = "native"
+    pv: str = "native"
 
     @property
     def name(self) -> str:

@@ -335,3 +335,9 @@ def test_an_implementation_is_registered_once() -> None:
         again = Implementation(implementation.backend, implementation.precision, (), crash)
         with pytest.raises(ValueError, match=f"two of implementation '{implementation.name}': Implementation.* and Implementation.*crash"):
             dispatch.register(again)
+
+
+def test_a_precision_says_what_both_products_are_made_of() -> None:
+    declared = {row.name: (row.qk, row.pv) for row in dispatch.implementations()}
+    assert declared.pop("triton/int8") == ("int8", "native")
+    assert declared == {name: (name.split("/")[1],) * 2 for name in declared}

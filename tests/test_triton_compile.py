@@ -47,12 +47,12 @@ def compile_kernel(kernel, types: dict[str, str], constants: dict, capability: t
 
 
 def compile_attention(entry: Entry, capability: tuple[int, int]):
-    operand = "i8" if entry.int8 else entry.value_type
-    types = {"q": f"*{operand}", "k": f"*{operand}", "v": f"*{entry.value_type}", "out": f"*{entry.value_type}", "to_log2": "fp32"}
+    operand = "i8" if entry.qk == "int8" else entry.qk
+    types = {"q": f"*{operand}", "k": f"*{operand}", "v": f"*{entry.pv}", "out": f"*{entry.pv}", "to_log2": "fp32"}
     types |= dict.fromkeys(attention.RUNTIME_NUMBERS, "i32")
     if entry.blocks:
         types |= {"indices": "*i32", "counts": "*i32"}
-    if entry.int8:
+    if entry.qk == "int8":
         types |= {"q_scale": "*fp32", "k_scale": "*fp32"}
     if entry.key_bias:
         types["key_bias"] = "*fp32"
@@ -60,7 +60,7 @@ def compile_attention(entry: Entry, capability: tuple[int, int]):
         types["lse"] = "*fp32"
     unit = 16 if entry.head_dim % 16 == 0 else 8
     config = entry.config(capability)
-    constants = compile_table.attention_constants(entry.head_dim, entry.blocks, entry.int8, config, unit)
+    constants = compile_table.attention_constants(entry.head_dim, entry.blocks, entry.qk, config, unit)
     return compile_kernel(attention.attention_kernel, types, constants, capability, config.num_warps, config.num_stages)
 
 
@@ -70,7 +70,7 @@ def tensor_core_instructions(entry: Entry, capability: tuple[int, int]) -> list[
     wgmma (Hopper) and tcgen05 (data-center Blackwell) take 64 rows at least; smaller tiles use mma.sync there too. Triton
     does not lower INT8 dots to tcgen05, so data-center Blackwell uses mma.sync for q.k.
     """
-    value = {"fp16": "f16", "bf16": "bf16"}[entry.value_type]
+    value = {"fp16": "f16", "bf16": "bf16"}[entry.pv]
     wide = entry.config(capability).block_m >= 64
     if wide and capability == (9, 0):
         half, int8 = rf"wgmma\.mma_async\.\S*k16\.f32\.{value}\.{value}", r"wgmma\.mma_async\.\S*k32\.s32\.s8\.s8"
@@ -78,7 +78,7 @@ def tensor_core_instructions(entry: Entry, capability: tuple[int, int]) -> list[
         half, int8 = rf"mma\.sync\.\S*m16n8k16\.row\.col\.f32\.{value}\.{value}", r"mma\.sync\.\S*m16n8k32\.\S*s32\.s8\.s8"
     if wide and capability == (10, 0):
         half = r"tcgen05\.mma\.\S*kind::f16"
-    return [int8, half] if entry.int8 else [half]
+    return [int8, half] if entry.qk == "int8" else [half]
 
 
 def resources(compiled, folder: Path) -> dict[str, int]:

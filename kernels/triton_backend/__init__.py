@@ -10,8 +10,10 @@ from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..dispatch import Implementation, Problem
 from .compile_table import MAX_HEAD_DIM
@@ -66,7 +68,7 @@ def _triton(problem: Problem) -> str | None:
     return _triton_problem()
 
 
-def _module():
+def _module() -> Any:
     return import_module(".attention", __package__)
 
 
@@ -75,8 +77,8 @@ _HALVES = _FLOATS[:2]
 
 
 @cache
-def _load(operand_dtype: torch.dtype | None, int8: bool) -> Callable:
-    return partial(_module().attention, operand_dtype=operand_dtype, int8=int8)
+def _load(qk: str, pv: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    return partial(_module().attention, qk=qk, pv=pv)
 
 
 def _implementation(
@@ -84,20 +86,21 @@ def _implementation(
     dtypes: tuple[torch.dtype, ...],
     advice: str,
     tolerance: float,
-    operand_dtype: torch.dtype | None = None,
+    qk: str = "native",
+    pv: str = "native",
 ) -> Implementation:
     limits = (_device, _forward_only, partial(_dtype, taken=dtypes, advice=advice), _head_dim, _blocks, _triton)
     # Those that cast are tested on what they cast.
-    dtype = torch.bfloat16 if operand_dtype is None else torch.float32
-    return Implementation("triton", precision, limits, partial(_load, operand_dtype, precision == "int8"), tolerance, dtype)
+    dtype = torch.bfloat16 if pv == "native" else torch.float32
+    return Implementation("triton", precision, limits, partial(_load, qk, pv), tolerance, dtype, qk=qk, pv=pv)
 
 
 # INT8 first: it is what "auto" is for. float16 last: of the casts, the one that can overflow.
 # Tolerances: bfloat16 rounds p and v to 8 bits, 0.2 % each; the bf16 row rounds float32 q and k as well, and scores are exponentiated. INT8
 # with smoothed K: 1-2 % (SageAttention, arXiv:2410.02367).
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    _implementation("int8", _FLOATS, "use float16, bfloat16 or float32", 0.03),
+    _implementation("int8", _FLOATS, "use float16, bfloat16 or float32", 0.03, qk="int8"),
     _implementation("native", _HALVES, "tensor cores have no such type; use precision bf16, fp16 or int8", 0.01),
-    _implementation("bf16", _FLOATS, "use float16, bfloat16 or float32", 0.02, torch.bfloat16),
-    _implementation("fp16", (torch.float16, torch.float32), "its values may overflow in float16; use native, bf16 or int8", 0.01, torch.float16),
+    _implementation("bf16", _FLOATS, "use float16, bfloat16 or float32", 0.02, "bf16", "bf16"),
+    _implementation("fp16", (torch.float16, torch.float32), "its values may overflow in float16; use native, bf16 or int8", 0.01, "fp16", "fp16"),
 )

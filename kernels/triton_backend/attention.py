@@ -182,6 +182,12 @@ def _contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _operand_dtype(operand: str, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor of `dtype` is cast to for a dot whose operands are not quantized."""
+    native = torch.bfloat16 if dtype == torch.float32 else dtype  # the only half that has float32's range
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "native": native}[operand]
+
+
 def _empty_like_rows(q: Tensor) -> Tensor:
     """An uninitialised output. If q is a view of (batch, tokens, heads, head_dim), so is it: hosts merge its heads without a copy."""
     if q.stride(1) < q.stride(2):
@@ -198,13 +204,13 @@ def attention(
     scale: float,
     return_lse: bool,
     *,
-    operand_dtype: torch.dtype | None = None,
-    int8: bool = False,
+    qk: str = "native",
+    pv: str = "native",
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the kernel. Shapes as in `kernels.attention.attention`, whose checks have been made.
 
-    operand_dtype: what q, k and v are cast to before the dots; None keeps theirs, or bfloat16 for float32. With INT8 only v is.
+    qk, pv: the operands of the two dots, as an `Implementation` declares them. Native ones of float32 are bfloat16.
     config: how tiles are computed; None takes the compile table's.
     Returns the output in q's dtype, laid out token by token if q is, and float32 `(batch, heads, q_len)` if return_lse.
     Raises ValueError if scale is not positive.
@@ -215,13 +221,11 @@ def attention(
     kv_heads, k_len = k.shape[1:3]
     blocks = None if block_mask is None else (block_mask.block_m, block_mask.block_n)
     extras = return_lse or key_bias is not None
-    config = config or config_for(head_dim, blocks, int8=int8, extras=extras, capability=gpu.of(q.device).capability)
+    config = config or config_for(head_dim, blocks, qk=qk, extras=extras, capability=gpu.of(q.device).capability)
     out = _empty_like_rows(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
 
-    if operand_dtype is None and q.dtype == torch.float32:
-        operand_dtype = torch.bfloat16  # the only half that has float32's range
-    v = _contiguous_rows(v.to(operand_dtype or v.dtype))
+    v = _contiguous_rows(v.to(_operand_dtype(pv, v.dtype)))
     indices = counts = None
     mask_layout = (0, 0, 0)
     if block_mask is not None:
@@ -232,15 +236,15 @@ def attention(
     programs = triton.cdiv(q_len, config.block_m) * num_heads * batch
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        if int8:
+        if qk == "int8":
             q, k, q_scale, k_scale, lse_shift = quantize_qk(_contiguous_rows(q), _contiguous_rows(k), scale, return_lse)
         else:
-            q, k = (_contiguous_rows(x.to(operand_dtype or x.dtype)) for x in (q, k))
+            q, k = (_contiguous_rows(x.to(_operand_dtype(qk, x.dtype))) for x in (q, k))
         unit, strides = stride_units(q, k, v, out)
         attention_kernel[(programs,)](
             q, k, v, out, lse, indices, counts, None if key_bias is None else key_bias.contiguous(), q_scale, k_scale,
-            *strides, *mask_layout, num_heads, num_heads // kv_heads, q_len, k_len, 1.0 if int8 else scale * LOG2E,
-            **attention_constants(head_dim, blocks, int8, config, unit), num_warps=config.num_warps, num_stages=config.num_stages,
+            *strides, *mask_layout, num_heads, num_heads // kv_heads, q_len, k_len, 1.0 if qk == "int8" else scale * LOG2E,
+            **attention_constants(head_dim, blocks, qk, config, unit), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     if lse is not None and lse_shift is not None:
         lse += lse_shift

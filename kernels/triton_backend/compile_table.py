@@ -32,15 +32,15 @@ class Config:
     num_stages: int
 
 
-def padded_head_dim(head_dim: int, int8: bool) -> int:
+def padded_head_dim(head_dim: int, qk: str) -> int:
     """The power of two that a row of q or k is padded to in registers. Tensor cores take 16 two-byte or 32 one-byte values."""
-    return max(1 << (head_dim - 1).bit_length(), 32 if int8 else 16)
+    return max(1 << (head_dim - 1).bit_length(), 32 if qk == "int8" else 16)
 
 
 def config_for(
-    head_dim: int, blocks: tuple[int, int] | None, *, int8: bool = False, extras: bool = False, capability: tuple[int, int] | None = None
+    head_dim: int, blocks: tuple[int, int] | None, *, qk: str = "native", extras: bool = False, capability: tuple[int, int] | None = None
 ) -> Config:
-    """The configuration of an attention call; `blocks` is the block mask's (block_m, block_n), None for dense.
+    """The configuration of an attention call with `qk` operands; `blocks` is the block mask's (block_m, block_n), None for dense.
 
     128 x 64 tiles are FlashAttention-2's. With head_dim 128 such a tile needs 8 warps (4 spill registers); smaller ones keep
     4 busy. Three stages of 64 keys fill 96 KiB of shared memory with K and V of head_dim 128, and the smallest architecture
@@ -54,20 +54,20 @@ def config_for(
     block_m, block_n = min(block_m, 128), min(block_n, K_BLOCK)
     num_warps = 8 if block_m == 128 and head_dim > 64 else 4
     if capability == HOPPER and num_warps == 8:
-        if not int8:
+        if qk != "int8":
             block_n = 128 if blocks is None or blocks[1] % 128 == 0 else block_n
         elif blocks is not None and not extras:
             num_warps = 4
     return Config(block_m, block_n, num_warps, num_stages=3)
 
 
-def attention_constants(head_dim: int, blocks: tuple[int, int] | None, int8: bool, config: Config, stride_unit: int) -> dict[str, int]:
+def attention_constants(head_dim: int, blocks: tuple[int, int] | None, qk: str, config: Config, stride_unit: int) -> dict[str, int]:
     """The compile-time constants of `attention_kernel`. stride_unit: a power of two that divides every stride, in elements."""
-    padded = padded_head_dim(head_dim, int8)
+    padded = padded_head_dim(head_dim, qk)
     return {
         "HEAD_DIM": head_dim,
         "D": padded,
-        "QK_WIDTH": padded if int8 else head_dim,
+        "QK_WIDTH": padded if qk == "int8" else head_dim,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "MASK_M": blocks[0] if blocks else config.block_m,
@@ -79,15 +79,15 @@ def attention_constants(head_dim: int, blocks: tuple[int, int] | None, int8: boo
 
 def quantize_constants(head_dim: int, stride_unit: int) -> dict[str, int]:
     """The compile-time constants of `quantize_q_kernel` and `quantize_k_kernel`; each program handles the rows of one K scale."""
-    return {"HEAD_DIM": head_dim, "D": padded_head_dim(head_dim, int8=True), "ROWS": K_BLOCK, "STRIDE_UNIT": stride_unit}
+    return {"HEAD_DIM": head_dim, "D": padded_head_dim(head_dim, "int8"), "ROWS": K_BLOCK, "STRIDE_UNIT": stride_unit}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One variant of the attention kernel that is dispatched. `value_type`: Triton's name of the dtype of V."""
+    """One variant of the attention kernel that is dispatched. qk, pv: Triton's names of the types of its operands, or "int8"."""
 
-    value_type: str
-    int8: bool
+    qk: str
+    pv: str
     head_dim: int
     blocks: tuple[int, int] | None
     key_bias: bool = False
@@ -97,22 +97,22 @@ class Entry:
     def name(self) -> str:
         shape = "dense" if self.blocks is None else f"sparse{self.blocks[0]}x{self.blocks[1]}"
         extras = ("-bias" if self.key_bias else "") + ("-lse" if self.lse else "")
-        return f"{'int8-' if self.int8 else ''}{self.value_type}-d{self.head_dim}-{shape}{extras}"
+        return f"{'-'.join(dict.fromkeys((self.qk, self.pv)))}-d{self.head_dim}-{shape}{extras}"
 
     def config(self, capability: tuple[int, int]) -> Config:
-        return config_for(self.head_dim, self.blocks, int8=self.int8, extras=self.key_bias or self.lse, capability=capability)
+        return config_for(self.head_dim, self.blocks, qk=self.qk, extras=self.key_bias or self.lse, capability=capability)
 
 
 def entries() -> Iterator[Entry]:
     """The variants that models use: both head sizes, dense and sparse, each precision; then the smallest tiles and padding."""
     for head_dim in (64, 128):
         for blocks in (None, (128, 64), (128, 128)):
-            yield Entry("bf16", False, head_dim, blocks)
-            yield Entry("bf16", True, head_dim, blocks)
-        yield Entry("fp16", True, head_dim, (64, 64))
-        yield Entry("fp16", False, head_dim, None, key_bias=True, lse=True)
-    yield Entry("bf16", True, 128, (128, 64), key_bias=True, lse=True)
-    yield Entry("bf16", False, 128, (16, 16))
-    yield Entry("bf16", True, 128, (32, 32))
-    yield Entry("fp16", False, 96, (128, 64))
-    yield Entry("fp16", True, 40, None)
+            yield Entry("bf16", "bf16", head_dim, blocks)
+            yield Entry("int8", "bf16", head_dim, blocks)
+        yield Entry("int8", "fp16", head_dim, (64, 64))
+        yield Entry("fp16", "fp16", head_dim, None, key_bias=True, lse=True)
+    yield Entry("int8", "bf16", 128, (128, 64), key_bias=True, lse=True)
+    yield Entry("bf16", "bf16", 128, (16, 16))
+    yield Entry("int8", "bf16", 128, (32, 32))
+    yield Entry("fp16", "fp16", 96, (128, 64))
+    yield Entry("int8", "fp16", 40, None)

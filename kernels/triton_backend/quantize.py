@@ -110,7 +110,7 @@ def quantize_qk(q: Tensor, k: Tensor, scale: float, with_lse_shift: bool) -> tup
     """INT8 q and k with their scales, as `kernels.quantize.quantize_q` and `quantize_k` define them.
 
     q: `(batch, heads, q_len, head_dim)`, k: `(batch, kv_heads, k_len, head_dim)`, floating point, last dimension contiguous.
-    Returns int8 q and k, contiguous, whose rows are padded with zeros to D = `padded_head_dim(head_dim, int8=True)`; float32
+    Returns int8 q and k, contiguous, whose rows are padded with zeros to D = `padded_head_dim(head_dim, "int8")`; float32
     scales `(batch, heads, q_len)` and `(batch, kv_heads, key blocks)`; and, if with_lse_shift, what must be added to the
     natural-log lse of the smoothed scores: float32 `(batch, heads, q_len)`.
     """
