@@ -16,6 +16,8 @@ WEB_DIRECTORY = "./web"
 
 _PUBLIC = {
     "attention": "kernels.attention",
+    "backends": "kernels.backends",
+    "use_backend": "kernels.backends",
     "BlockMask": "kernels.block_mask",
     "RECIPES": "kernels.sparsity",
     "Recipe": "kernels.sparsity",

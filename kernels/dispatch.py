@@ -7,6 +7,7 @@ user can read, never an exception from inside a kernel.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -147,6 +148,9 @@ class NoBackendError(RuntimeError):
     """No implementation takes the problem. The message lists each one's reason."""
 
 
+forced: ContextVar[str | None] = ContextVar("tessera_backend", default=None)
+"""The name of the only implementation that may be chosen here; None: all may. Set by `backends.use_backend`."""
+
 _implementations: list[Implementation] = []
 _disabled: dict[tuple[str, str], str] = {}
 
@@ -172,14 +176,19 @@ def disable(name: str, gpu_name: str, reason: str) -> None:
 
 
 def choose(problem: Problem, precision: str = "auto") -> Choice:
-    """The first implementation that takes `problem`. "auto" asks all, in order of preference; a precision asks only its own."""
+    """The first implementation that takes `problem`. "auto" asks all, in order of preference; a precision asks only its own.
+
+    One that is `forced` is the only one that is asked.
+    """
     if precision != "auto" and precision not in PRECISIONS:
         raise ValueError(f"attention: precision is {precision!r}; use 'auto' or one of {', '.join(PRECISIONS)}")
     refusals: dict[str, str] = {}
+    only = forced.get()
     for implementation in _implementations:
-        if precision not in ("auto", implementation.precision):
+        wrong_precision = precision not in ("auto", implementation.precision)
+        if implementation.name != only if only else wrong_precision:
             continue
-        reason = implementation.refuse(problem)
+        reason = f"its precision is {implementation.precision!r}" if wrong_precision else implementation.refuse(problem)
         if reason is None:
             return Choice(problem, precision, implementation, refusals)
         refusals[implementation.name] = reason

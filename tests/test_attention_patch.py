@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import tessera
 from tessera.kernels import dispatch, reference
 from tessera.kernels.sparsity import RECIPES
 from tessera.models.families import TokenLayout
@@ -344,6 +345,19 @@ def test_dense_quantized_where_the_gpu_has_it(monkeypatch):
     assert calls[-6:] == [None] * 6  # its self-test ran before
     assert run(AttentionPatch(settings(precision="native", min_tokens=12288)), SIGMAS[:3])["calls"] == {"host": 6}
     assert run(AttentionPatch(settings(precision="auto", min_tokens=12288)), SIGMAS[:3], quantize=False)["calls"] == {"host": 6}
+
+
+def test_a_forced_backend_is_forced_in_a_patched_model_too():
+    """One that takes no call leaves them to the host, with its reason; what was chosen under force is not kept beyond it."""
+    patch = AttentionPatch(settings())
+    call = ModelCall(LAYOUT, 0.5)
+    patch.begin(call)
+    assert not attend(patch, call, *qkv())[1]
+    with tessera.use_backend("sdpa/native"):
+        assert attend(patch, call, *qkv())[1]
+    assert not attend(patch, call, *qkv())[1]
+    assert patch.report.backends == {"torch/native": 2}
+    assert patch.report.reasons == {"sdpa/native: torch's scaled_dot_product_attention cannot skip blocks": 1}
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no gradients", "gradients"])

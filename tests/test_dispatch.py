@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
 
+import tessera
 from tessera.kernels import attention as attention_module
 from tessera.kernels import backends, dispatch, gpu, reference, selftest, triton_backend
 from tessera.kernels.attention import attention, explain
@@ -341,3 +343,74 @@ def test_a_precision_says_what_both_products_are_made_of() -> None:
     declared = {row.name: (row.qk, row.pv) for row in dispatch.implementations()}
     assert declared.pop("triton/int8") == ("int8", "native")
     assert declared == {name: (name.split("/")[1],) * 2 for name in declared}
+
+
+def test_backends_as_data(on_gpu) -> None:
+    found = tessera.backends()
+    assert [backend.name for backend in found] == [row.name for row in dispatch.implementations()]
+    assert {backend.name: backend.status for backend in found}["torch/native"] == "usable"
+    assert all((backend.reason is None) == (backend.status == "usable") for backend in found)
+    q = torch.randn(1, 2, 40, 16)
+    dense = {backend.name: backend for backend in tessera.backends(attention_module.describe(q, q, q))}
+    assert (dense["torch/native"].status, dense["torch/native"].reason) == ("refused", "no block mask: torch's own dense attention is faster")
+    assert dense["sdpa/native"].status == "usable" and "needs an NVIDIA GPU" in dense["triton/int8"].reason
+    on_gpu((9, 0))
+    assert next(backend.name for backend in tessera.backends(problem(blocks=(128, 128))) if backend.status == "usable") == "triton/int8"
+
+
+def test_backends_are_tested_before_they_are_called_usable() -> None:
+    Fake(noise)
+    first = tessera.backends()[0]
+    assert (first.name, first.status) == ("fake/native", "refused") and first.reason.startswith("self-test failed on none: ")
+
+
+def test_a_forced_backend_is_the_only_one_asked(on_gpu) -> None:
+    on_gpu((9, 0))
+    for row in (*triton_backend.IMPLEMENTATIONS, *(row for row in dispatch.implementations() if row.backend == "torch")):
+        with tessera.use_backend(row.name):
+            choice = explain(problem(dtype=row.self_test_dtype, blocks=(128, 128)))
+            assert choice.implementation is row and not choice.refusals
+    with tessera.use_backend("triton/native"):
+        assert explain(problem(), "native").implementation.name == "triton/native"
+        refused = explain(problem(), "int8")
+    assert refused.implementation is None and refused.refusals == {"triton/native": "its precision is 'native'"}
+
+
+def test_a_forced_backend_that_cannot_take_the_call_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend, "interpreting", lambda: False)
+    q = torch.randn(1, 1, 40, 16)
+    reason = "no backend takes this call at precision 'auto' \\(triton/native: needs an NVIDIA GPU with CUDA; the tensors are on cpu\\)"
+    with tessera.use_backend("triton/native"), pytest.raises(dispatch.NoBackendError, match=reason):
+        attention(q, q, q)
+    with tessera.use_backend("torch/native"), pytest.raises(dispatch.NoBackendError, match="torch/native: no block mask"):
+        attention(q, q, q)
+    Fake(noise)
+    with tessera.use_backend("fake/native"), pytest.raises(dispatch.NoBackendError, match="fake/native: self-test failed"):
+        attention(q, q, q)
+    with (
+        pytest.raises(ValueError, match=r"use_backend: 'cuda' is not known; use one of fake/native, triton/int8, .*, sdpa/native"),
+        tessera.use_backend("cuda"),
+    ):
+        raise AssertionError
+
+
+def test_forcing_nests_and_ends_with_its_block() -> None:
+    fakes = {name: Fake(exact, name) for name in ("one", "two")}
+    q = torch.randn(1, 1, 40, 16)
+
+    def chosen() -> str:
+        return explain(attention_module.describe(q, q, q)).implementation.name
+
+    usual = chosen()
+    with tessera.use_backend("fake/one"):
+        assert chosen() == "fake/one"
+        with pytest.raises(KeyError), tessera.use_backend("fake/two"):
+            assert chosen() == "fake/two"
+            calls = fakes["two"].calls
+            attention(q, q, q)
+            assert fakes["two"].calls == calls + 1
+            raise KeyError
+        assert chosen() == "fake/one"
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(chosen).result() == usual, "another thread chooses as it likes"
+    assert chosen() == usual

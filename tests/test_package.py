@@ -125,6 +125,17 @@ def test_every_public_name_resolves():
         assert getattr(tessera, name) is not None
 
 
+def test_the_attention_example_of_the_readme_runs(root, capsys):
+    import torch
+
+    import tessera
+
+    code = re.search(r"```python\n(out = tessera\.attention.*?)```", (root / "README.md").read_text(), re.DOTALL).group(1)
+    q = torch.randn(1, 2, 300, 16)
+    exec(code, {"tessera": tessera, "q": q, "k": q, "v": q, "mask": torch.ones(1, 2, 3, 3, dtype=torch.bool)})
+    assert "torch/native usable None" in capsys.readouterr().out
+
+
 def modules(root: Path):
     for floor in FLOORS:
         for file in sorted((root / floor).rglob("*.py")):

@@ -162,7 +162,7 @@ class AttentionPatch:
         self._places: Counter[Hashable] = Counter()
         self._arrangements: dict[Hashable, Arrangement] = {}
         self._masks: dict[tuple, tuple[int, BlockMask]] = {}
-        self._choices: dict[tuple[dispatch.Problem, str], dispatch.Choice] = {}
+        self._choices: dict[Hashable, dispatch.Choice] = {}
         self._disabled: set[tuple[int | None, str]] = set()
         if percent_to_sigma is not None:
             start = settings.start_percent
@@ -331,9 +331,10 @@ class AttentionPatch:
     def _choice(self, problem: dispatch.Problem, quantize: bool, layer: int | None) -> tuple[dispatch.Choice | None, str]:
         """(what computes the call, "") or (None, reason). Dense calls gain nothing from us at native precision: the host keeps them."""
         wanted = self.settings.precision if quantize else "native"
-        found = self._choices.get((problem, wanted))
+        key = (problem, wanted, dispatch.forced.get())
+        found = self._choices.get(key)
         if found is None:
-            found = self._choices[problem, wanted] = self._choose(problem, wanted)
+            found = self._choices[key] = self._choose(problem, wanted)
         if found.implementation is None:
             return None, _first_reason(found)
         precision = found.implementation.precision
