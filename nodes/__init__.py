@@ -10,7 +10,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..models.upscale import spandrel_catanet
 from .attention import Accelerate, AttentionReport, SparseAttention
-from .comfy.door import guarded
+from .comfy import guarded
 from .layers import (
     AddVideoLayer,
     AutoLayout,

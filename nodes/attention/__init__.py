@@ -1,13 +1,10 @@
 """Sparse and quantized attention in a ComfyUI model."""
 
-from .host import BOXES, KEY, OVERRIDE, last_report, patch_attention, pause_malloc_graph
+from .host import last_report, patch_attention
 from .nodes import MODES, Accelerate, AttentionReport, AttentionSettings, SparseAttention, accelerate_settings
 
 __all__ = [
-    "BOXES",
-    "KEY",
     "MODES",
-    "OVERRIDE",
     "Accelerate",
     "AttentionReport",
     "AttentionSettings",
@@ -15,5 +12,4 @@ __all__ = [
     "accelerate_settings",
     "last_report",
     "patch_attention",
-    "pause_malloc_graph",
 ]

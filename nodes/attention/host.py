@@ -1,11 +1,7 @@
-"""How anything is put into a ComfyUI model and taken out again. The one room that knows ComfyUI's ModelPatcher and its versions.
-
-Supported: ComfyUI 0.18.1 and newer. Patches live on a clone of the user's model and die with it: nothing global is touched.
-"""
+"""How sparse attention is put into a ComfyUI model: its part of a sampling run, of a model call and of an attention call."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from dataclasses import replace
 from typing import Any
@@ -17,16 +13,9 @@ from torch import Tensor
 from ...models.families import find, layout_of
 from ...models.patchers.attention import AttentionPatch, AttentionSettings, ModelCall
 from ...models.patchers.report import summary
-from ..comfy.reporting import say
+from ..comfy import BOXES, OVERRIDE, Overrides, Wrapper, attached, last_result, network_in, pause_malloc_graph, say
 
 KEY = "tessera_attention"
-OVERRIDE = "optimized_attention_override"
-BOXES = "tessera_region_boxes"  # in transformer_options: TokenGrid.boxes of a strip of regions
-
-try:  # ComfyUI >= 0.34: tensors that outlive a block must be made outside the Comfy Compiler's malloc graph (#16144)
-    from comfy.model_prefetch import pause_malloc_graph
-except ImportError:
-    pause_malloc_graph = contextlib.nullcontext
 
 
 def patch_attention(model: Any, settings: AttentionSettings, node_id: str | None) -> Any:
@@ -34,22 +23,14 @@ def patch_attention(model: Any, settings: AttentionSettings, node_id: str | None
 
     An attention patch of this pack that the model already carries is replaced. The given model is left as it was.
     """
-    patched = model.clone()
-    patched.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
-    for callback in (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_CLEANUP):
-        patched.remove_callbacks_with_key(callback, KEY)
     host = _AttentionHost(settings, node_id)
-    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, host.apply_model)
-    patched.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, host.pre_run)
-    patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, host.cleanup)
-    patched.set_attachments(KEY, host)
-    return patched
+    callbacks = {CallbacksMP.ON_PRE_RUN: host.pre_run, CallbacksMP.ON_CLEANUP: host.cleanup}
+    return attached(model, KEY, host, {WrappersMP.APPLY_MODEL: host.apply_model}, callbacks)
 
 
 def last_report(model: Any) -> dict[str, Any] | None:
     """What the last sampling run with this model's attention patch did; None when it carries no patch or has not run."""
-    host = model.get_attachment(KEY)
-    return None if host is None else host.result
+    return last_result(model, KEY)
 
 
 class _AttentionHost:
@@ -60,7 +41,7 @@ class _AttentionHost:
         self.node_id = node_id
         self.result: dict[str, Any] | None = None
         self.started = False
-        self.overrides: dict[Any, Any] = {}
+        self.overrides = Overrides(self._override)
 
     def pre_run(self, patcher: Any) -> None:
         self.started = False
@@ -69,7 +50,7 @@ class _AttentionHost:
         """APPLY_MODEL wrapper: the same signature for every family, outside what torch.compile captures."""
         transformer_options = {} if transformer_options is None else transformer_options
         base = executor.class_obj
-        network = getattr(base.diffusion_model, "_orig_mod", base.diffusion_model)
+        network = network_in(base)
         if not self.started:
             self.started = True
             sigmas = transformer_options.get("sample_sigmas")
@@ -86,7 +67,7 @@ class _AttentionHost:
 
         def forward(call: ModelCall):
             # The step's own dictionary, freshly merged: an override set by a later node is chained, not lost.
-            options = {**transformer_options, KEY: call, OVERRIDE: self._override(transformer_options.get(OVERRIDE))}
+            options = {**transformer_options, KEY: call, OVERRIDE: self.overrides[transformer_options.get(OVERRIDE)]}
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
         call = ModelCall(layout, sigma, branch, x.device)
@@ -107,15 +88,7 @@ class _AttentionHost:
         logging.info("Tessera: %s", line)
         say(self.node_id, line)
 
-    def _override(self, previous):
-        """Our override on top of `previous`. Cached, so that compiled models see one function object."""
-        if self in getattr(previous, "chain", ()):
-            return previous
-        if previous not in self.overrides:
-            self.overrides[previous] = self._make_override(previous)
-        return self.overrides[previous]
-
-    def _make_override(self, previous):
+    def _override(self, inner: Wrapper) -> Wrapper:
         # Under torch.compile the decisions below would be baked into the graph at the first step.
         @torch.compiler.disable
         def override(
@@ -130,7 +103,7 @@ class _AttentionHost:
                     transformer_options=transformer_options,
                     **kwargs,
                 )
-                return func(q, k, v, heads, **arguments) if previous is None else previous(func, q, k, v, heads, **arguments)
+                return inner(func, q, k, v, heads, **arguments)
 
             call = None if transformer_options is None else transformer_options.get(KEY)
             if call is None:
@@ -154,7 +127,6 @@ class _AttentionHost:
                 scale=kwargs.get("scale"),
             )
 
-        override.chain = (self, *getattr(previous, "chain", ()))
         return override
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,14 @@ from ...models.layers.clean import Cleaning, colour, stacked
 from ...models.layers.compose import composite, on_checkerboard, thumbnails
 from ...models.layers.document import MAX_SIDE, Document, Layer, clean_name, from_core, rgba, to_core
 from ...models.layers.layout import chosen, restacked
-from ..comfy.paths import check_prefix, input_path, numbered
-from ..comfy.reporting import progress, said, saved_file
+from ..comfy import Kind, check_prefix, custom, input_path, numbered, progress, said, saved_file
 
 CATEGORY = "Tessera/layers"
-Layers = io.Custom("LAYERS")  # io.Layers is newer than our oldest ComfyUI
+# io.Layers is newer than our oldest ComfyUI.
+Layers = custom(
+    "LAYERS",
+    Kind(lambda value: isinstance(value, Mapping) and "layers" in value, "layers", "connect Layers from Images, Load Layers or Add Layer"),
+)
 ORDERS = ("first is lowest", "first is top")
 FIRST = ("a layer", "left out", "hidden")  # what the first picture of a batch is; the last two: the merged picture
 BACKGROUNDS = {"transparent": None, "white": 1.0, "grey": 0.5, "black": 0.0}

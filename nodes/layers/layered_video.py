@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ...models.layers.blend import MODES
 from ...models.layers.document import MAX_SIDE, clean_name
+from ...models.layers.video import ClipLayer, LayeredClip
+from ..comfy import Kind, custom, some
 from .document import CATEGORY
 from .transparent_video import AlphaFrames, followed, image_and_mask, stacked
 
-VideoLayers = io.Custom("TESSERA_VIDEO_LAYERS")
+VideoLayers = custom("TESSERA_VIDEO_LAYERS", Kind(some(ClipLayer), "layers of clips", "connect Add Video Layer or Decode Region Video"))
 
 
 class AddVideoLayer(io.ComfyNode):
@@ -43,8 +45,6 @@ class AddVideoLayer(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, name, x, y, opacity, blend_mode, ending, mask=None, layers=()) -> io.NodeOutput:
-        from ...models.layers.video import ClipLayer
-
         name = clean_name(name) or f"Layer {len(layers) + 1}"
         if name in (layer.name for layer in layers):
             raise ValueError(f"name is {name!r}, as that of a layer below; give it another")
@@ -74,8 +74,6 @@ class ComposeLayeredVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, layers, layer, width, height) -> io.NodeOutput:
-        from ...models.layers.video import LayeredClip
-
         lowest = layers[0].frames.images
         width, height = width or lowest.shape[2], height or lowest.shape[1]
         chosen = [item for item in layers if item.name == layer.strip()]

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ...models.layers.document import MAX_SIDE, Document, from_core, to_core
 from ...models.layers.layout import FITS, arranged, from_caption, from_json, from_masks, golden, grid, swatches
-from ..comfy.reporting import said
+from ..comfy import said
 from .document import CATEGORY, Layers, all_layers, shown, summary
 
 

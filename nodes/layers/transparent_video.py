@@ -22,8 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...models.layers.document import rgba
-from ..comfy.paths import check_prefix, existing, input_path, numbered
-from ..comfy.reporting import said, saved_file
+from ..comfy import check_prefix, existing, input_path, numbered, said, saved_file
 from .document import CATEGORY
 
 # The library's formats; PyAV, which it needs, is imported when a node runs.

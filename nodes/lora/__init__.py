@@ -1,5 +1,5 @@
 """LoRA Composer: several concepts' LoRAs in one picture, each in its box."""
 
-from .nodes import ConceptRegion, LoRAComposer, Region
+from .nodes import ConceptRegion, LoRAComposer
 
-__all__ = ["ConceptRegion", "LoRAComposer", "Region"]
+__all__ = ["ConceptRegion", "LoRAComposer"]

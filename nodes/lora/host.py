@@ -15,27 +15,21 @@ from torch.utils._pytree import tree_map_only
 from ...models.patchers.lora_composer.composer import Call, Composer
 from ...models.patchers.lora_composer.latent import Schedule, enhancement_loss, reinitialise
 from ...models.patchers.lora_composer.maps import Maps, map_size
-from ..attention import BOXES, OVERRIDE
-from ..comfy.reporting import say
+from ..comfy import BOXES, OVERRIDE, Overrides, Wrapper, attached, say
 
 KEY = "tessera_lora_composer"
 
 
 def patch(model: Any, composer: Composer, reinitialise: bool, enhancement: float, node_id: str | None) -> Any:
     """A clone of `model` in which `composer` is at work."""
-    patched = model.clone()
     host = _Host(composer, reinitialise, enhancement, node_id)
-    for wrapper, method in (
-        (WrappersMP.APPLY_MODEL, host.apply_model),
-        (WrappersMP.CALC_COND_BATCH, host.calc_cond_batch),
-        (WrappersMP.SAMPLER_SAMPLE, host.sampler_sample),
-        (WrappersMP.PREDICT_NOISE, host.predict_noise),
-    ):
-        patched.remove_wrappers_with_key(wrapper, KEY)
-        patched.add_wrapper_with_key(wrapper, KEY, method)
-    patched.remove_callbacks_with_key(CallbacksMP.ON_CLEANUP, KEY)
-    patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, host.cleanup)
-    return patched
+    wrappers: dict[str, Wrapper] = {
+        WrappersMP.APPLY_MODEL: host.apply_model,
+        WrappersMP.CALC_COND_BATCH: host.calc_cond_batch,
+        WrappersMP.SAMPLER_SAMPLE: host.sampler_sample,
+        WrappersMP.PREDICT_NOISE: host.predict_noise,
+    }
+    return attached(model, KEY, host, wrappers, {CallbacksMP.ON_CLEANUP: host.cleanup})
 
 
 class _Host:
@@ -50,7 +44,7 @@ class _Host:
         self.start = ""  # what became of the noise
         self.size: tuple[int, ...] | None = None  # of the run's latent
         self.prompts: set[Any] = set()  # the ids of the conditionings that the concepts take part in
-        self.overrides: dict[Any, Any] = {}
+        self.overrides = Overrides(_override)
 
     def sampler_sample(self, executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
         """Once a sampling run, the model being loaded: the concepts choose their parts of the noise."""
@@ -146,7 +140,7 @@ class _Host:
                 mask = kwargs.get("attention_mask")
                 if mask is not None:
                     kwargs["attention_mask"] = _for_prompts(mask, c_crossattn.shape[1], text.shape[1] - c_crossattn.shape[1])
-            options |= {KEY: call, OVERRIDE: self._override(options.get(OVERRIDE))}
+            options |= {KEY: call, OVERRIDE: self.overrides[options.get(OVERRIDE)]}
             out = executor(x, t, c_concat, text, control, options, **kwargs)
         if not call.reached:
             raise RuntimeError("LoRA Composer: no layer of the model took part; remove the node that compiles or replaces it (TorchCompileModel)")
@@ -189,20 +183,12 @@ class _Host:
         logging.info("Tessera: LoRA Composer: %s", line)
         say(self.node_id, line)
 
-    def _override(self, previous):
-        """Our override on top of `previous`. Cached, so that others see one function object."""
-        if previous not in self.overrides:
-            self.overrides[previous] = _make_override(previous)
-        return self.overrides[previous]
 
-
-def _make_override(previous):
+def _override(inner: Wrapper) -> Wrapper:
     def override(func, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, **kwargs):
         def host(mask: Tensor | None) -> Tensor:
             shape = dict(attn_precision=attn_precision, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
-            if previous is None:
-                return func(q, k, v, heads, mask=mask, **shape, **kwargs)
-            return previous(func, q, k, v, heads, mask=mask, **shape, **kwargs)
+            return inner(func, q, k, v, heads, mask=mask, **shape, **kwargs)
 
         call: Call | None = (kwargs.get("transformer_options") or {}).get(KEY)
         if call is None or call.inside_cross:
@@ -222,7 +208,6 @@ def _make_override(previous):
             return host(mask)
         return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
-    setattr(override, "chain", getattr(previous, "chain", ()))  # noqa: B010 (mypy knows no attributes of functions)
     return override
 
 

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from ...models.patchers.lora_composer.composer import ALL, CROSS, Composer, kind_of
 from ...models.patchers.lora_composer.concepts import Box, Concept
-from ..attention import pause_malloc_graph
+from ..comfy import Kind, custom, pause_malloc_graph, some
 from .deltas import deltas_of
 from .host import patch
 
 CATEGORY = "Tessera/compose"
-Concepts = io.Custom("TESSERA_CONCEPTS")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +25,9 @@ class Region:
     context: Tensor
     words: tuple[int, ...]
     box: Box
+
+
+Concepts = custom("TESSERA_CONCEPTS", Kind(some(Region), "concepts", "connect Concept Region"))
 
 
 def _check_box(width: int, height: int) -> None:

@@ -30,12 +30,7 @@ from ...models.offload.devices import CudaDevice
 from ...models.offload.memory import nbytes_of
 from ...models.patchers.offload_report import GB, BlockSpan, ModuleSpan, OffloadReport, Split, StepSpan, size, summary
 from ...models.patchers.report import clock
-from ..comfy.reporting import say
-
-try:  # ComfyUI >= 0.21
-    from comfy import model_prefetch
-except ImportError:
-    model_prefetch = None
+from ..comfy import Wrapper, attached, call_vbar, is_dynamic, last_result, model_prefetch, network_in, say, vbar_of
 
 KEY = "tessera_memory"
 USE_AT_MOST, LEAVE_FREE = "use at most", "leave free"
@@ -45,8 +40,6 @@ POLICIES = (AUTO, RESIDENT, SUPERPIPELINE)
 RECORDED_CALLS = 64  # model calls whose blocks are timed: enough for medians, and no growth with the number of steps
 CURVE_STEPS = 2  # steps whose memory is read block by block, and whose streamed modules are timed
 COMPILE_KEY = "torch.compile"  # ComfyUI's own key for compiled models
-_WRAPPERS = (WrappersMP.PREPARE_SAMPLING, WrappersMP.PREDICT_NOISE, WrappersMP.APPLY_MODEL)
-_CALLBACKS = (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_CLEANUP)
 
 
 @dataclass(frozen=True)
@@ -95,24 +88,18 @@ def patch_memory(model: Any, settings: MemorySettings, node_id: str | None) -> A
         if settings.gb > math.ceil(total / GB) or (settings.limit == LEAVE_FREE and settings.gb * GB >= total):
             use = "at most" if settings.limit == USE_AT_MOST else "less than"
             raise ValueError(f"gb is {settings.gb:g}, and {model.load_device} has {total / GB:.1f} GB; use {use} {total / GB:.1f}")
-    patched = model.clone()
-    for kind in _WRAPPERS:
-        patched.remove_wrappers_with_key(kind, KEY)
-    for kind in _CALLBACKS:
-        patched.remove_callbacks_with_key(kind, KEY)
     host = _MemoryHost(settings, node_id)
-    for kind, wrapper in zip(_WRAPPERS, (host.prepare_sampling, host.predict_noise, host.apply_model), strict=True):
-        patched.add_wrapper_with_key(kind, KEY, wrapper)
-    for kind, callback in zip(_CALLBACKS, (host.pre_run, host.cleanup), strict=True):
-        patched.add_callback_with_key(kind, KEY, callback)
-    patched.set_attachments(KEY, host)
-    return patched
+    wrappers: dict[str, Wrapper] = {
+        WrappersMP.PREPARE_SAMPLING: host.prepare_sampling,
+        WrappersMP.PREDICT_NOISE: host.predict_noise,
+        WrappersMP.APPLY_MODEL: host.apply_model,
+    }
+    return attached(model, KEY, host, wrappers, {CallbacksMP.ON_PRE_RUN: host.pre_run, CallbacksMP.ON_CLEANUP: host.cleanup})
 
 
 def last_report(model: Any) -> dict[str, Any] | None:
     """What the last sampling run with this model's limit did; None when it carries none or has not run."""
-    host = model.get_attachment(KEY)
-    return None if host is None else host.result
+    return last_result(model, KEY)
 
 
 class _MemoryHost:
@@ -146,7 +133,7 @@ class _MemoryHost:
 
     def _place(self, report, executor, model, noise_shape, conds, args, kwargs):
         """Have the manager place the weights by the limit."""
-        report.backend = "dynamic" if _is_dynamic(model) else "legacy"
+        report.backend = "dynamic" if is_dynamic(model) else "legacy"
         device = model.load_device
         usable = int(mm.get_free_memory(device)) + sum(_held(model))  # by this process
         most, least = estimate_memory(model, noise_shape, conds)  # ComfyUI's own: conditions batched, and one by one
@@ -225,7 +212,7 @@ class _MemoryHost:
         device = patcher.load_device
         if report.backend == "dynamic":
             report.resident = patcher.loaded_size()  # pages came as they were used
-            _call(_vbar(patcher), "set_watermark_limit", 0)
+            call_vbar(vbar_of(patcher), "set_watermark_limit", 0)
         if device.type == "cuda":
             self._measure(report, patcher, device)
         if report.resident < report.weights and report.steps and report.steps[-1].end is not None:  # not where memory has just run out
@@ -282,7 +269,7 @@ class _MemoryHost:
 
     def _set_watermark(self, report: OffloadReport, patcher: Any) -> None:
         """Loading put the watermark back to "everything", so it is set after it, at every sampling."""
-        vbar = _vbar(patcher)
+        vbar = vbar_of(patcher)
         streaming = 0
         if self.settings.policy == SUPERPIPELINE and self.settings.k_prime:
             streaming = self.settings.k_prime * max((nbytes for _, nbytes in report.blocks), default=0)
@@ -292,10 +279,10 @@ class _MemoryHost:
                 streaming = 0
         # Small weights lie outside the range, always on the device.
         ceiling = max((report.budget or 0) - streaming - int(patcher.model.model_loaded_weight_memory), 0)
-        if not _call(vbar, "set_watermark", ceiling):
+        if not call_vbar(vbar, "set_watermark", ceiling):
             report.no_effect = "this version of comfy-aimdo takes no limit"
             return
-        _call(vbar, "set_watermark_limit", ceiling)  # other models do not push it below; ComfyUI takes that back after every node
+        call_vbar(vbar, "set_watermark_limit", ceiling)  # other models do not push it below; ComfyUI takes that back after every node
 
     def _add_hooks(self, report: OffloadReport, device: torch.device) -> None:
         for index, block in enumerate(self.blocks):
@@ -365,7 +352,7 @@ class _MemoryHost:
         peak = torch.cuda.max_memory_allocated(device)
         if any(step.end is not None for step in report.steps):
             _measured(patcher)["activations", self.shape] = max(peak - self.allocated, 0)
-        pages = _vbar(patcher) if report.backend == "dynamic" else None
+        pages = vbar_of(patcher) if report.backend == "dynamic" else None
         report.peak = peak + (pages.loaded_size() if pages is not None else 0)  # torch does not count the pages of the range
         report.resident_step_seconds = _measured(patcher).get(("seconds", self.shape))
 
@@ -448,20 +435,15 @@ def _no_effect(model: Any, kwargs: dict[str, Any]) -> str | None:
         return "this model runs on several GPUs"
     if kwargs.get("force_full_load") or kwargs.get("force_offload"):
         return "this sampling says itself how its weights are loaded"
-    if not _is_dynamic(model) and (not mm.lowvram_available or mm.vram_state not in (mm.VRAMState.NORMAL_VRAM, mm.VRAMState.LOW_VRAM)):
+    if not is_dynamic(model) and (not mm.lowvram_available or mm.vram_state not in (mm.VRAMState.NORMAL_VRAM, mm.VRAMState.LOW_VRAM)):
         return f"ComfyUI runs in its {mm.vram_state.name} mode, which does not load a model by what fits"
     return None
 
 
-def _is_dynamic(model: Any) -> bool:
-    return bool(getattr(model, "is_dynamic", bool)())
-
-
 def _blocks(patcher: Any) -> list[Block]:
     """The repeated blocks of the diffusion model; empty where it has none."""
-    network = patcher.model.diffusion_model
     try:
-        return find_blocks(getattr(network, "_orig_mod", network))
+        return find_blocks(network_in(patcher.model))
     except ValueError:
         return []
 
@@ -490,18 +472,6 @@ def _evict_others(model: Any, budget: int) -> None:
     if excess > 0:
         mine = [entry for entry in mm.current_loaded_models if _is_clone(entry, model)]
         mm.free_memory(mm.get_free_memory(model.load_device) + excess, model.load_device, keep_loaded=mine)
-
-
-def _vbar(patcher: Any) -> Any:
-    return getattr(patcher.model, "dynamic_vbars", {}).get(patcher.load_device)
-
-
-def _call(vbar: Any, name: str, nbytes: int) -> bool:
-    """Call a method that older versions of comfy-aimdo lack; whether it was there."""
-    if not hasattr(vbar, name):
-        return False
-    getattr(vbar, name)(int(nbytes))
-    return True
 
 
 def _is_streamed(module: Any, device: torch.device) -> bool:

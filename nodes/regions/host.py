@@ -16,7 +16,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...models.layers.regions import LAYER_SPACING, PATCH, Regions, positions
-from ..attention import BOXES
+from ..comfy import BOXES, Wrapper, attached, network_in
 
 KEY = "tessera_regions"  # of the hooks; of a latent's regions, too: samplers pass on what they do not know
 CHANNELS = 16  # of the latents of the Wan models that regions are for
@@ -26,7 +26,7 @@ UNUSABLE = ("control", "area", "mask", "gligen", "concat_latent_image", "time_di
 
 def network_of(model: Any) -> Any:
     """The transformer of a model that regions are for. Raises ValueError for another."""
-    network = getattr(model.model.diffusion_model, "_orig_mod", model.model.diffusion_model)
+    network = network_in(model.model)
     if type(network) is WanModel:
         plain = network.model_type == "t2v" and network.ref_conv is None and network.in_dim == network.out_dim == CHANNELS
         fits = plain and tuple(network.patch_size) == (1, PATCH, PATCH)
@@ -48,14 +48,12 @@ def patch_regions(model: Any, regions: Regions, embedding: Tensor | None, shift:
     network = network_of(model)
     if regions.frames > 1 and not isinstance(network, WanModel):
         raise ValueError(f"frames is more than 1, and model is {type(network).__name__}, which makes pictures; set frames to 1, or load a Wan model")
-    patched = model.clone()
-    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.DIFFUSION_MODEL):
-        patched.remove_wrappers_with_key(kind, KEY)
     hook = _Regions(regions, embedding, network)
-    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, hook.outer_sample)
-    if isinstance(network, WanModel):
-        patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, hook.diffusion_model)
-    else:
+    wrappers: dict[str, Wrapper] = {WrappersMP.OUTER_SAMPLE: hook.outer_sample}
+    if hook.video:
+        wrappers[WrappersMP.DIFFUSION_MODEL] = hook.diffusion_model
+    patched = attached(model, KEY, hook, wrappers)
+    if not hook.video:
         patches = patched.model_options["transformer_options"].setdefault("patches", {})
         others = [patch for patch in patches.get("post_input", ()) if not isinstance(getattr(patch, "__self__", None), _Regions)]
         patches["post_input"] = [*others, hook.post_input]

@@ -34,8 +34,9 @@ from ...models.layers.regions import (
     snap,
     visible,
 )
+from ...models.layers.video import ClipLayer
 from ...models.weight_files import check_numbers, read_safetensors
-from ..comfy.reporting import say
+from ..comfy import say
 from ..layers import CATEGORY, AlphaFrames, Layers, VideoLayers
 from .host import KEY, network_of, patch_regions
 
@@ -256,8 +257,6 @@ class DecodeRegionVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples, vae, transparent_decoder) -> io.NodeOutput:
-        from ...models.layers.video import ClipLayer
-
         regions = _regions(samples)
         if vae.latent_dim != 3:
             raise ValueError("vae decodes pictures; use the video VAE that Region Layers had")

@@ -2,14 +2,13 @@
 
 from .diffusion import PatchUpscaleVideo
 from .patch_adapter import FOLDER as PATCH_ADAPTERS
-from .patch_adapter import LoadedAdapter, LoadPatchAdapter
+from .patch_adapter import LoadPatchAdapter
 from .pictures import PatchUpscale, UpscaleReport
 from .video import PatchUpscaleVideoFile, PatchUpscaleVideoNetwork
 
 __all__ = [
     "PATCH_ADAPTERS",
     "LoadPatchAdapter",
-    "LoadedAdapter",
     "PatchUpscale",
     "PatchUpscaleVideo",
     "PatchUpscaleVideoFile",

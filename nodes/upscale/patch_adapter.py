@@ -18,11 +18,10 @@ from torch import Tensor
 
 from ...models.upscale.patch_adapter import Config, PatchAdapter, Window, load
 from ...models.upscale.tiling import last
-from ..attention import OVERRIDE
+from ..comfy import OVERRIDE, Kind, Overrides, Wrapper, custom, network_in
 
 FOLDER = "patch_adapters"
 KEY = "tessera_patch_adapter"
-Adapter = io.Custom("TESSERA_PATCH_ADAPTER")
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,9 @@ class LoadedAdapter:
     config: Config
     patcher: Any
     lora: dict[str, Tensor]
+
+
+Adapter = custom("TESSERA_PATCH_ADAPTER", Kind(lambda value: isinstance(value, LoadedAdapter), "a patch adapter", "connect Load Patch Adapter"))
 
 
 class LoadPatchAdapter(io.ComfyNode):
@@ -67,7 +69,7 @@ class LoadPatchAdapter(io.ComfyNode):
 
 def adapted(model: Any, adapter: LoadedAdapter) -> Any:
     """A clone of `model` with the adapter's LoRA, which loads the adapter when it is loaded. Raises ValueError where they do not fit."""
-    network = getattr(model.model.diffusion_model, "_orig_mod", model.model.diffusion_model)
+    network = network_in(model.model)
     blocks = getattr(network, "blocks", ())
     if not all(hasattr(block, "cross_attn") for block in blocks) or not len(blocks):
         raise ValueError(f"adapter {adapter.name} is for models of the Wan family, and model is {type(network).__name__}; leave the adapter out")
@@ -95,7 +97,7 @@ class PatchGuide:
         self.patch = torch.lerp(enlarged, noise, augmentation)
         self.whole, self.augmentation, self.factor = whole, augmentation, factor
         self.views: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
-        self.overrides: dict[Any, Callable] = {}
+        self.overrides = Overrides(_override)  # one function for all windows and steps, which others may keep
 
     def options(self, options: dict[str, Any], window: tuple[slice, ...], sigma: Tensor) -> dict[str, Any]:
         """Transformer options with which the model denoises one window: (time, height, width) of the latent, at noise levels `(batch,)`."""
@@ -105,10 +107,8 @@ class PatchGuide:
         ours = {
             ("double_block", index): partial(call.block, index, blocks.get(("double_block", index))) for index in range(self.network.config.layers)
         }
-        previous = options.get(OVERRIDE)
-        if previous not in self.overrides:  # one function for all windows and steps, which others may keep
-            self.overrides[previous] = _override(previous)
-        return {**options, "patches_replace": {**replaced, "dit": {**blocks, **ours}}, OVERRIDE: self.overrides[previous], KEY: call}
+        override = self.overrides[options.get(OVERRIDE)]
+        return {**options, "patches_replace": {**replaced, "dit": {**blocks, **ours}}, OVERRIDE: override, KEY: call}
 
     def window(self, window: tuple[slice, ...]) -> Window:
         height, width = self.patch.shape[-2:]
@@ -161,12 +161,12 @@ def _as_many(x: Tensor, like: Tensor) -> Tensor:
     return x.repeat(like.shape[0] // x.shape[0], *(1,) * (x.ndim - 1))
 
 
-def _override(previous: Callable | None) -> Callable:
+def _override(inner: Wrapper) -> Wrapper:
     """Attention that lets the text cross-attention, the second call of a block, also attend to the global view."""
 
     def override(func, q, k, v, heads, *args, transformer_options=None, **kwargs):
         arguments = {**kwargs, "transformer_options": transformer_options}
-        out = func(q, k, v, heads, *args, **arguments) if previous is None else previous(func, q, k, v, heads, *args, **arguments)
+        out = inner(func, q, k, v, heads, *args, **arguments)
         call = None if transformer_options is None else transformer_options.get(KEY)
         if call is None:
             return out
@@ -176,5 +176,4 @@ def _override(previous: Callable | None) -> Callable:
         k, v = (_as_many(part, q) for part in call.view[call.layer])
         return out + func(q, k, v, heads)
 
-    setattr(override, "chain", getattr(previous, "chain", ()))  # noqa: B010 (mypy knows no attributes of functions)
     return override

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...models.upscale.metrics import flicker, psnr, seam_excess, ssim
 from ...models.upscale.pictures import NAMED, Network, passes, plan, target_size, upscale
 from ...models.upscale.tiling import Progress
-from ..comfy.reporting import say
+from ..comfy import say
 
 CATEGORY = "Tessera/upscale"
 PREVIEW = 512  # pixels of the longer side

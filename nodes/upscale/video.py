@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...models.upscale.pictures import passes, upscale
 from ...models.upscale.tiling import Progress
-from ..comfy.paths import check_prefix, existing, input_path, numbered
+from ..comfy import bit_depth_of, check_prefix, existing, input_path, numbered, trim_of
 from .pictures import CATEGORY, Display, check_overlap, load_network, network_of, patch_inputs, size_for, size_input, unload_network
 
 WHOLE = (0.0, 0.0)
@@ -193,13 +193,8 @@ def _source(video: Any) -> tuple[Any, tuple[float, float]]:
             raise ValueError(f"video has {components.frame_rate} frames a second; set a rate above 0 where it is made")
         sound = components.audio
         wave, rate = (None, 48000) if sound is None else (sound["waveform"][0], int(sound["sample_rate"]))
-        bits = video.get_bit_depth() if hasattr(video, "get_bit_depth") else 8
-        return Clip(components.images, Fraction(components.frame_rate), wave, rate, bits), WHOLE
-    if hasattr(video, "get_active_trim_window"):
-        trim = video.get_active_trim_window()
-    else:  # 0.18.1 tells nobody
-        trim = getattr(video, "_VideoFromFile__start_time", 0.0), getattr(video, "_VideoFromFile__duration", 0.0)
-    return video.get_stream_source(), (float(trim[0]), float(trim[1]))
+        return Clip(components.images, Fraction(components.frame_rate), wave, rate, bit_depth_of(video)), WHOLE
+    return video.get_stream_source(), trim_of(video)
 
 
 def _fingerprint(upscale_model: Any, source: Any, settings: Any) -> str:

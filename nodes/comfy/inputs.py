@@ -1,4 +1,4 @@
-"""The door of every node: its inputs are held against its own schema before any work, and what does not fit is refused in one sentence."""
+"""The inputs of every node: held against its own schema before any work; what does not fit is refused in one sentence."""
 
 from __future__ import annotations
 
@@ -12,10 +12,6 @@ import numpy as np
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
-
-from ...models.layers.video import ClipLayer
-from ..lora import Region
-from ..upscale import LoadedAdapter
 
 SHOWN = 40  # characters of a wrong value that a message repeats
 LISTED = 12  # choices that a message names
@@ -50,7 +46,7 @@ class _Complaint(str):
 
 
 def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """`node` with its door: what is known when a prompt is queued is checked then, and the values of links when the node runs.
+    """`node` with its inputs guarded: what is known when a prompt is queued is checked then, and the values of links when the node runs.
 
     A node may have `checks`: functions whose arguments are named as inputs of it, which raise ValueError with a sentence that begins with one
     of these names. Each is called when all of its inputs are known.
@@ -243,7 +239,8 @@ def _is_audio(value: Any) -> bool:
     return isinstance(rate, int | float) and 1 <= rate <= 2**31
 
 
-def _some(kind: type) -> Callable[[Any], bool]:
+def some(kind: type) -> Callable[[Any], bool]:
+    """A list of that class, not empty."""
     return lambda value: isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(part, kind) for part in value)
 
 
@@ -265,8 +262,12 @@ KINDS = {
     "UPSCALE_MODEL": Kind(_has("model", "scale", "size_requirements"), "an upscale model", "connect Load Upscale Model"),
     "VIDEO": Kind(_has("get_components", "get_stream_source"), "a video", "connect Load Video or Create Video"),
     "AUDIO": Kind(_is_audio, "sound (batch, channels, samples) with its rate", "connect an AUDIO, or nothing"),
-    "LAYERS": Kind(lambda value: isinstance(value, Mapping) and "layers" in value, "layers", "connect Layers from Images, Load Layers or Add Layer"),
-    "TESSERA_CONCEPTS": Kind(_some(Region), "concepts", "connect Concept Region"),
-    "TESSERA_VIDEO_LAYERS": Kind(_some(ClipLayer), "layers of clips", "connect Add Video Layer or Decode Region Video"),
-    "TESSERA_PATCH_ADAPTER": Kind(lambda value: isinstance(value, LoadedAdapter), "a patch adapter", "connect Load Patch Adapter"),
 }
+
+
+def custom(io_type: str, kind: Kind) -> Any:
+    """A type of sockets that core does not have, or not in every version. Raises ValueError where it has a kind already."""
+    if io_type in KINDS:
+        raise ValueError(f"{io_type} has a kind already")
+    KINDS[io_type] = kind
+    return io.Custom(io_type)

@@ -1,0 +1,48 @@
+"""What differs between the versions of ComfyUI, 0.18.1 and newer, and of comfy-aimdo (DynamicVRAM)."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+try:  # ComfyUI >= 0.34: tensors that outlive a block must be made outside the Comfy Compiler's malloc graph (#16144)
+    from comfy.model_prefetch import pause_malloc_graph
+except ImportError:
+    pause_malloc_graph = nullcontext
+
+try:  # ComfyUI >= 0.21
+    from comfy import model_prefetch
+except ImportError:
+    model_prefetch = None
+
+
+def is_dynamic(patcher: Any) -> bool:
+    """Whether DynamicVRAM moves its weights."""
+    return bool(getattr(patcher, "is_dynamic", bool)())
+
+
+def vbar_of(patcher: Any) -> Any:
+    """The virtual address range of a dynamic patcher's weights on its device; None where it has none."""
+    return getattr(patcher.model, "dynamic_vbars", {}).get(patcher.load_device)
+
+
+def call_vbar(vbar: Any, name: str, nbytes: int) -> bool:
+    """Call a method that older versions of comfy-aimdo lack; whether it was there."""
+    if not hasattr(vbar, name):
+        return False
+    getattr(vbar, name)(int(nbytes))
+    return True
+
+
+def bit_depth_of(video: Any) -> int:
+    """Bits of a channel of a VIDEO that is made of components."""
+    return video.get_bit_depth() if hasattr(video, "get_bit_depth") else 8
+
+
+def trim_of(video: Any) -> tuple[float, float]:
+    """(start, length) in seconds of the part of its file that a VIDEO is."""
+    if hasattr(video, "get_active_trim_window"):
+        trim = video.get_active_trim_window()
+    else:  # 0.18.1 tells nobody
+        trim = getattr(video, "_VideoFromFile__start_time", 0.0), getattr(video, "_VideoFromFile__duration", 0.0)
+    return float(trim[0]), float(trim[1])
