@@ -28,7 +28,7 @@ from comfy.sampler_helpers import estimate_memory, get_additional_models
 from ...models.offload.blocks import Block, find_blocks
 from ...models.offload.devices import CudaDevice
 from ...models.offload.memory import nbytes_of
-from ...models.patchers.offload_report import GB, BlockSpan, ModuleSpan, OffloadReport, Split, StepSpan, size, summary
+from ...models.offload.report import GB, BlockSpan, ModuleSpan, OffloadReport, Split, StepSpan, size, summary
 from ...models.patchers.report import clock
 from ..comfy import Wrapper, attached, call_vbar, is_dynamic, last_result, model_prefetch, network_in, say, vbar_of
 
