@@ -46,7 +46,7 @@ from .comfy_server import (
     ServerStartError,
     find_comfy,
 )
-from .upscale import ProgressLine, find_jobs, wanted_size
+from .upscale import ProgressLine, find_job, wanted_size
 from .workflow_files import read_workflow
 
 NODE = "TesseraPatchUpscaleVideo"
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
     """Do what the command line says. Raises ValueError and OSError before any work where the request cannot be done."""
     _check(options)
     workflow = Workflow.read(options.diffusion)
-    [(source, target)] = find_jobs(options.source, options.target, options.overwrite)
+    source, target = find_job(options.source, options.target, options.overwrite)
     if target.suffix.lower() not in CONTAINERS:
         raise ValueError(f"{target}: --diffusion makes videos; write one of {', '.join(CONTAINERS)}")
     facts = inspect_video(source)

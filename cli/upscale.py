@@ -84,26 +84,33 @@ def _check(options: argparse.Namespace) -> None:
 
 def find_jobs(source: Path, target: Path, overwrite: bool) -> list[tuple[Path, Path]]:
     """Files to read and to write. In a folder, those that are there already are left alone."""
-    if source.is_dir():
-        if target.exists() and not target.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "IN is a folder, so OUT must be one too", str(target))
-        if target.exists() and target.samefile(source):
-            raise ValueError(f"{target} is the folder of the sources itself; choose another one for the results")
-        readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-        found = sorted(path for path in source.iterdir() if path.is_file() and path.suffix.lower() in readable and not path.name.startswith("."))
-        if not found:
-            raise ValueError(f"{source} holds no pictures; name a folder with pictures, or a file")
-        jobs = [(path, target / (path.name if path.suffix.lower() in FORMATS else f"{path.name}.png")) for path in found]
-        sources: dict[Path, Path] = {}
-        for path, result in jobs:
-            if result in sources:  # one would replace the other
-                raise ValueError(f"{sources[result]} and {path} would both be written as {result}; rename one of them")
-            sources[result] = path
-        waiting = [job for job in jobs if overwrite or not job[1].exists()]
-        if len(waiting) < len(jobs):
-            print(f"{len(jobs) - len(waiting)} of {len(jobs)} results are in {target} already and were left alone; --overwrite makes them again")
-        target.mkdir(parents=True, exist_ok=True)
-        return waiting
+    return _jobs_in_folder(source, target, overwrite) if source.is_dir() else [find_job(source, target, overwrite)]
+
+
+def _jobs_in_folder(source: Path, target: Path, overwrite: bool) -> list[tuple[Path, Path]]:
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "IN is a folder, so OUT must be one too", str(target))
+    if target.exists() and target.samefile(source):
+        raise ValueError(f"{target} is the folder of the sources itself; choose another one for the results")
+    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found = sorted(path for path in source.iterdir() if path.is_file() and path.suffix.lower() in readable and not path.name.startswith("."))
+    if not found:
+        raise ValueError(f"{source} holds no pictures; name a folder with pictures, or a file")
+    jobs = [(path, target / (path.name if path.suffix.lower() in FORMATS else f"{path.name}.png")) for path in found]
+    sources: dict[Path, Path] = {}
+    for path, result in jobs:
+        if result in sources:  # one would replace the other
+            raise ValueError(f"{sources[result]} and {path} would both be written as {result}; rename one of them")
+        sources[result] = path
+    waiting = [job for job in jobs if overwrite or not job[1].exists()]
+    if len(waiting) < len(jobs):
+        print(f"{len(jobs) - len(waiting)} of {len(jobs)} results are in {target} already and were left alone; --overwrite makes them again")
+    target.mkdir(parents=True, exist_ok=True)
+    return waiting
+
+
+def find_job(source: Path, target: Path, overwrite: bool) -> tuple[Path, Path]:
+    """The file to read and that to write. Raises ValueError and OSError that say why there is none."""
     if not source.is_file():
         raise FileNotFoundError(errno.ENOENT, "there is no such file or folder; check the path", str(source))
     if target.is_dir():
@@ -119,7 +126,7 @@ def find_jobs(source: Path, target: Path, overwrite: bool) -> list[tuple[Path, P
         raise ValueError(f"{target} is the source itself; choose another name for the result")
     if target.exists() and not overwrite:
         raise FileExistsError(errno.EEXIST, "the file is there already; choose another name, or give --overwrite", str(target))
-    return [(source, target)]
+    return source, target
 
 
 def wanted_size(options: argparse.Namespace, width: int, height: int) -> tuple[int, int]:

@@ -22,11 +22,17 @@ class LentTensor(Tensor):
     @property
     def data(self) -> Tensor:
         self.asked = True
-        return torch._C.TensorBase.data.__get__(self)  # type: ignore[attr-defined]
+        return _data_of(self)
 
     @data.setter
     def data(self, data: Tensor) -> None:
         torch._C.TensorBase.data.__set__(self, data)  # type: ignore[attr-defined]
+
+
+def _data_of(part: Tensor) -> Tensor:
+    """`part.data`, without a note."""
+    data: Tensor = torch._C.TensorBase.data.__get__(part)  # type: ignore[attr-defined]
+    return data
 
 
 class _Lend(torch.autograd.Function):
@@ -134,14 +140,11 @@ class Lent:
                 # Whatever else the block put there stays; the module is laid out again before its next run.
             for part in parts:
                 if part.written() or getattr(part.lent, "asked", False):
-                    if id(part.home) in self._graph and part.lent.grad_fn is not self._graph[id(part.home)]:
-                        del self._plain[id(part.home)], self._graph[id(part.home)]
-                        if part.home.requires_grad:
-                            refused = part, "requires a gradient and was written to in place while its block ran; do that under torch.no_grad()"
+                    what = self._refusal(part)
+                    if what:
+                        refused = part, what
                     if not part.home.is_meta:
                         stale |= _keep(part)
-                    elif part.written() or not same_bytes(torch._C.TensorBase.data.__get__(part.lent), self._files[id(part.home)]):  # type: ignore[attr-defined]
-                        refused = part, "lies in a file and was written to while its block ran; load the module's weights first"
                 if id(part.home) in self._plain:
                     # A graph may hold it, for its gradient. It must not hold the slot.
                     set_data(part.lent, torch.empty((), dtype=part.home.dtype, device=part.lent.device).expand(part.home.shape))
@@ -149,6 +152,17 @@ class Lent:
             part, what = refused
             raise RuntimeError(f"{name_of(*names[id(part.home)])} {what}")
         return stale
+
+    def _refusal(self, part: _Part) -> str:
+        """Why what was written to a lent tensor cannot be kept; empty where it can. One that has left its graph is not lent again."""
+        key, refusal = id(part.home), ""
+        if key in self._graph and part.lent.grad_fn is not self._graph[key]:
+            del self._plain[key], self._graph[key]
+            if part.home.requires_grad:
+                refusal = "requires a gradient and was written to in place while its block ran; do that under torch.no_grad()"
+        if part.home.is_meta and (part.written() or not same_bytes(_data_of(part.lent), self._files[key])):
+            refusal = "lies in a file and was written to while its block ran; load the module's weights first"
+        return refusal
 
     # ---- what autograd keeps ------------------------------------------------------------------------------------------------------
 
@@ -164,7 +178,7 @@ class Lent:
 
 def _keep(part: _Part) -> bool:
     """What was written to a lent tensor goes to the module's own, which gets no new version: a graph may hold it as it is now."""
-    data = torch._C.TensorBase.data.__get__(part.lent)  # type: ignore[attr-defined]
+    data = _data_of(part.lent)
     if (data.shape, data.dtype) != (part.home.shape, part.home.dtype):
         set_data(part.home, data.to(part.home.device))
     elif not same_bytes(data, part.home):

@@ -127,27 +127,34 @@ def _left_to_comfy(entry: Any, value: Any) -> bool:
 
 
 def _value(entry: Any, name: str, value: Any, file: bool) -> Any:
-    kind = entry.io_type
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(entry, io.Int.Input | io.Float.Input):
         return _number(entry, name, value)
-    if isinstance(entry, io.Boolean.Input):
-        if not isinstance(value, bool):
-            raise RefusedError(name, f"{name} is {described(value)}; use true or false")
-    elif isinstance(entry, io.String.Input):
+    if isinstance(entry, io.String.Input):
         if not isinstance(value, str | int | float):
             raise RefusedError(name, f"{name} is {described(value)}, and not a text; connect a text")
         return str(value)  # as ComfyUI makes texts of numbers in widgets
-    elif isinstance(entry, io.Combo.Input):
-        if not isinstance(value, str) or (value not in entry.options and not file):
-            raise RefusedError(name, f"{name} is {described(value)}; use {_listed(entry.options)}")
-    elif kind == "MASK" and isinstance(value, Tensor) and value.ndim == 2:
-        return _value(entry, name, value[None], file)
-    elif value is None:
-        raise RefusedError(name, f"{name} is empty: {KINDS[kind].empty}; {KINDS[kind].remedy}")
-    elif not KINDS[kind].fits(value):
-        raise RefusedError(name, f"{name} is {described(value)}, and not {KINDS[kind].what}; {KINDS[kind].remedy}")
+    if not isinstance(entry, io.Boolean.Input | io.Combo.Input):
+        return _linked(KINDS[entry.io_type], name, value[None] if _is_one_mask(entry, value) else value)
+    if isinstance(entry, io.Boolean.Input):
+        fits, use = isinstance(value, bool), "true or false"
+    else:
+        fits, use = isinstance(value, str) and (file or value in entry.options), _listed(entry.options)
+    if not fits:
+        raise RefusedError(name, f"{name} is {described(value)}; use {use}")
+    return value
+
+
+def _is_one_mask(entry: Any, value: Any) -> bool:
+    return entry.io_type == "MASK" and isinstance(value, Tensor) and value.ndim == 2
+
+
+def _linked(kind: Kind, name: str, value: Any) -> Any:
+    if value is None:
+        raise RefusedError(name, f"{name} is empty: {kind.empty}; {kind.remedy}")
+    if not kind.fits(value):
+        raise RefusedError(name, f"{name} is {described(value)}, and not {kind.what}; {kind.remedy}")
     return value
 
 
