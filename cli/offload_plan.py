@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..models.offload.offline import EFFICIENCY, GIGA, Card, card, read_blocks, tokens_of
-from ..models.offload.planner import GB, choose, predict, smallest_budget
-from ..models.offload.schedule import superpipeline
-from ..models.offload.shards import model_files
+from ..models.offload import (
+    EFFICIENCY,
+    GB,
+    GIGA,
+    Card,
+    card,
+    choose,
+    model_files,
+    predict,
+    read_blocks,
+    smallest_budget,
+    superpipeline,
+    tokens_of,
+)
 
 LEAST, MOST = 1e-3, 1e6  # of the numbers on the command line: beyond is a slip of the hand
 

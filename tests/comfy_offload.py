@@ -34,8 +34,8 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP  # noqa: E402
 
 import nodes  # noqa: E402
 import tessera.nodes.offload.host as memory  # noqa: E402
+from tessera.models.offload import GB, picture, summary  # noqa: E402
 from tessera.models.offload.blocks import find_blocks  # noqa: E402
-from tessera.models.offload.report import GB, picture, summary  # noqa: E402
 from tessera.models.patchers.attention import AttentionSettings  # noqa: E402
 from tessera.nodes.attention import last_report as attention_report  # noqa: E402
 from tessera.nodes.attention import patch_attention  # noqa: E402

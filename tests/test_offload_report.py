@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from tessera.models.offload.report import GB, BlockSpan, ModuleSpan, OffloadReport, Split, StepSpan, picture, size, summary
+from tessera.models.offload import GB, BlockSpan, ModuleSpan, OffloadReport, Split, StepSpan, picture, size, summary
 
 
 def make_report(**changes) -> OffloadReport:

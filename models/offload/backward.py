@@ -26,6 +26,24 @@ class Active:
     buffer: Any = None
 
 
+class Running:
+    """What runs now, in one thread at a time."""
+
+    def __init__(self) -> None:
+        self.active: Active | None = None
+        self.lock = threading.Lock()  # around a change of `active`
+
+    def claim(self, busy: Callable[[int], bool] | None) -> Active | None:
+        """Begin to run something; what ran already in this thread. Raises RuntimeError where another thread does, or `busy` says that one does."""
+        thread = threading.get_ident()
+        with self.lock:
+            before = self.active
+            if (before is not None and before.thread != thread) or (busy is not None and busy(thread)):
+                raise RuntimeError(ONE_THREAD)
+            self.active = Active(None, thread)
+        return before
+
+
 @dataclass(frozen=True, eq=False)
 class _Ref:
     """What autograd keeps instead of a weight that will have left the device: where to find it again."""
@@ -51,11 +69,11 @@ class _Outer:
 class Backward:
     """The block whose weights the backward needs now.
 
-    fetch: brings a block's weights; release: of that block number; active: what runs, which changes under `lock`, as `owner` does.
+    fetch: brings a block's weights; release: of that block number. `owner` changes under the lock of `running`.
     """
 
-    def __init__(self, fetch: Callable[[Unit], Any], release: Callable[[int], None], active: Callable[[], Active | None], lock: threading.Lock):
-        self._fetch, self._release, self._active, self._lock = fetch, release, active, lock
+    def __init__(self, fetch: Callable[[Unit], Any], release: Callable[[int], None], running: Running):
+        self._fetch, self._release, self._running = fetch, release, running
         self.owner: int | None = None  # the thread that goes backward
         self.unit: Unit | None = None
         self._buffer: Any = None
@@ -93,7 +111,7 @@ class Backward:
             return saved.unpack(saved.packed)
         if not isinstance(saved, _Ref):
             return saved
-        unit, active = saved.unit, self._active()
+        unit, active = saved.unit, self._running.active
         if unit.retired:
             raise RuntimeError(unit.retired)
         assert unit.lent is not None
@@ -112,8 +130,8 @@ class Backward:
         """The slot of a block, until the backward gets to another one. thread: of the forward."""
         if not isinstance(threading.current_thread(), threading._DummyThread):  # else it is one of autograd's own, which work for that one
             thread = threading.get_ident()
-        with self._lock:
-            active = self._active()
+        with self._running.lock:
+            active = self._running.active
             if (active is not None and active.thread not in (thread, threading.get_ident())) or self.busy(thread):
                 raise RuntimeError(ONE_THREAD)
             self.owner = thread

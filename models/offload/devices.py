@@ -63,6 +63,9 @@ class VirtualDevice:
     def seconds(self, start: float, end: float) -> float:
         return end - start
 
+    def happened(self, event: float) -> bool:
+        return True
+
 
 @dataclass
 class _VirtualBuffer:
@@ -125,7 +128,7 @@ class CpuArena:
     def close(self) -> None:
         self.sources.clear()
 
-    def room(self) -> int:
+    def available(self) -> int:
         """Bytes that this device can give."""
         return self.capacity if self.capacity is not None else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -239,7 +242,7 @@ class CudaDevice:
         self.reset(0)
         self.sources.clear()
 
-    def room(self) -> int:
+    def available(self) -> int:
         """Bytes that this device can give: free ones, and those that torch's allocator holds unused."""
         free, _ = torch.cuda.mem_get_info(self.device)
         return int(free) + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)

@@ -176,6 +176,17 @@ class HeldMemory:
                 self._versions[key] = part._version  # it was written to where it lies now
         return None
 
+    def refuse_written(self, module: nn.Module, *, unseen: bool = False) -> None:
+        """Raises RuntimeError that names a tensor of `module` whose former memory was written to. unseen: as of `written`."""
+        part = self.written(unseen=unseen)
+        if part is not None:
+            tensors = [*module.named_parameters(), *module.named_buffers()]
+            name = next((name for name, tensor in tensors if any(each is part for each in plain_parts(tensor))), "a weight that was replaced")
+            raise RuntimeError(
+                f"{name} was written to through a reference from before the offload context (a state dict, an array, .data), which did not "
+                "reach the device; edit it before the context, or by a reference that is taken inside"
+            )
+
     def only_there(self, part: Tensor) -> bool:
         """Whether the former memory of a tensor was written to, and the tensor was not."""
         entry = self._entries.get(id(part))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .devices import VirtualDevice
-from .schedule import BACKWARD, FORWARD, Plan, Scheduler, resident
+from .schedule import BACKWARD, FORWARD, Plan, Scheduler, resident, superpipeline
 
 GB = 1 << 30  # as graphics cards are sold and as ComfyUI counts
 SLOTS = (2, 3, 4)
@@ -105,32 +105,48 @@ def smallest_budget(nbytes: Sequence[int]) -> int:
     return 2 * max(nbytes)
 
 
-def choose(
-    nbytes: Sequence[int], budget: int, seconds: Sequence[float] | None = None, bytes_per_second: float | Sequence[float] | None = None
-) -> Plan:
-    """The resident policy that fits `budget` bytes of blocks and slots, fastest in virtual time where times are known.
+def choose(nbytes: Sequence[int], room: int, seconds: Sequence[float] | None = None, bytes_per_second: float | Sequence[float] | None = None) -> Plan:
+    """The resident policy that fits `room` bytes of blocks and slots, fastest in virtual time where times are known.
 
     Raises ValueError below `smallest_budget`.
     """
-    if budget < smallest_budget(nbytes):
-        raise ValueError(f"{budget} bytes are less than two blocks, {smallest_budget(nbytes)}")
-    plans = [plan for slots in SLOTS if (plan := _fitting(nbytes, budget, slots)) is not None]
+    if room < smallest_budget(nbytes):
+        raise ValueError(f"{room} bytes are less than two blocks, {smallest_budget(nbytes)}")
+    plans = [plan for slots in SLOTS if (plan := _fitting(nbytes, room, slots)) is not None]
     if seconds is None or bytes_per_second is None:
         return plans[0]
     return min(plans, key=lambda plan: predict(plan, nbytes, seconds, bytes_per_second).step_seconds)
 
 
-def _fitting(nbytes: Sequence[int], budget: int, slots: int) -> Plan | None:
+def _fitting(nbytes: Sequence[int], room: int, slots: int) -> Plan | None:
     """With this many slots the most residents that fit."""
     for residents in range(len(nbytes), -1, -1):
         plan = resident(len(nbytes), residents, slots)
-        if device_bytes(plan, nbytes) <= budget:
+        if device_bytes(plan, nbytes) <= room:
             return plan
     return None
 
 
-def checked_budget(budget_gb: float | None, fixed: int, nbytes: Sequence[int], room: int, *, device: object, name: str) -> int | None:
-    """The budget in bytes. fixed: bytes outside the blocks; room: bytes that the device can give. Raises ValueError, which names the smallest one."""
+def window(nbytes: Sequence[int], fixed: int, budget: int | None, k: int | None, k_prime: int, *, batch: bool) -> Plan:
+    """The superpipeline of k blocks; None: of as many as fit `budget`, which is bytes of these blocks and of `fixed` ones.
+
+    Raises ValueError where k blocks take more.
+    """
+    if k is None:
+        assert budget is not None
+        k = len(nbytes) if sum(nbytes) <= budget - fixed else (budget - fixed) // max(nbytes)
+    plan = superpipeline(len(nbytes), k, k_prime, batch=batch)
+    smallest = fixed + device_bytes(plan, nbytes)
+    if budget is not None and smallest > budget:
+        raise ValueError(f"superpipeline with k={k} takes {gigabytes(smallest, up=True)} GB and budget_gb is {gigabytes(budget)}; use a smaller k")
+    return plan
+
+
+def checked_budget(budget_gb: float | None, fixed: int, nbytes: Sequence[int], available: int, *, device: object, name: str) -> int | None:
+    """The budget in bytes. fixed: bytes outside the blocks; available: those that the device can give.
+
+    Raises ValueError, which names the smallest one.
+    """
     smallest = fixed + smallest_budget(nbytes)
     remedy = f"the smallest workable budget for {name} is {gigabytes(smallest, up=True)} GB"
     if budget_gb is not None:
@@ -141,10 +157,10 @@ def checked_budget(budget_gb: float | None, fixed: int, nbytes: Sequence[int], r
                 f"budget_gb is {budget_gb:g}: too small for two blocks ({gigabytes(max(nbytes))} GB each) and what is outside the blocks "
                 f"({gigabytes(fixed)} GB); {remedy}"
             )
-        if budget_gb * GB > room:
-            raise ValueError(f"budget_gb is {budget_gb:g} and {device} has {gigabytes(room)} GB to give; use less: {remedy}")
-    if smallest > room:
-        raise ValueError(f"{device} has {gigabytes(room)} GB to give; {remedy}")
+        if budget_gb * GB > available:
+            raise ValueError(f"budget_gb is {budget_gb:g} and {device} has {gigabytes(available)} GB to give; use less: {remedy}")
+    if smallest > available:
+        raise ValueError(f"{device} has {gigabytes(available)} GB to give; {remedy}")
     return None if budget_gb is None else int(budget_gb * GB)
 
 

@@ -1,4 +1,4 @@
-"""Which block is on the device when. The scheduler knows blocks by their number and a device by six verbs; it never sees a weight.
+"""Which block is on the device when. The scheduler knows blocks by their number and a device by seven verbs; it never sees a weight.
 
 The same scheduler runs a GPU, a CPU arena and a simulation in virtual time (`devices`), so what the simulation predicts is what runs.
 """
@@ -41,6 +41,10 @@ class Device(Protocol):
 
     def seconds(self, start: Any, end: Any) -> float:
         """Time between two events that have happened."""
+        ...
+
+    def happened(self, event: Any) -> bool:
+        """Whether an event has."""
         ...
 
 
@@ -180,6 +184,14 @@ class Scheduler:
         start, slot.ready = self.device.copy(slot.buffer, block, slot.readers if slot.readers is not None else slot.ready)
         self.copied_bytes += self.nbytes[block]
         self.records.append(Record("copy", block, start, slot.ready))
+
+    def compute_seconds(self) -> list[float] | None:
+        """Measured compute of each block, from its latest pass; None until every block has one."""
+        found: dict[int, float] = {}
+        for record in reversed(self.records):
+            if record.kind == "compute" and record.block not in found and self.device.happened(record.end):
+                found[record.block] = self.device.seconds(record.start, record.end)
+        return [found[block] for block in range(self.plan.blocks)] if len(found) == self.plan.blocks else None
 
     def close(self) -> None:
         """Give every buffer back."""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .blocks import Block
-from .edits import places, references, storage_users
+from .blocks import Block, find_blocks
+from .edits import Structure, places, references, storage_users, storages_of
 from .lent import Lent
 from .memory import Packing, Segment, plain_parts, shared_between, table_of, tensors_of
 
@@ -45,6 +45,10 @@ class Unit:
     def versions(self) -> tuple[int, ...]:
         """Grow whenever a tensor is written to, but not through `.data`."""
         return tuple(part._version for part in self.packing.parts)
+
+    def stale(self) -> bool:
+        """Whether the module may have other weights by now than those that were copied."""
+        return self.touched or self.copied != self.versions()
 
     def note_places(self) -> None:
         self.places, self.values = places(self.packing.parts), self._values()
@@ -93,6 +97,44 @@ def divide(module: nn.Module, blocks: list[Block], file_of: dict[int, Tensor]) -
         packing = Packing(entries)
         units.append(Unit(block, packing, source_of(packing, file_of), {id(part): part._version for part in packing.parts if part.is_meta}))
     return units, groups[-1] + tied
+
+
+class Division:
+    """A module as it is now: its blocks and the rest, and, once noted, where everything is as long as nobody edits it.
+
+    file_of: as of `tensors_in`. order: names of blocks in the order in which they run, as far as it is known.
+    """
+
+    def __init__(self, module: nn.Module, file_of: dict[int, Tensor], order: list[str]):
+        self.module, self.file_of = module, file_of
+        self.units, fixed = divide(module, find_blocks(module), file_of)
+        known = {name: index for index, name in enumerate(order)}
+        self.units.sort(key=lambda unit: known.get(unit.block.name, len(known)))
+        self.fixed = Packing(fixed)
+        self.fixed_source = source_of(self.fixed, file_of)
+
+    @property
+    def nbytes(self) -> list[int]:
+        """Of each block."""
+        return [unit.packing.nbytes for unit in self.units]
+
+    def note_places(self) -> None:
+        self._structure = Structure(self.module)
+        self._fixed_places = places(self.fixed.parts)
+        for unit in self.units:
+            unit.note_places()
+        self.storages = storages_of(self.module)
+
+    def edited(self) -> bool:
+        """Whether the module has other modules or parameters by now, or its tensors lie elsewhere."""
+        if self._structure.changed() or self._fixed_places != places(self.fixed.parts):
+            return True
+        return not all(unit.intact() for unit in self.units)
+
+    def to_copy(self, unit: Unit) -> list[Segment]:
+        """What the device copies of a block."""
+        unit.held = unit.held_elsewhere(self.storages)
+        return unit.to_copy()
 
 
 def source_of(packing: Packing, file_of: dict[int, Tensor]) -> Callable[[], list[Segment]]:

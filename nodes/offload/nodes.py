@@ -6,8 +6,8 @@ import json
 
 from comfy_api.latest import io, ui
 
-from ...models.offload.report import OffloadReport as Report
-from ...models.offload.report import picture, summary
+from ...models.offload import OffloadReport as Report
+from ...models.offload import picture, summary
 from .host import LIMITS, POLICIES, MemorySettings, check_settings, last_report, patch_memory
 
 CATEGORY = "Tessera/memory"
