@@ -34,6 +34,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP  # noqa: E402
 
 import nodes  # noqa: E402
 import tessera.nodes.offload.host as memory  # noqa: E402
+import tessera.nodes.offload.look_ahead as look_ahead  # noqa: E402
 from tessera.models.offload import GB, picture, summary  # noqa: E402
 from tessera.models.offload.blocks import find_blocks  # noqa: E402
 from tessera.models.patchers.attention import AttentionSettings  # noqa: E402
@@ -618,16 +619,16 @@ def run_dynamic():
     patched = limited(model, smallest)
     result["interrupt"] = {"raised": failing(model, patched, ERRORS[0], 2, 2), "events": list(events), "hooks": forward_hooks(model)}
 
-    real = memory.model_prefetch
+    real = look_ahead.model_prefetch
     for name, prefetch in (("look ahead", Prefetch()), ("no look ahead", None)):
-        memory.model_prefetch = prefetch
+        look_ahead.model_prefetch = prefetch
         events.clear()
         patched = limited(model, everything, policy="superpipeline", k=2, k_prime=2)
         same = torch.equal(sample(patched), stock)
         fetched, queues = ([], []) if prefetch is None else (prefetch.fetched, prefetch.PREFETCH_QUEUES)
         left = [len(queue) for queue in queues]
         result[name] = {"bitwise": same, "fetched": fetched, "left": left, "report": last_report(patched), "events": list(events)}
-    memory.model_prefetch = real
+    look_ahead.model_prefetch = real
 
     streamed = []
     for index, block in enumerate(find_blocks(model.model.diffusion_model)):

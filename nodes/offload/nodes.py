@@ -8,7 +8,8 @@ from comfy_api.latest import io, ui
 
 from ...models.offload import OffloadReport as Report
 from ...models.offload import picture, summary
-from .host import LIMITS, POLICIES, MemorySettings, check_settings, last_report, patch_memory
+from .host import last_report, patch_memory
+from .settings import LIMITS, POLICIES, MemorySettings, check_settings
 
 CATEGORY = "Tessera/memory"
 
