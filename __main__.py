@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _sentence(error: Exception, options: argparse.Namespace) -> str:
     """What went wrong, for a user."""
-    from .cli.comfy_server import ServerError
+    from .cli.comfy_client import ServerError
 
     if isinstance(error, OSError) and error.strerror is not None:
         files = [str(file) for file in (error.filename, error.filename2) if file is not None]

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from safetensors.torch import load, save_file
 
-from tessera.cli.comfy_server import HOW_TO_GET, ComfyServer, PromptFailedError, find_comfy
+from tessera.cli.comfy_client import PromptFailedError
+from tessera.cli.comfy_server import HOW_TO_GET, ComfyServer, find_comfy
 from tessera.models.default.networks import WanTransformer
 
 PACK = Path(__file__).resolve().parent.parent

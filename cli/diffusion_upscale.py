@@ -35,17 +35,8 @@ from ..models.upscale.tiling import stream
 from ..models.upscale.video import upscale_video
 from ..models.upscale.video_reader import VideoFacts, VideoReader, inspect_video
 from ..models.upscale.video_writer import CONTAINERS
-from .comfy_server import (
-    HOW_TO_GET,
-    ComfyClient,
-    ComfyServer,
-    PromptFailedError,
-    PromptRefusedError,
-    ServerError,
-    ServerGoneError,
-    ServerStartError,
-    find_comfy,
-)
+from .comfy_client import ComfyClient, PromptFailedError, PromptRefusedError, ServerError, ServerGoneError, ServerStartError
+from .comfy_server import HOW_TO_GET, ComfyServer, find_comfy
 from .upscale import ProgressLine, find_job, wanted_size
 from .workflow_files import read_workflow
 

@@ -9,7 +9,8 @@ from math import inf
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .comfy_server import HOW_TO_GET, ComfyServer, PromptEmptyError, PromptRefusedError, PromptResult, ServerError, find_comfy
+from .comfy_client import PromptEmptyError, PromptRefusedError, PromptResult, ServerError
+from .comfy_server import HOW_TO_GET, ComfyServer, find_comfy
 from .saved_files import entries, open_staging, place, relative_path, unreported
 from .workflow_files import Workflow, broken_links, read_workflow
 

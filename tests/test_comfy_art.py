@@ -20,7 +20,8 @@ from test_art import in_float64, transparent_decoder
 from test_comfy_transparent_video import base, save_node, saved
 from test_transparent_video import independent, needs_ffmpeg, psnr
 
-from tessera.cli.comfy_server import ComfyServer, PromptFailedError, PromptRefusedError
+from tessera.cli.comfy_client import PromptFailedError, PromptRefusedError
+from tessera.cli.comfy_server import ComfyServer
 from tessera.models.layers.regions import Regions
 from tiny_models import LAYERS as LAYERS_FILE
 from tiny_models import LAYERS_VAE, write_qwen_image_layered

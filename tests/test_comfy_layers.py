@@ -23,7 +23,8 @@ from test_layers_files import one_layer, ora_of, png_bomb
 from test_layers_psd import psd_of
 from test_workflows import uploaded
 
-from tessera.cli.comfy_server import ComfyServer, PromptFailedError, PromptRefusedError
+from tessera.cli.comfy_client import PromptFailedError, PromptRefusedError
+from tessera.cli.comfy_server import ComfyServer
 from tessera.models.layers import png
 from tessera.models.layers.compose import composite
 from tessera.models.layers.document import Document, Layer

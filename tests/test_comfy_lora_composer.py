@@ -12,7 +12,8 @@ import pytest
 from conftest import _installed
 from PIL import Image
 
-from tessera.cli.comfy_server import ComfyServer, PromptFailedError
+from tessera.cli.comfy_client import PromptFailedError
+from tessera.cli.comfy_server import ComfyServer
 
 HERE = Path(__file__).parent
 

@@ -14,7 +14,8 @@ import pytest
 from conftest import _installed
 from PIL import Image
 
-from tessera.cli.comfy_server import ComfyServer, PromptFailedError, PromptRefusedError
+from tessera.cli.comfy_client import PromptFailedError, PromptRefusedError
+from tessera.cli.comfy_server import ComfyServer
 
 HERE = Path(__file__).parent
 GB = 1024**3

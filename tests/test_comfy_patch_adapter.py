@@ -11,7 +11,8 @@ import pytest
 from conftest import _installed
 from PIL import Image
 
-from tessera.cli.comfy_server import ComfyServer, PromptRefusedError
+from tessera.cli.comfy_client import PromptRefusedError
+from tessera.cli.comfy_server import ComfyServer
 from tiny_models import PATCH_ADAPTER
 
 HERE = Path(__file__).parent

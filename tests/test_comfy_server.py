@@ -8,7 +8,8 @@ import time
 import pytest
 
 from tessera.cli import comfy_server
-from tessera.cli.comfy_server import ComfyServer, PromptFailedError, PromptInterruptedError, PromptRefusedError, ServerStartError, find_comfy
+from tessera.cli.comfy_client import PromptFailedError, PromptInterruptedError, PromptRefusedError, ServerStartError
+from tessera.cli.comfy_server import ComfyServer, find_comfy
 from tessera.cli.pictures import decode_png
 
 PICTURES = {

@@ -19,7 +19,8 @@ av = pytest.importorskip("av")
 from conftest import _installed  # noqa: E402
 from test_transparent_video import COUNT, HEIGHT, WIDTH, clip, ffprobe, independent, needs_ffmpeg, over, placed, psnr, written  # noqa: E402
 
-from tessera.cli.comfy_server import ComfyServer, PromptFailedError, PromptRefusedError  # noqa: E402
+from tessera.cli.comfy_client import PromptFailedError, PromptRefusedError  # noqa: E402
+from tessera.cli.comfy_server import ComfyServer  # noqa: E402
 from tessera.models.layers.video_reader import load  # noqa: E402
 from tessera.models.layers.video_writer import FORMATS  # noqa: E402
 from tessera.models.media.sound import Sound  # noqa: E402

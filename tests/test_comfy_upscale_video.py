@@ -19,7 +19,8 @@ av = pytest.importorskip("av")
 
 from test_upscale_video import LOSSLESS, TAGS, clip, leftovers, picture, plane, probe, read, sound_packets, times, write  # noqa: E402
 
-from tessera.cli.comfy_server import ComfyServer, PromptFailedError, PromptRefusedError  # noqa: E402
+from tessera.cli.comfy_client import PromptFailedError, PromptRefusedError  # noqa: E402
+from tessera.cli.comfy_server import ComfyServer  # noqa: E402
 
 pytestmark = [pytest.mark.comfy, pytest.mark.slow]
 

@@ -12,7 +12,7 @@ import pytest
 
 from tessera import __main__ as command_line
 from tessera.__main__ import main
-from tessera.cli.comfy_server import ComfyClient
+from tessera.cli.comfy_client import ComfyClient
 
 PYTHON = re.compile(r"Traceback|\[Errno|NoneType|[A-Z]\w+Error\b|KeyError|0x[0-9a-f]{6}")
 

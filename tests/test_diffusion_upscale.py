@@ -21,7 +21,7 @@ from PIL import Image
 av = pytest.importorskip("av")
 
 from tessera.__main__ import main  # noqa: E402
-from tessera.cli import comfy_server, diffusion_upscale  # noqa: E402
+from tessera.cli import comfy_client, diffusion_upscale  # noqa: E402
 from tessera.cli.comfy_server import ComfyServer  # noqa: E402
 from tessera.models.upscale.video import upscale_video  # noqa: E402
 from tessera.models.upscale.video_reader import Clip  # noqa: E402
@@ -258,7 +258,7 @@ def test_chunks_are_cut_and_blended_by_the_formula(run, tmp_path, monkeypatch, d
 
 @pytest.mark.parametrize("what", ["RuntimeError", "vanish", "refuse", "part", "forget", "few", "nothing"])
 def test_what_a_server_does_not_do_another_does(run, monkeypatch, what):
-    monkeypatch.setattr(comfy_server, "LOOK", 0.0)
+    monkeypatch.setattr(comfy_client, "LOOK", 0.0)
     good, bad, turn = Fake(), Fake(what), threading.Event()
     bad.before = turn.set
     good.before = lambda: turn.wait(60)  # else it might do all of them

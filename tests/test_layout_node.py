@@ -8,7 +8,8 @@ import json
 import pytest
 from PIL import ImageColor
 
-from tessera.cli.comfy_server import ComfyServer, PromptRefusedError
+from tessera.cli.comfy_client import PromptRefusedError
+from tessera.cli.comfy_server import ComfyServer
 from tessera.models.layers.document import Document, from_core, to_core
 from tessera.models.layers.layout import from_json, swatches
 from tessera.models.layers.regions import snap

@@ -18,7 +18,8 @@ from PIL import Image
 
 from tessera.__main__ import main
 from tessera.cli import run
-from tessera.cli.comfy_server import ComfyServer, PromptRefusedError
+from tessera.cli.comfy_client import PromptRefusedError
+from tessera.cli.comfy_server import ComfyServer
 from tessera.cli.workflow_files import read_workflow
 from tessera.models.layers import files
 

@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from tessera.cli import saved_files
-from tessera.cli.comfy_server import ComfyClient
+from tessera.cli.comfy_client import ComfyClient
 from tessera.cli.saved_files import open_staging, place
 
 PYTHON = re.compile(r"Traceback|\[Errno|\w+Error\b")  # words of Python's that no user should read

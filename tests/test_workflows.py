@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tessera.cli.comfy_server import ComfyServer, PromptRefusedError
+from tessera.cli.comfy_client import PromptRefusedError
+from tessera.cli.comfy_server import ComfyServer
 from tiny_models import PATCH_ADAPTER
 
 Workflow = dict[str, Any]
