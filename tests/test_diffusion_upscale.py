@@ -21,7 +21,8 @@ from PIL import Image
 av = pytest.importorskip("av")
 
 from tessera.__main__ import main  # noqa: E402
-from tessera.cli import comfy_client, diffusion_upscale  # noqa: E402
+from tessera.cli import comfy_client, diffusion_workflow  # noqa: E402
+from tessera.cli.chunks import AHEAD, Chunks  # noqa: E402
 from tessera.cli.comfy_server import ComfyServer  # noqa: E402
 from tessera.models.upscale.video import upscale_video  # noqa: E402
 from tessera.models.upscale.video_reader import Clip  # noqa: E402
@@ -229,7 +230,7 @@ def blended(count=17, chunk=9, overlap=4) -> np.ndarray:
 @pytest.mark.parametrize("deep", [True, False], ids=["16 bit", "8 bit"])
 def test_chunks_are_cut_and_blended_by_the_formula(run, tmp_path, monkeypatch, deep):
     """Also: the frames arrive as they are, in several files; sound and rate are kept; the servers' disks are not filled."""
-    monkeypatch.setattr(diffusion_upscale, "PIECE", 4000)
+    monkeypatch.setattr(diffusion_workflow, "PIECE", 4000)
     one, two = Fake(deep=deep), Fake(deep=deep)
     status, text, out = run(one.url, two.url)
     assert status == 0, text
@@ -319,7 +320,7 @@ def test_memory_and_disk_hold_few_chunks(run, tmp_path):
     status, text, out = run(slow.url, fast.url)
     assert status == 0, text
     assert len(decoded(out)) == 77 and "15 chunks" in text
-    assert max(at_once) <= diffusion_upscale.AHEAD * 2
+    assert max(at_once) <= AHEAD * 2
 
 
 def test_one_clear_error(run, tmp_path):
@@ -355,21 +356,21 @@ def test_one_clear_error(run, tmp_path):
 @pytest.mark.comfy
 def test_frames_go_over_unchanged(any_comfy: ComfyServer, tmp_path, monkeypatch):
     """To the server and back with nothing in between, an odd width and several files: newer servers keep more than 8 bits."""
-    deep = diffusion_upscale.takes_16_bits(any_comfy)
+    deep = diffusion_workflow.takes_16_bits(any_comfy)
     assert deep == (any_comfy.version != "0.18.1")
     frames = torch.rand(5, 3, 30, 70, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(diffusion_upscale, "PIECE", 20_000)
-    files = diffusion_upscale.write_frames(frames, tmp_path, deep)
+    monkeypatch.setattr(diffusion_workflow, "PIECE", 20_000)
+    files = diffusion_workflow.write_frames(frames, tmp_path, deep)
     assert len(files) > 1
     for file in files:
         any_comfy.upload(file.read_bytes(), {"filename": file.name, "subfolder": "tessera", "type": "temp"})
-    link, graph = diffusion_upscale.transfer_in([f"tessera/{file.name} [temp]" for file in files])
-    graph["save"] = diffusion_upscale.transfer_out(link, "tessera/there", deep)
+    link, graph = diffusion_workflow.transfer_in([f"tessera/{file.name} [temp]" for file in files])
+    graph["save"] = diffusion_workflow.transfer_out(link, "tessera/there", deep)
     pictures = any_comfy.run(graph).outputs["save"]["images"]
     assert len(pictures) == 5
     for frame, picture in zip(frames, pictures, strict=True):
         (tmp_path / "picture.png").write_bytes(any_comfy.fetch(picture))
-        error = (diffusion_upscale.read_frame(tmp_path / "picture.png", deep) - frame) * 255
+        error = (diffusion_workflow.read_frame(tmp_path / "picture.png", deep) - frame) * 255
         assert error.abs().max() < (0.2 if deep else 1.01)
         assert error.mean().abs() < (0.02 if deep else 0.6)
     any_comfy.upload(b"", pictures[0])
@@ -381,13 +382,13 @@ def test_frames_go_over_unchanged(any_comfy: ComfyServer, tmp_path, monkeypatch)
 def test_one_server_or_two_or_one_that_is_killed(comfy: ComfyServer, tiny_models, run, tmp_path, monkeypatch):
     """The same chunks each time, bit by bit, and those that one gets by hand."""
     chunks: dict[str, list] = {}
-    following = diffusion_upscale.Chunks.next
+    following = Chunks.next
 
     def noted(self, *arguments):
         chunks[name].append(following(self, *arguments))
         return chunks[name][-1]
 
-    monkeypatch.setattr(diffusion_upscale.Chunks, "next", noted)
+    monkeypatch.setattr(Chunks, "next", noted)
     texts, files = {}, {}
     with ComfyServer(_installed(old=False), models=tiny_models) as second:
 
