@@ -12,11 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 DEBUG = "TESSERA_DEBUG"
-EPILOG = f"{DEBUG}=1 in the environment shows where in the code an error happened."
+EPILOG = (
+    "Exit status: 0 done; 1 not done, or not all of it, and the last line on stderr says why; 2 a command line that cannot be read; "
+    "130 stopped by Ctrl-C; 128 and the number of a signal that stopped it, such as 143 for SIGTERM. "
+    f"{DEBUG}=1 in the environment shows where in the code an error happened."
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status. Whatever goes wrong ends in one message on stderr; a traceback comes before it where TESSERA_DEBUG is set."""
+    """Returns the exit status (see EPILOG). Whatever goes wrong ends in one message on stderr, after a traceback where TESSERA_DEBUG is set."""
     options = _parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter of a file's name is no reason to fail
@@ -24,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         if hasattr(signal, name):  # unwinds, so that a server that was started is stopped
             signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
     try:
-        COMMANDS[options.command](options)
+        options.run(options)
     except KeyboardInterrupt as error:
         print(f"tessera {options.command}: stopped", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 130
@@ -104,31 +108,26 @@ def _doctor(options: argparse.Namespace) -> None:
         print(line)
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "demo": _demo,
-    "run": _run,
-    "offload-plan": _offload_plan,
-    "hyperspectral": _hyperspectral,
-    "layers": _layers,
-    "upscale": _upscale,
-    "doctor": _doctor,
-}
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tessera", description="Sparse and quantized attention for diffusion models.", epilog=EPILOG)
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="the built-in text-to-video workflow, dense and accelerated, with all figures")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], what: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=what)
+        made.set_defaults(run=run)
+        return made
+
+    demo = command("demo", _demo, "the built-in text-to-video workflow, dense and accelerated, with all figures")
     demo.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for videos and pictures (default: %(default)s)")
     demo.add_argument("--models", type=Path, help="folder with diffusion_models/ and vae/ to use instead of the built-in weights")
-    run = commands.add_parser("run", help="run an API-format workflow on a headless ComfyUI")
+    run = command("run", _run, "run an API-format workflow on a headless ComfyUI")
     run.add_argument("workflow", type=Path)
     run.add_argument("--output", type=Path, default=Path("output"), help="folder for what the workflow makes (default: %(default)s)")
     run.add_argument(
         "--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="change an input of the workflow, a text as written; may be repeated"
     )
     run.add_argument("--overwrite", action="store_true", help="replace what has the same name (default: numbers go on from the highest there)")
-    plan = commands.add_parser("offload-plan", help="what a memory budget costs on a GPU, predicted from a weight file")
+    plan = command("offload-plan", _offload_plan, "what a memory budget costs on a GPU, predicted from a weight file")
     plan.add_argument("--model", type=Path, required=True, help="safetensors file of a diffusion model; of one in parts any part, or the index")
     plan.add_argument("--gb", type=float, required=True, help="GB (2**30 bytes) of weights that may be on the GPU at once")
     plan.add_argument("--gpu", help='such as "RTX 3060"')
@@ -136,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--tflops", type=float, help="TFLOP/s that your GPU reaches, instead of the assumption for --gpu")
     plan.add_argument("--gbps", type=float, help="1e9 bytes a second that its link reaches")
     plan.add_argument("--passes", type=int, default=2, help="forward passes of a sampling step: 2 with guidance (default: %(default)s)")
-    cube = commands.add_parser("hyperspectral", help="super-resolution of a hyperspectral cube (.npy, TIFF) with ESSAformer")
+    cube = command("hyperspectral", _hyperspectral, "super-resolution of a hyperspectral cube (.npy, TIFF) with ESSAformer")
     cube.add_argument("source", type=Path, metavar="IN", help=".npy or TIFF file of three axes; with --convert a checkpoint")
     cube.add_argument("target", type=Path, metavar="OUT", help="file to write: .npy or TIFF, same dtype and layout; with --convert .safetensors")
     cube.add_argument("--model", type=Path, help="ESSAformer .safetensors file")
@@ -149,13 +148,13 @@ def _parser() -> argparse.ArgumentParser:
     cube.add_argument("--overlap", type=int, default=32, help="input pixels that patches share (default: %(default)s)")
     cube.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one (default: %(default)s)")
     cube.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    layered = commands.add_parser("layers", help="convert a layered picture: PSD, OpenRaster, or a folder of PNG files")
+    layered = command("layers", _layers, "convert a layered picture: PSD, OpenRaster, or a folder of PNG files")
     layered.add_argument("source", type=Path, metavar="IN", help=".psd, .psb or .ora file, or a folder with layers.json")
     layered.add_argument("target", type=Path, metavar="OUT", help=".psd, .ora, or no ending for a folder of PNG files")
     faint = "make of each pass-through group below 100 %% opacity, which .ora has not, a normal group or one layer that looks the same"
     layered.add_argument("--flatten-groups", action="store_true", help=faint)
     layered.add_argument("--overwrite", action="store_true", help="replace OUT if it is a file that exists; a folder never is")
-    upscale = commands.add_parser("upscale", help="enlarge a picture, a folder of pictures or a video, patch by patch")
+    upscale = command("upscale", _upscale, "enlarge a picture, a folder of pictures or a video, patch by patch")
     upscale.add_argument("source", type=Path, metavar="IN", help="picture, folder of pictures, or video")
     upscale.add_argument("target", type=Path, metavar="OUT", help="file of type .png .jpg .webp .tif .mp4 .mov .mkv .webm; a folder for a folder")
     size = upscale.add_mutually_exclusive_group(required=True)
@@ -174,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     diffusion.add_argument("--servers", metavar="URL,URL", help="running ComfyUI servers with these nodes (default: started here, one a GPU)")
     diffusion.add_argument("--chunk", type=int, default=33, metavar="FRAMES", help="frames that the model gets at once (default: %(default)s)")
     diffusion.add_argument("--chunk-overlap", type=int, default=8, metavar="FRAMES", help="that chunks share (default: %(default)s)")
-    commands.add_parser("doctor", help="what this machine can run, and why not the rest")
+    command("doctor", _doctor, "what this machine can run, and why not the rest")
     return parser
 
 

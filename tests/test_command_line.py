@@ -21,7 +21,7 @@ def ends_with(monkeypatch, error: BaseException) -> None:
     def convert(options):
         raise error
 
-    monkeypatch.setitem(command_line.COMMANDS, "layers", convert)
+    monkeypatch.setattr(command_line, "_layers", convert)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,38 @@ def test_what_is_known_to_go_wrong_is_said_in_its_own_words(monkeypatch, capsys,
     assert found.startswith(f"tessera layers: {text}") and found.count("\n") == 1 and not PYTHON.search(found)
 
 
+def stopped(options):
+    raise KeyboardInterrupt
+
+
+def test_exit_status(monkeypatch, capsys, root):
+    """Each of those that the help and the README list; signals below."""
+    monkeypatch.setattr(command_line, "_doctor", lambda options: None)
+    monkeypatch.setattr(command_line, "_layers", stopped)
+    assert main(["doctor"]) == 0
+    assert main(["run", "no such file.json"]) == 1
+    assert main(["layers", "in.psd", "out.ora"]) == 130
+    capsys.readouterr()
+    for arguments in ([], ["layer"], ["layers", "in.psd"], ["doctor", "--no-such-option"]):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == 2 and capsys.readouterr().err.startswith("usage: ")
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    statuses = ("0 done", "1 not done", "2 a command line", "130 stopped", "143 for SIGTERM")
+    for text in (shown, " ".join((root / "README.md").read_text().replace("`", "").split())):
+        assert all(status in text[text.index("xit status") :] for status in statuses)
+
+
+def test_every_command_runs_its_own():
+    """One that forgets to say what it runs fails here, and runs nothing else."""
+    commands = next(action.choices for action in command_line._parser()._actions if action.dest == "command")
+    runs = [parser.get_default("run") for parser in commands.values()]
+    assert all(map(callable, runs)) and len(set(runs)) == len(runs)
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_signals_unwind(monkeypatch, name):
     """So that servers are stopped and what is whole is kept."""
@@ -74,7 +106,7 @@ def test_signals_unwind(monkeypatch, name):
         finally:
             unwound.append(True)
 
-    monkeypatch.setitem(command_line.COMMANDS, "doctor", wait)
+    monkeypatch.setattr(command_line, "_doctor", wait)
     try:
         with pytest.raises(SystemExit) as end:
             main(["doctor"])
@@ -86,7 +118,7 @@ def test_signals_unwind(monkeypatch, name):
 
 def test_a_terminal_that_lacks_letters(package_path):
     """What was done is done: a name that cannot be shown as it is does not make it fail."""
-    code = "import sys, tessera.__main__ as m; m.COMMANDS['doctor'] = lambda _: print('caf\xe9 \ud800.png'); sys.exit(m.main(['doctor']))"
+    code = "import sys, tessera.__main__ as m; m._doctor = lambda _: print('caf\xe9 \ud800.png'); sys.exit(m.main(['doctor']))"
     environment = {**os.environ, "PYTHONPATH": str(package_path), "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code.encode("unicode_escape").decode()], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "caf\\xe9 \\ud800.png\n", "")
