@@ -45,7 +45,8 @@ import utils.extra_config  # noqa: E402,F401  (first, as main.py does)
 from comfy_extras.nodes_upscale_model import ImageUpscaleWithModel, UpscaleModelLoader  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from tessera.models.upscale import metrics, pictures, spandrel_catanet  # noqa: E402
+from tessera.models.media.resize import resize  # noqa: E402
+from tessera.models.upscale import metrics, spandrel_catanet  # noqa: E402
 from tessera.models.upscale.pictures import Network, plan, upscale  # noqa: E402
 from tessera.nodes import UPSCALE  # noqa: E402
 from tessera.nodes.upscale import PatchUpscale  # noqa: E402
@@ -71,7 +72,7 @@ def picture(height: int, width: int) -> torch.Tensor:
         return drawn(height, width)
     with Image.open(options.picture) as image:
         found = torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0).float() / 255
-    return pictures.resize(found, (width, height)).clamp(0, 1)
+    return resize(found, (width, height)).clamp(0, 1)
 
 
 def model():

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import FileError
-from ..media.containers import INDEXED, BrokenVideoError, check_file, check_size, failure, first_video, open_video, reading_video
+from ..media.containers import BrokenVideoError, Ending, check_file, check_size, failure, first_video, open_video, reading_video
 from ..media.picture_files import read_picture
 from ..media.sound import Sound
 from ..media.ycbcr import Colour, bit_depth, colour_tags, plane_codes, to_rgb
@@ -284,17 +284,6 @@ def _video_times(path: Path, declared: Fraction | None) -> tuple[Fraction, int |
     return rate, count, _mean_noted(shortest, longest) if max(steps) - min(steps) > 2 else ()
 
 
-def _declared_end(container: Any, video: Any) -> Fraction | None:
-    """Where the stream ends by the header, in seconds on the file's clock: Matroska has that as a text."""
-    match = re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", video.metadata.get("DURATION", ""))
-    if match is not None:
-        hours, minutes, seconds = (Fraction(part) for part in match.groups())
-        return hours * 3600 + minutes * 60 + seconds
-    if video.duration and container.format.name.startswith(INDEXED):  # elsewhere it is an estimate
-        return ((video.start_time or 0) + video.duration) * video.time_base
-    return None
-
-
 def _decoded(path: Path) -> Iterator[Tensor]:
     with open_video(path) as container:
         video, colour = first_video(container, str(path)), None
@@ -315,23 +304,19 @@ def _frames(container: Any, video: Any, path: Path) -> Iterator[Any]:
             decoder = decoder if name is None else av.CodecContext.create(name, "r")
         except ValueError as error:
             raise FileError(f"{path} is transparent, and this build of PyAV has no {name} to read that with; install av from PyPI") from error
-    count = longest = 0
-    start = last = end = video.start_time or 0
+    count, ending = 0, Ending(container, video)
     try:
-        for packet in container.demux(video):
-            if packet.pts is not None:
-                end = max(end, packet.pts + (packet.duration or 0))
-                longest, last = max(longest, packet.pts - last, packet.duration or 0), packet.pts
+        for packet in container.demux([video, *(item for item in container.streams if item.type in ("audio", "subtitle"))]):
+            ending.see(packet)
+            if packet.stream.index != video.index:
+                continue
             for frame in decoder.decode(packet if packet.size else None):
                 yield frame
                 count += 1
     except av.FFmpegError as error:
         raise BrokenVideoError(f"{path} {failure(error, f'damaged or cut off after {count} frames')}") from error
-    # A file that was cut off ends like a complete one. Matroska does not keep how long the last frame lasts.
-    declared = _declared_end(container, video)
-    if end > start and declared is not None and declared - end * video.time_base > max(longest * video.time_base, declared / 100):
-        seconds = f"second {float(end * video.time_base):.2f} of {float(declared):.2f}"
-        raise BrokenVideoError(f"{path} is cut off after {count} frames, at {seconds}; get a complete copy of it")
+    if where := ending.cut_off():
+        raise BrokenVideoError(f"{path} is cut off after {count} frames, at {where}; get a complete copy of it")
 
 
 def _has_alpha(format: Any) -> bool:

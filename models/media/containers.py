@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any
 
@@ -95,6 +97,56 @@ def first_video(container: Any, name: str) -> Any:
 
 def is_cover(item: Any) -> bool:
     return bool(item.disposition & item.disposition.attached_pic)
+
+
+class Ending:
+    """Tells a file that was cut off, which ends like a complete one, by what its header knows of its length.
+
+    `see` all packets of sound, subtitles and `video`, which is its first one. Two lengths count, that of the picture and that of the file.
+    """
+
+    def __init__(self, container: Any, video: Any) -> None:
+        self.container, self.video = container, video
+        self._start = (video.start_time or 0) * video.time_base
+        self._picture = self._file = self._start  # where they end, in seconds on the file's clock
+        self._last: int | None = None
+        self._longest = 0  # a frame, in the time base
+
+    def see(self, packet: Any) -> None:
+        if packet.pts is None:
+            return
+        end = (packet.pts + (packet.duration or 0)) * packet.time_base
+        self._file = max(self._file, end)
+        if packet.stream.index == self.video.index:
+            self._picture = max(self._picture, end)
+            # By dts, because frames are not stored in the order in which they are shown.
+            gap = 0 if packet.dts is None or self._last is None else packet.dts - self._last
+            self._longest, self._last = max(self._longest, packet.duration or 0, gap), packet.dts
+
+    def cut_off(self) -> str | None:
+        """Where the file ended, "second 1.00 of 2.00"; None: it is whole, or nobody knows."""
+        alone = sum(not is_cover(item) for item in self.container.streams.video) == 1
+        picture, whole = self._declared(), Fraction(self.container.duration or 0, av.time_base) if self._is_indexed and alone else Fraction(0)
+        longest = self._longest * self.video.time_base  # Matroska does not keep how long the last frame lasts
+        if picture is not None and self._picture > self._start and picture - self._picture > max(longest, picture / 100):
+            return f"second {float(self._picture):.2f} of {float(picture):.2f}"
+        if whole - self._file > max(longest, whole / 100, Fraction(1, 4)):
+            return f"second {float(self._file):.2f} of {float(whole):.2f}"
+        return None
+
+    @property
+    def _is_indexed(self) -> bool:
+        return bool(self.container.format.name.startswith(INDEXED))
+
+    def _declared(self) -> Fraction | None:
+        """Where the picture ends by the header: Matroska has that as a text."""
+        match = re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", self.video.metadata.get("DURATION", ""))
+        if match is not None:
+            hours, minutes, seconds = (Fraction(part) for part in match.groups())
+            return hours * 3600 + minutes * 60 + seconds
+        if self.video.duration and self._is_indexed:  # elsewhere it is an estimate
+            return self._start + self.video.duration * self.video.time_base
+        return None
 
 
 def write_error(error: av.FFmpegError, target: Path, frames: int, advice: str) -> ValueError | OSError:

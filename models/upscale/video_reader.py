@@ -13,7 +13,7 @@ import av
 from torch import Tensor
 
 from ..errors import FileError
-from ..media.containers import INDEXED, BrokenVideoError, File, first_video, is_cover, open_video, reading_video, source_name
+from ..media.containers import INDEXED, BrokenVideoError, Ending, File, first_video, is_cover, open_video, reading_video, source_name
 from ..media.ycbcr import BT709, LIMITED, SRGB, Colour, bit_depth, colour_tags, to_rgb
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class VideoReader:
     def decoded(self, streams: tuple[Any, ...], other_packet: Callable[[Any], None]) -> Iterator[Any]:
         """Frames of the picture. Packets before the first one may fail: recordings start between key frames."""
         packets = self.container.demux(streams)
-        time, end, seen = 0.0, Fraction(0), False
+        time, seen, ending = 0.0, False, Ending(self.container, self.video)
         while True:
             packet = None
             try:
@@ -165,8 +165,7 @@ class VideoReader:
                     continue
                 self.broken = f"{self.name} is damaged or cut off at second {time:.2f} ({error.strerror}); get a complete copy of it"
                 return
-            if packet.pts is not None and packet.duration:
-                end = max(end, (packet.pts + packet.duration) * packet.time_base)
+            ending.see(packet)
             if frames is None:
                 other_packet(packet)
                 continue
@@ -174,11 +173,8 @@ class VideoReader:
                 seen = True
                 time = frame.time or time
                 yield frame
-        # A file that was cut off ends like a complete one, but its header may know the length.
-        declared = Fraction(self.container.duration or 0, av.time_base)
-        knows = self.container.format.name.startswith(INDEXED) and sum(not is_cover(item) for item in self.container.streams.video) == 1
-        if knows and declared - end > max(Fraction(1, 4), declared / 100):
-            self.broken = f"{self.name} is cut off at second {float(end):.2f} of {float(declared):.2f}; get a complete copy of it"
+        if where := ending.cut_off():
+            self.broken = f"{self.name} is cut off at {where}; get a complete copy of it"
 
     def seek(self, start: Fraction) -> None:
         """To the key frame at or before a time on the file's clock, in files that know where it is; the others are read from their start."""
