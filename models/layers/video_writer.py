@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import os
 import struct
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -94,7 +94,7 @@ class Saved:
 
 
 def save(
-    target: str | os.PathLike,
+    target: str | os.PathLike[str],
     frames: Iterable[Tensor],
     rate: Fraction | int,
     format: str,
@@ -136,48 +136,53 @@ def save(
     texts = dict(metadata or {})
     if alpha == "premultiplied":
         texts[ALPHA_TAG] = alpha
+    settings = {"crf": str(crf)} if format == "VP9 WebM" else {}
+    if format == "animated WebP":
+        settings = {"lossless": "1"} if quality is None else {"quality": str(quality)}
+    settings = {**kind.options, **settings, **(options or {})}
     done = 0
-    writer: _FileWriter | _FolderWriter | None = None
     with finished(target) as unfinished:
         try:
+            writer: _FileWriter | _FolderWriter
             if kind.codec:
-                settings = {"crf": str(crf)} if format == "VP9 WebM" else {}
-                if format == "animated WebP":
-                    settings = {"lossless": "1"} if quality is None else {"quality": str(quality)}
-                writer = _FileWriter(unfinished, kind, bits, rate, (width, height), {**kind.options, **settings, **(options or {})}, sound, texts)
+                writer = _FileWriter(unfinished, kind, bits, rate, (width, height), settings, sound, texts)
             else:
                 writer = _FolderWriter(unfinished, bits, rate, sound, texts)
-            for frame in itertools.chain((first,), iterator):
-                if frame.shape != first.shape:
-                    raise ValueError(f"frame {done} is {tuple(frame.shape)} and the first {tuple(first.shape)}; give all frames one size")
-                frame = frame.detach().float().cpu()
-                if not frame.isfinite().all():
-                    raise ValueError(f"frame {done} has values that are not finite numbers; look for the node that made them")
-                frame = frame.clamp(0, 1)
-                if alpha == "premultiplied":
-                    frame = torch.cat([frame[..., :3] * frame[..., 3:], frame[..., 3:]], -1)
-                elif not kind.lossless:
-                    frame = pull_push(frame)
-                writer.write(frame)
-                done += 1
-            writer.finish()
+            with closing(writer):
+                for frame in _prepared(itertools.chain((first,), iterator), first.shape, kind, alpha):
+                    writer.write(frame)
+                    done += 1
+                writer.finish()
         except av.FFmpegError as error:
             raise write_error(error, target, done, "another format or size") from error
-        finally:
-            if writer is not None:
-                writer.abandon()
     notes = [f"the sound was left out: {format} has none"] if sound is not None and kind.sound is None else []
     return Saved(done, width, height, bits, notes)
 
 
-def save_preview(target: str | os.PathLike, frames: Iterable[Tensor], rate: Fraction | int, side: int = 512) -> None:
+def _prepared(frames: Iterable[Tensor], shape: tuple[int, ...], kind: Format, alpha: str) -> Iterator[Tensor]:
+    """As they are stored: float32 on the CPU, in 0..1. Raises ValueError."""
+    for number, frame in enumerate(frames):
+        if frame.shape != shape:
+            raise ValueError(f"frame {number} is {tuple(frame.shape)} and the first {tuple(shape)}; give all frames one size")
+        frame = frame.detach().float().cpu()
+        if not frame.isfinite().all():
+            raise ValueError(f"frame {number} has values that are not finite numbers; look for the node that made them")
+        frame = frame.clamp(0, 1)
+        yield _premultiplied(frame) if alpha == "premultiplied" else frame if kind.lossless else pull_push(frame)
+
+
+def _premultiplied(frame: Tensor) -> Tensor:
+    return torch.cat([frame[..., :3] * frame[..., 3:], frame[..., 3:]], -1)
+
+
+def save_preview(target: str | os.PathLike[str], frames: Iterable[Tensor], rate: Fraction | int, side: int = 512) -> None:
     """A small VP9 WebM of a clip, which browsers play, of no more than `side` pixels a side. frames: as for `save`."""
 
     def small(frame: Tensor) -> Tensor:
         height, width = frame.shape[:2]
         scale = min(1.0, side / max(height, width))
         size = [max(round(length * scale / 2), 1) * 2 for length in (height, width)]
-        premultiplied = torch.cat([frame[..., :3] * frame[..., 3:], frame[..., 3:]], -1).float().cpu().clamp(0, 1)
+        premultiplied = _premultiplied(frame).float().cpu().clamp(0, 1)
         resized = F.interpolate(premultiplied.movedim(-1, 0)[None], size, mode="bilinear", antialias=True)[0]
         return straight(resized.movedim(0, -1))
 
@@ -201,10 +206,8 @@ def _checked(target: Path, format: str, rate: Fraction | int, alpha: str, sound:
     bits = next(iter(kind.pixels)) if bits is None else bits
     if bits not in kind.pixels:
         raise ValueError(f"bits is {bits}; {format} has {' or '.join(map(str, kind.pixels))} a channel")
-    if sound is not None and (sound.samples.ndim != 2 or len(sound.samples) not in LAYOUTS):
-        raise ValueError(f"the sound is {tuple(sound.samples.shape)} (channels, samples); give 1, 2, 6 or 8 channels")
-    if sound is not None and not sound.samples.isfinite().all():
-        raise ValueError("the sound has values that are not finite numbers; look for the node that made them")
+    if sound is not None:
+        _check_sound(sound)
     if kind.codec:
         try:
             av.codec.Codec(kind.codec, "w")
@@ -213,6 +216,13 @@ def _checked(target: Path, format: str, rate: Fraction | int, alpha: str, sound:
             message = f"{format} needs the encoder {kind.codec}, which this build of PyAV has not; install av from PyPI, or use another of {others}"
             raise ValueError(message) from error
     return kind, bits, Fraction(rate).limit_denominator(1001)
+
+
+def _check_sound(sound: Sound) -> None:
+    if sound.samples.ndim != 2 or len(sound.samples) not in LAYOUTS:
+        raise ValueError(f"the sound is {tuple(sound.samples.shape)} (channels, samples); give 1, 2, 6 or 8 channels")
+    if not sound.samples.isfinite().all():
+        raise ValueError("the sound has values that are not finite numbers; look for the node that made them")
 
 
 def pull_push(picture: Tensor) -> Tensor:
@@ -300,7 +310,7 @@ class _FileWriter:
         elif self.kind.container == "webp":
             _add_webp_texts(self.path, {**self.texts, RATE_TAG: str(self.rate)})
 
-    def abandon(self) -> None:
+    def close(self) -> None:
         with suppress(Exception):  # whatever state it is in; nothing where it is closed
             self.container.close()
 
@@ -329,7 +339,7 @@ class _FolderWriter:
             self.sound.finish()
             self.container.close()
 
-    def abandon(self) -> None:
+    def close(self) -> None:
         if self.container is not None:
             with suppress(Exception):
                 self.container.close()
