@@ -20,11 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.media.containers import open_video
-from ..models.media.ycbcr import to_rgb
 from ..models.upscale.pictures import NAMED
 from ..models.upscale.video import upscale_video
-from ..models.upscale.video_reader import VideoFacts, VideoReader, inspect_video
+from ..models.upscale.video_reader import Frame, inspect_video, open_reader
 from ..models.upscale.video_writer import CONTAINERS
 from .chunks import Chunks, ServersError
 from .comfy_client import ComfyClient
@@ -52,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix=f".{target.stem[:64]}.", dir=target.parent)))
         pool = stack.enter_context(Chunks(servers, workflow, folder))
         line = stack.enter_context(ProgressLine(source.name))
-        pool.begin(_frames(source, facts), options.chunk, options.chunk_overlap)
+        pool.begin(_frames(source), options.chunk, options.chunk_overlap)
         estimate = ceil((facts.frames - options.chunk_overlap) / (options.chunk - options.chunk_overlap)) if facts.frames else 0
 
         def show(done: int, total: int | None) -> None:
@@ -120,11 +118,9 @@ def _connect(options: argparse.Namespace, stack: ExitStack) -> Sequence[ComfyCli
     return servers
 
 
-def _frames(source: Path, facts: VideoFacts) -> Iterator[Tensor]:
+def _frames(source: Path) -> Iterator[Tensor]:
     """What `upscale_video` reads, (3, height, width) in 0..1, to its end or to where it would stop."""
-    with open_video(source) as container:
-        reader = VideoReader(container, str(source))
-        for frame in reader.decoded((reader.video, *reader.others), lambda packet: None):
-            if (frame.width, frame.height) != (facts.width, facts.height):
-                return
-            yield to_rgb(frame, facts.colour)
+    with open_reader(source) as reader:
+        for item in reader:
+            if isinstance(item, Frame):
+                yield item.rgb()

@@ -20,7 +20,7 @@ from ..models.upscale.networks import NetworkFile, built_in, read_network
 from ..models.upscale.pictures import NAMED, SMALLEST_TILE, Network, passes, target_size, upscale
 from ..models.upscale.tiling import Patch, Progress
 from ..models.upscale.video import upscale_video
-from ..models.upscale.video_reader import inspect_video
+from ..models.upscale.video_reader import open_reader
 from ..models.upscale.video_writer import CONTAINERS
 from ..models.upscale.workers import WorkerError, Workers, processes, ray_cluster
 
@@ -238,24 +238,22 @@ def _picture(source: Path, target: Path, options: argparse.Namespace, engine: _E
 
 def _video(source: Path, target: Path, options: argparse.Namespace, engine: _Engine) -> None:
     start = time.monotonic()
-    facts = inspect_video(source)
-    size = wanted_size(options, facts.width, facts.height)
-    run = engine.get(facts.width, facts.height, size)
-    count = passes(facts.width, facts.height, size, run.network.scale)
     steps_down: list[str] = []
+    with open_reader(source) as reader, ProgressLine(source.name) as line:
+        size = wanted_size(options, reader.facts.width, reader.facts.height)
+        run = engine.get(reader.facts.width, reader.facts.height, size)
+        count = passes(reader.facts.width, reader.facts.height, size, run.network.scale)
 
-    def operator(frames: Tensor) -> Tensor:
-        seen = _Passes(count, run.network.scale)
-        out = run.enlarge(frames[0], size, options.tile >> len(steps_down), seen)
-        steps_down.extend(seen.steps_down)  # the next frame would not fit either
-        return out[None]
-
-    with ProgressLine(source.name) as line:
+        def operator(frames: Tensor) -> Tensor:
+            seen = _Passes(count, run.network.scale)
+            out = run.enlarge(frames[0], size, options.tile >> len(steps_down), seen)
+            steps_down.extend(seen.steps_down)  # the next frame would not fit either
+            return out[None]
 
         def on_frame(done: int, total: int | None, frame: Tensor | None) -> None:
             line.show(done / max(total, done, 1) if total else None, f"frame {done}" + (f" of {max(total, done)}" if total else ""))
 
-        summary = upscale_video(source, target, operator, size, on_frame=on_frame, interrupt=(KeyboardInterrupt, SystemExit))
+        summary = upscale_video(reader, target, operator, size, on_frame=on_frame, interrupt=(KeyboardInterrupt, SystemExit))
     run.report(target, (summary.width, summary.height), count, f"{summary.frames} frames, ", start, [*summary.notes, *steps_down])
 
 

@@ -8,6 +8,7 @@ Prints one JSON object per case.
 import json
 import sys
 import tempfile
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +39,7 @@ from server import PromptServer  # noqa: E402
 import nodes  # noqa: E402
 from tessera.models.default import vocabulary  # noqa: E402
 from tessera.models.upscale.video import upscale_video  # noqa: E402
-from tessera.models.upscale.video_reader import Clip  # noqa: E402
+from tessera.models.upscale.video_reader import Clip, VideoReader  # noqa: E402
 from tessera.nodes import DEFAULT_WEIGHTS  # noqa: E402
 from tessera.nodes.upscale import PatchUpscale, PatchUpscaleVideoFile  # noqa: E402
 from tessera.nodes.upscale.pictures import Display  # noqa: E402
@@ -195,6 +196,28 @@ class Nearest:
         return torch.nn.functional.interpolate(x, scale_factor=2)
 
 
+@contextmanager
+def counted(source):
+    """How often a file is opened, and how many frames are decoded of whatever is."""
+    counts = {"opened": 0, "decoded": 0}
+    real_open, real_decoded = av.open, VideoReader._decoded
+
+    def open_one(file, *rest, **more):
+        counts["opened"] += file == source
+        return real_open(file, *rest, **more)
+
+    def decoded(reader):
+        for item in real_decoded(reader):
+            counts["decoded"] += isinstance(item, av.VideoFrame)
+            yield item
+
+    av.open, VideoReader._decoded = open_one, decoded
+    try:
+        yield counts
+    finally:
+        av.open, VideoReader._decoded = real_open, real_decoded
+
+
 def interrupted():
     """A clip of 12 frames of 2 patches, stopped in the middle of the sixth: what is kept, said, and computed in the next run."""
     PromptServer.instance = SimpleNamespace(client_id="window", send_progress_text=lambda line, node, window: said.append(line))
@@ -220,13 +243,14 @@ def interrupted():
                 found = type(stopped).__name__
             comfy.model_management.interrupt_current_processing(False)
             lists.append(sorted(file.name for file in (out / "sub").glob(f"*{name}*")))
-            node.execute(upscale_model=third, **{**arguments, "crf": 17})  # another run: it must not take the part
+            with counted(f"file:{folder}/{name}.mp4") as count_of:
+                node.execute(upscale_model=third, **{**arguments, "crf": 17})  # another run: it must not take the part
             node.execute(upscale_model=second, **arguments)
             lists.append(sorted(file.name for file in (out / "sub").glob(f"*{name}*")))
             with av.open(str(out / "sub" / f"{name}_00002_.mp4")) as container:
                 count = len(list(container.decode(video=0)))
             calls = [first.calls, third.calls, second.calls]
-            emit(f"interrupted {name}", found=found, files=lists, calls=calls, said=said, previews=previews, frames=count)
+            emit(f"interrupted {name}", found=found, files=lists, calls=calls, said=said, previews=previews, frames=count, **count_of)
 
 
 def pictures():

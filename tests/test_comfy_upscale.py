@@ -107,6 +107,7 @@ def test_an_interrupted_video_goes_on(results, case):
     assert len(before) == 1 and before[0].startswith(f"{case}.") and before[0].endswith(".part.mp4")
     assert after == [f"{case}_00001_.mp4", f"{case}_00002_.mp4"] and line["frames"] == 12
     assert line["calls"] == [11, 24, 14]
+    assert (line["opened"], line["decoded"]) == (1, 12), "the source, by a run from its first frame on"
 
 
 def test_progress_is_shown_as_text_and_picture(results):

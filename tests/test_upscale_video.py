@@ -22,7 +22,7 @@ av = pytest.importorskip("av")
 from tessera.models.errors import FileError  # noqa: E402
 from tessera.models.media.containers import BrokenVideoError  # noqa: E402
 from tessera.models.upscale.video import upscale_video  # noqa: E402
-from tessera.models.upscale.video_reader import Clip, inspect_video  # noqa: E402
+from tessera.models.upscale.video_reader import Clip, inspect_video, open_reader  # noqa: E402
 
 # R'G'B' to Y'CbCr as the standards print it: weights of luma, divisors of B'-Y' and R'-Y'.
 MATRICES = {
@@ -696,6 +696,20 @@ def test_trim(out, suffix, trim, expected):
     first = whole.index(kept[0])
     assert kept == whole[first : first + len(kept)]
     assert abs(len(kept) * 1024 / 48000 - len(expected) / 25) < 0.05 and abs(first * 1024 / 48000 - expected[0] / 25) < 0.05
+
+
+@pytest.mark.parametrize("trim", [(0.0, 0.0), (0.4, 0.0)])
+def test_a_source_that_was_opened_for_its_facts_is_read_on(out, monkeypatch, trim):
+    source = clip(out / "in.mp4", 30, sound=1.2)
+    opened, real = [], av.open
+    monkeypatch.setattr(av, "open", lambda file, *rest, **more: opened.append(file) or real(file, *rest, **more))
+    upscale_video(source, out / "by_path.mkv", identity, (64, 48), trim=trim, codec="ffv1")
+    opened.clear()
+    with open_reader(source, trim) as reader:
+        assert (reader.facts.width, reader.facts.height) == (64, 48)
+        upscale_video(reader, out / "by_reader.mkv", identity, (64, 48), codec="ffv1")
+    assert opened.count(f"file:{source}") == 1 and times(out / "by_reader.mkv") == times(out / "by_path.mkv")
+    assert sound_packets(out / "by_reader.mkv") == sound_packets(out / "by_path.mkv")
 
 
 def test_trim_behind_the_end(source, out):

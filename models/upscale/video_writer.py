@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..media.sound import LAYOUTS, Sound, SoundWriter
 from ..media.ycbcr import bit_depth, plane_codes, to_planes
-from .video_reader import Clip, ClipReader, Reader, VideoFacts
+from .video_reader import Clip, ClipReader, Reader
 
 CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}
 CLIP = -1  # index of the sound of a clip in memory, which is no stream of a file
@@ -80,13 +80,12 @@ class VideoWriter:
         path: Path,
         target: Path,
         reader: Reader,
-        facts: VideoFacts,
         size: tuple[int, int],
         crf: int | None,
         codec: str | None,
         metadata: Mapping[str, str],
     ) -> None:
-        self.target, self.facts, self.size = target, facts, (size[0], size[1])
+        self.target, self.facts, self.size = target, reader.facts, (size[0], size[1])
         self.notes: list[str] = []
         self.pixel_format = ""
         self._durations: dict[int, int] = {}
@@ -96,7 +95,6 @@ class VideoWriter:
         self._finished: Iterator[Any] = iter(())
         self._shift: Fraction | None = None  # from its stamps to ours, in seconds
         self._times: deque[int] = deque()  # pts of the frames from which the next packets get their dts
-        self._step = max(round(1 / (facts.rate * facts.time_base)), 1)
         self._waiting: Any | None = None  # a frame whose duration is not known yet
         self._written = self._last_duration = 0
         self._open_video(path, reader, crf, codec)
@@ -104,10 +102,10 @@ class VideoWriter:
         self._recoded: dict[int, Any] = {}
         for item in reader.others:
             self._add_other(item)
-        self.sound = self._add_clip_sound(reader.clip) if isinstance(reader, ClipReader) else None
+        self.sound = self._add_clip_sound(reader.source) if isinstance(reader, ClipReader) else None
         self.container.metadata.update({key: value for key, value in reader.metadata.items() if not _TECHNICAL.fullmatch(key)})
         self.container.metadata.update(metadata)
-        if reader.chapters and not facts.trimmed:
+        if reader.chapters and not self.facts.trimmed:
             self.container.set_chapters(reader.chapters)
         self.container.start_encoding()
 
@@ -241,12 +239,7 @@ class VideoWriter:
 
     def other_packet(self, packet: Any) -> None:
         """Take a packet of another stream than the picture."""
-        index = packet.stream.index
-        start, stop = self.facts.start, self.facts.stop
-        if self.facts.trimmed and packet.pts is not None:
-            time = packet.pts * packet.time_base
-            if time < start or (stop is not None and time >= stop):
-                return
+        index, start = packet.stream.index, self.facts.start
         try:
             if index in self._recoded:
                 for frame in packet.decode():
@@ -297,7 +290,7 @@ class VideoWriter:
             self._shift = pts * self.facts.time_base - self._part_start
         shift = round(self._shift / packet.time_base)
         packet.pts += shift
-        self._times.append(pts)
+        self._begin_frame(pts)
         self._mux_picture(packet)
 
     def write(self, rgb: Tensor, pts: int) -> None:
@@ -311,7 +304,6 @@ class VideoWriter:
         # Two in turn, one of which waits: a new one each time would leave holes in the heap, which then grows.
         frame = self._frames[self._written % 2]
         frame.make_writable()
-        self._written += 1
         planes = [plane_codes(plane, self._bits) for plane in frame.planes]
         # Bands, because the steps in between need several times the memory of what they convert.
         band = 128 if rgb.device.type == "cpu" else rgb.shape[1]
@@ -320,9 +312,15 @@ class VideoWriter:
             for plane, part, coarser in zip(planes, codes, (1, self._down, self._down), strict=True):
                 plane[top // coarser : top // coarser + len(part)] = part
         frame.pts, frame.time_base = pts, self.facts.time_base
-        self._times.append(pts)
+        self._begin_frame(pts)
         self._rounded |= (pts * self.facts.time_base * 1000).denominator > 1
         self._encode(frame)
+
+    def _begin_frame(self, pts: int) -> None:
+        self._times.append(pts)
+        self._written += 1
+        if self.sound is not None:
+            self.sound.until(self._written)
 
     def _encode(self, frame: Any | None) -> None:
         """Encode the frame before this one, which lasts until this one. None: it was the last."""
@@ -345,7 +343,7 @@ class VideoWriter:
         """
         if self._early:
             self._early -= 1
-            time = self._times[0] - self._step * (self._early + 1)
+            time = self._times[0] - self.facts.step * (self._early + 1)
         else:
             time = self._times.popleft()
         packet.dts = min(floor(time * self.facts.time_base / packet.time_base), packet.pts)
@@ -363,7 +361,7 @@ class VideoWriter:
         if self._part is not None:
             self._part.close()
 
-    def abandon(self) -> None:
+    def close(self) -> None:
         """Close the file, whatever state it is in; nothing where it is closed."""
         with suppress(Exception):
             self.container.close()

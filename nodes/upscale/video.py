@@ -69,7 +69,10 @@ class PatchUpscaleVideoNetwork(io.ComfyNode):
         folder = Path(folder_paths.get_temp_directory())
         folder.mkdir(parents=True, exist_ok=True)
         target, part = folder / f"tessera_{mark}.mp4", folder / f"tessera_{mark}.part.mp4"
-        line = _upscale(cls.hidden.unique_id, upscale_model, source, trim, target, part, size, tile, overlap, crf)
+        from ...models.upscale.video_reader import open_reader
+
+        with open_reader(source, trim) as reader:
+            line = _upscale(cls.hidden.unique_id, upscale_model, reader, target, part, size, tile, overlap, crf)
         return io.NodeOutput(InputImpl.VideoFromFile(str(target)), ui={"text": (line,)})
 
 
@@ -116,26 +119,25 @@ class PatchUpscaleVideoFile(io.ComfyNode):
     @classmethod
     def execute(cls, upscale_model, file, size, tile, overlap, filename_prefix, container, crf) -> io.NodeOutput:
         path = _existing(file)
-        from ...models.upscale.video_reader import inspect_video
+        from ...models.upscale.video_reader import open_reader
 
-        facts = inspect_video(path)
-        wanted = size_for(facts.width, facts.height, size)
-        folder, name, counter, subfolder = numbered(filename_prefix, *wanted)
-        mark = _fingerprint(upscale_model, path, (size, tile, overlap, crf))
-        target, part = Path(folder, f"{name}_{counter:05}_.{container}"), Path(folder, f"{name}.{mark}.part.{container}")
-        tags = {} if args.disable_metadata else {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
-        metadata = {key: json.dumps(value) for key, value in tags.items() if value is not None}
-        line = _upscale(cls.hidden.unique_id, upscale_model, path, WHOLE, target, part, size, tile, overlap, crf, metadata)
+        with open_reader(path) as reader:
+            wanted = size_for(reader.facts.width, reader.facts.height, size)
+            folder, name, counter, subfolder = numbered(filename_prefix, *wanted)
+            mark = _fingerprint(upscale_model, path, (size, tile, overlap, crf))
+            target, part = Path(folder, f"{name}_{counter:05}_.{container}"), Path(folder, f"{name}.{mark}.part.{container}")
+            tags = {} if args.disable_metadata else {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
+            metadata = {key: json.dumps(value) for key, value in tags.items() if value is not None}
+            line = _upscale(cls.hidden.unique_id, upscale_model, reader, target, part, size, tile, overlap, crf, metadata)
         shown = ui.PreviewVideo([ui.SavedResult(target.name, subfolder, io.FolderType.output)]).as_dict()
         return io.NodeOutput(InputImpl.VideoFromFile(str(target)), ui={**shown, "text": (line,)})
 
 
-def _upscale(node_id, upscale_model, source, trim, target, part, size, tile, overlap, crf, metadata=None) -> str:
-    """Upscale a source of the library into `target`; what an interrupted run finished is in `part`. Returns a line on what was done."""
+def _upscale(node_id, upscale_model, reader, target, part, size, tile, overlap, crf, metadata=None) -> str:
+    """Upscale an open source of the library into `target`; what an interrupted run finished is in `part`. Returns a line on what was done."""
     from ...models.upscale.video import upscale_video
-    from ...models.upscale.video_reader import inspect_video
 
-    facts = inspect_video(source, trim)
+    facts = reader.facts
     wanted = size_for(facts.width, facts.height, size)
     device = load_network(upscale_model, 4, tile)
     network = network_of(upscale_model)
@@ -165,8 +167,8 @@ def _upscale(node_id, upscale_model, source, trim, target, part, size, tile, ove
     try:
         # RuntimeError: torch's own, such as memory that other programs have taken. Hours of work must not be lost to it.
         stops = (mm.InterruptProcessingException, RuntimeError)
-        settings = {"interrupt": stops, "crf": crf, "trim": trim, "metadata": metadata, "part": part, "resume": True}
-        summary = upscale_video(source, target, operator, wanted, on_frame=on_frame, **settings)
+        settings = {"interrupt": stops, "crf": crf, "metadata": metadata, "part": part, "resume": True}
+        summary = upscale_video(reader, target, operator, wanted, on_frame=on_frame, **settings)
     except BaseException as error:
         for note in getattr(error, "__notes__", []):
             line = f"{note}. Queue the same again to go on from there"
