@@ -114,7 +114,7 @@ class ComfyClient:
     @property
     def version(self) -> str:
         """ComfyUI's own version."""
-        return self.system["system"]["comfyui_version"]
+        return str(self.system["system"]["comfyui_version"])
 
     def run(self, workflow: Mapping[str, Any], *, targets: Sequence[str] | None = None, timeout: float = 3600.0) -> PromptResult:
         """Queue an API-format workflow and wait for its end.
@@ -139,7 +139,7 @@ class ComfyClient:
         if body.get("node_errors"):
             self.cancel(body["prompt_id"])
             raise PromptRefusedError(status, body)
-        return body["prompt_id"]
+        return str(body["prompt_id"])
 
     def wait(self, prompt_id: str, timeout: float = 3600.0) -> PromptResult:
         """Wait for the end of a queued prompt. Raises PromptLostError where the server does not know it any more."""
@@ -176,7 +176,8 @@ class ComfyClient:
                 queued = self._is_queued(prompt_id)  # before the history is read, as in `wait`
                 _, history = self._request(f"/history/{prompt_id}")
                 if prompt_id in history:
-                    return history[prompt_id]["outputs"]
+                    outputs: dict[str, dict[str, Any]] = history[prompt_id]["outputs"]
+                    return outputs
                 if not queued or time.monotonic() > deadline:
                     return {}
                 time.sleep(0.1)

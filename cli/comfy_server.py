@@ -191,7 +191,7 @@ class ComfyServer(ComfyClient):
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
 def _has_accelerator(python: Path, environment: Mapping[str, str]) -> bool:

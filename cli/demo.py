@@ -274,4 +274,5 @@ def _node(workflow: Workflow, class_type: str) -> str:
 
 
 def _inputs(workflow: Workflow, class_type: str) -> dict[str, Any]:
-    return workflow[_node(workflow, class_type)]["inputs"]
+    inputs: dict[str, Any] = workflow[_node(workflow, class_type)]["inputs"]
+    return inputs

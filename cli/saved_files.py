@@ -32,7 +32,7 @@ def entries(outputs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, dic
 
 def relative_path(entry: Mapping[str, Any]) -> PurePosixPath:
     """Where an entry's file lies in the output folder. Raises ValueError for a place outside."""
-    path = PurePosixPath(str(entry["subfolder"]).replace("\\", "/")) / entry["filename"].replace("\\", "/")
+    path: PurePosixPath = PurePosixPath(str(entry["subfolder"]).replace("\\", "/")) / entry["filename"].replace("\\", "/")
     if path.is_absolute() or ".." in path.parts or not path.parts or ":" in path.parts[0] or "\0" in str(path):
         raise ValueError(f"the server names a file outside its output folder, {str(path)!r}; it is not saved")
     return path

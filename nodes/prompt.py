@@ -20,7 +20,7 @@ class ShapesPrompt(io.ComfyNode):
     checks = (_check_shapes,)
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TesseraShapesPrompt",
             display_name="Shapes Prompt",
@@ -38,7 +38,7 @@ class ShapesPrompt(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, text) -> io.NodeOutput:
+    def execute(cls, text: str) -> io.NodeOutput:
         return io.NodeOutput([[vocabulary.encode(text), {}]])
 
 
@@ -46,7 +46,7 @@ class LayersPrompt(io.ComfyNode):
     checks = (_check_layers,)
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TesseraLayersPrompt",
             display_name="Layers Prompt",
@@ -65,5 +65,5 @@ class LayersPrompt(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, text) -> io.NodeOutput:
+    def execute(cls, text: str) -> io.NodeOutput:
         return io.NodeOutput([[layers_vocabulary.embed(layers_vocabulary.parse(text))[None], {}]])

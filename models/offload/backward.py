@@ -106,7 +106,7 @@ class Backward:
         self._refs.add(ref)
         return ref
 
-    def _unpack(self, saved: Any) -> Tensor:
+    def _unpack(self, saved: _Outer | _Ref | Tensor) -> Tensor:
         if isinstance(saved, _Outer):
             return saved.unpack(saved.packed)
         if not isinstance(saved, _Ref):
@@ -122,7 +122,7 @@ class Backward:
         else:
             buffer = self.bring(unit, saved.thread)
         whole = buffer[: buffer.numel() // saved.dtype.itemsize * saved.dtype.itemsize].view(saved.dtype)
-        weight = whole.as_strided(saved.size, saved.stride, saved.offset)
+        weight: Tensor = whole.as_strided(saved.size, saved.stride, saved.offset)
         # A backward that will itself be differentiated keeps what it is given for longer than the slot has it.
         return weight.clone() if torch.is_grad_enabled() else weight
 

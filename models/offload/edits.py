@@ -24,7 +24,7 @@ class Reached(Protocol):
     touched: bool
 
 
-class NotingTable(dict):
+class NotingTable(dict[str, Any]):
     """A module's table of parameters or buffers that notes when somebody reads it. Copies and pickles of it are ordinary dicts."""
 
     def __init__(self, table: dict[str, Any], user: Reached):

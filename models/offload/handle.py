@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,18 @@ REPLAN = 1.2
 class Offload:
     """The handle of `offload`; a context manager that can be entered again."""
 
-    def __init__(self, module: nn.Module, budget_gb: float | None, policy: str, k: int | None, k_prime: int, batch: bool, device, weights, pin_gb):
+    def __init__(
+        self,
+        module: nn.Module,
+        budget_gb: float | None,
+        policy: str,
+        k: int | None,
+        k_prime: int,
+        batch: bool,
+        device: Any,
+        weights: str | Path | None,
+        pin_gb: float | None,
+    ):
         self.module = module
         self.policy, self.k, self.k_prime, self.batch = policy, k, k_prime, batch
         self.pin_bytes = None if pin_gb is None else int(pin_gb * GB)
@@ -231,7 +243,7 @@ class Offload:
 
     def _bring(self, module: nn.Module, args: tuple[Any, ...], in_backward: bool) -> None:
         unit = self._unit_of(module)
-        if torch.jit.is_tracing():
+        if torch._C._is_tracing():
             raise RuntimeError("a trace would keep weights that move; trace the module outside of the offload context")
         if torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is not None:
             raise RuntimeError("transforms of torch.func do not go through an offloaded block with gradients; use autograd, or leave the context")

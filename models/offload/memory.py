@@ -33,11 +33,12 @@ def with_parts(tensor: Any, parts: Iterator[Tensor]) -> Tensor:
     if _is_wrapper(tensor):
         names, context = tensor.__tensor_flatten__()
         inner = {name: with_parts(getattr(tensor, name), parts) for name in names}
-        return type(tensor).__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
+        made: Tensor = type(tensor).__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
+        return made
     part = next(parts)
     if type(tensor) in (Tensor, nn.Parameter):
         return part
-    out = part.as_subclass(type(tensor))  # a subclass that only adds attributes, as GGUF loaders do
+    out: Tensor = part.as_subclass(type(tensor))  # a subclass that only adds attributes, as GGUF loaders do
     out.__dict__.update(tensor.__dict__)
     return out
 

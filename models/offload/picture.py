@@ -86,7 +86,7 @@ def _draw_memory(draw: ImageDraw.ImageDraw, report: dict[str, Any], timeline: di
     highest = max(limit, *(memory for _, memory in curve), report["peak_bytes"] or 0) * 1.08
 
     def y_of(nbytes: float) -> float:
-        return bottom - (bottom - top) * nbytes / highest
+        return float(bottom - (bottom - top) * nbytes / highest)
 
     points = [(x_of(second), y_of(memory)) for second, memory in curve]
     draw.line([*points, (right, points[-1][1])], fill=_RESIDENT, width=2)

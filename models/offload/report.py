@@ -285,7 +285,7 @@ def _scaled(nbytes: float, like: float) -> tuple[float, str, int]:
 
 
 def _seconds(start: Any, end: Any) -> float:
-    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
+    return float(end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3)
 
 
 def _median(values: list[float]) -> float | None:

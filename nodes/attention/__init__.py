@@ -1,7 +1,8 @@
 """Sparse and quantized attention in a ComfyUI model."""
 
+from ...models.patchers.attention import AttentionSettings
 from .host import last_report, patch_attention
-from .nodes import MODES, Accelerate, AttentionReport, AttentionSettings, SparseAttention, accelerate_settings
+from .nodes import MODES, Accelerate, AttentionReport, SparseAttention, accelerate_settings
 
 __all__ = [
     "MODES",

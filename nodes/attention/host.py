@@ -46,7 +46,17 @@ class _AttentionHost:
     def pre_run(self, patcher: Any) -> None:
         self.started = False
 
-    def apply_model(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
+    def apply_model(
+        self,
+        executor: Any,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Any = None,
+        c_crossattn: Any = None,
+        control: Any = None,
+        transformer_options: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         """APPLY_MODEL wrapper: the same signature for every family, outside what torch.compile captures."""
         transformer_options = {} if transformer_options is None else transformer_options
         base = executor.class_obj
@@ -65,7 +75,7 @@ class _AttentionHost:
         branch = (tuple(transformer_options.get("uuids", ())), None if window is None else tuple(window.index_list))
         sigma = float(t.flatten()[0])
 
-        def forward(call: ModelCall):
+        def forward(call: ModelCall) -> Any:
             # The step's own dictionary, freshly merged: an override set by a later node is chained, not lost.
             options = {**transformer_options, KEY: call, OVERRIDE: self.overrides[transformer_options.get(OVERRIDE)]}
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
@@ -89,12 +99,20 @@ class _AttentionHost:
         say(self.node_id, line)
 
     def _override(self, inner: Wrapper) -> Wrapper:
-        # Under torch.compile the decisions below would be baked into the graph at the first step.
-        @torch.compiler.disable
         def override(
-            func, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, transformer_options=None, **kwargs
-        ):
-            def dense() -> Tensor:
+            func: Wrapper,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            heads: int,
+            mask: Tensor | None = None,
+            attn_precision: Any = None,
+            skip_reshape: bool = False,
+            skip_output_reshape: bool = False,
+            transformer_options: Any = None,
+            **kwargs: Any,
+        ) -> Any:
+            def dense() -> Any:
                 arguments = dict(
                     mask=mask,
                     attn_precision=attn_precision,
@@ -127,7 +145,8 @@ class _AttentionHost:
                 scale=kwargs.get("scale"),
             )
 
-        return override
+        disabled: Wrapper = torch.compiler.disable(override)  # under torch.compile its decisions would be baked into the graph at the first step
+        return disabled
 
 
 def _split_heads(q: Tensor, k: Tensor, v: Tensor, heads: int, grouped: bool) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from comfy_api.latest import io, ui
 
@@ -17,7 +18,7 @@ CATEGORY = "Tessera/attention"
 MODES = {"quality": 0.5, "balanced": 0.3, "fast": 0.2}
 
 
-def accelerate_settings(mode: str, min_tokens: int, **changes) -> AttentionSettings:
+def accelerate_settings(mode: str, min_tokens: int, **changes: Any) -> AttentionSettings:
     """What *Accelerate* does in a mode; `bench/quality.py` measures it. changes: of other fields, to measure what else there could be."""
     return AttentionSettings(**{"density": MODES[mode], "gentle_few_steps": True, "min_tokens": min_tokens, **changes})
 
@@ -30,7 +31,7 @@ _MIN_TOKENS_TIP = (
 
 class Accelerate(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TesseraAccelerate",
             display_name="Accelerate",
@@ -55,11 +56,11 @@ class Accelerate(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, mode, min_tokens) -> io.NodeOutput:
+    def execute(cls, model: Any, mode: str, min_tokens: int) -> io.NodeOutput:
         return io.NodeOutput(patch_attention(model, accelerate_settings(mode, min_tokens), cls.hidden.unique_id))
 
 
-def _setting_widget(name: str, setting) -> io.Input:
+def _setting_widget(name: str, setting: Any) -> io.Input:
     return io.Float.Input(name, default=setting.default, min=setting.minimum, max=setting.maximum, step=setting.step, tooltip=setting.tooltip)
 
 
@@ -75,7 +76,7 @@ class SparseAttention(io.ComfyNode):
     checks = (_check_percents, _check_blocks)
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         methods = [
             io.DynamicCombo.Option(name, [_setting_widget(key, setting) for key, setting in recipe.settings.items()])
             for name, recipe in RECIPES.items()
@@ -153,7 +154,17 @@ class SparseAttention(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, method, density, precision, start_percent, end_percent, dense_blocks, min_tokens, block="auto", mask_refresh=1
+        cls,
+        model: Any,
+        method: dict[str, Any],
+        density: float,
+        precision: str,
+        start_percent: float,
+        end_percent: float,
+        dense_blocks: str,
+        min_tokens: int,
+        block: str = "auto",
+        mask_refresh: int = 1,
     ) -> io.NodeOutput:
         settings = AttentionSettings(
             method=method["method"],
@@ -172,7 +183,7 @@ class SparseAttention(io.ComfyNode):
 
 class AttentionReport(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TesseraAttentionReport",
             display_name="Attention Report",
@@ -194,7 +205,7 @@ class AttentionReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, samples) -> io.NodeOutput:
+    def execute(cls, model: Any, samples: Any) -> io.NodeOutput:
         report, line = last_report(model), None
         if report is None:  # its patch node is bypassed, or was never there: say so, and let the workflow run on
             report, line = Report("none", "native").as_dict(), "No attention patch on this model: it ran as ComfyUI runs it."

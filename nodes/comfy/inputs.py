@@ -63,7 +63,7 @@ def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
                 _call(check, known)
         return out
 
-    def validate_inputs(cls: Any, **given: Any) -> bool | str:
+    def validate_inputs(cls: Any, /, **given: Any) -> bool | str:
         try:
             admitted(given, queued=True)
         except RefusedError as refused:
@@ -72,7 +72,7 @@ def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
         return True
 
     @wraps(execute)
-    def enter(cls: Any, **given: Any) -> io.NodeOutput:
+    def enter(cls: Any, /, **given: Any) -> io.NodeOutput:
         return execute(cls, **admitted(given, queued=False))
 
     node.validate_inputs = classmethod(validate_inputs)

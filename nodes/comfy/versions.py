@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
+__all__ = ["bit_depth_of", "call_vbar", "is_dynamic", "model_prefetch", "pause_malloc_graph", "trim_of", "vbar_of"]
+
 try:  # ComfyUI >= 0.34: tensors that outlive a block must be made outside the Comfy Compiler's malloc graph (#16144)
     from comfy.model_prefetch import pause_malloc_graph
 except ImportError:
@@ -36,7 +38,7 @@ def call_vbar(vbar: Any, name: str, nbytes: int) -> bool:
 
 def bit_depth_of(video: Any) -> int:
     """Bits of a channel of a VIDEO that is made of components."""
-    return video.get_bit_depth() if hasattr(video, "get_bit_depth") else 8
+    return int(video.get_bit_depth()) if hasattr(video, "get_bit_depth") else 8
 
 
 def trim_of(video: Any) -> tuple[float, float]:

@@ -74,7 +74,7 @@ class LayersFromImages(io.ComfyNode):
     checks = (_cleaning,)
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         def pixels(name: str, default: int, high: int, what: str) -> Any:
             return io.Int.Input(name, default=default, min=0, max=high, tooltip=what)
 
@@ -148,19 +148,19 @@ class LayersFromImages(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        image,
-        names,
-        trim,
-        width,
-        height,
-        mask=None,
-        layers=None,
-        first=FIRST[0],
-        order=ORDERS[0],
-        mask_means="transparent",
-        threshold=0.0,
-        drop_empty=False,
-        clean=None,
+        image: Tensor,
+        names: str,
+        trim: bool,
+        width: int,
+        height: int,
+        mask: Tensor | None = None,
+        layers: Any = None,
+        first: str = FIRST[0],
+        order: str = ORDERS[0],
+        mask_means: str = "transparent",
+        threshold: float = 0.0,
+        drop_empty: bool = False,
+        clean: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
         below = None if layers is None else from_core(layers)
         if mask is not None and len(mask) not in (1, len(image)):
@@ -185,7 +185,7 @@ class LayersFromImages(io.ComfyNode):
 
 class ComposeLayers(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TesseraComposeLayers",
             display_name="Compose Layers",
@@ -211,7 +211,7 @@ class ComposeLayers(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, layers, light, background) -> io.NodeOutput:
+    def execute(cls, layers: Any, light: str, background: str) -> io.NodeOutput:
         document = from_core(layers)
         line, level = summary(document), BACKGROUNDS[background]
         if level is not None:
@@ -226,7 +226,7 @@ class ComposeLayers(io.ComfyNode):
 
 class EditLayer(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         def whole(name: str, default: int, low: int, what: str) -> Any:
             return io.Int.Input(name, default=default, min=low, max=MAX_SIDE, tooltip=what)
 
@@ -266,7 +266,7 @@ class EditLayer(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, layers, layer, change) -> io.NodeOutput:
+    def execute(cls, layers: Any, layer: str, change: dict[str, Any]) -> io.NodeOutput:
         document = from_core(layers)
         found = chosen(document, str(layer))
         if change["change"] == "order":
@@ -299,7 +299,7 @@ class SaveLayers(io.ComfyNode):
     checks = (check_prefix,)
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TesseraSaveLayers",
             display_name="Save Layers",
@@ -319,7 +319,7 @@ class SaveLayers(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, layers, filename_prefix, format) -> io.NodeOutput:
+    def execute(cls, layers: Any, filename_prefix: str, format: str) -> io.NodeOutput:
         document = from_core(layers)
         folder, name, counter, subfolder = numbered(filename_prefix, document.width, document.height)
         target = folder / f"{name}_{counter:05}_{'' if format == 'png' else '.' + format}"
@@ -341,7 +341,7 @@ class LoadLayers(io.ComfyNode):
     checks = (_input_file,)
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         folder = Path(folder_paths.get_input_directory())
         found = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.suffix.lower() in ENDINGS)
         return io.Schema(
@@ -359,7 +359,7 @@ class LoadLayers(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file=None):
+    def fingerprint_inputs(cls, file: str | None = None) -> Any:
         if not isinstance(file, str):
             return "unknown"  # linked
         try:
@@ -369,7 +369,7 @@ class LoadLayers(io.ComfyNode):
         return f"{state.st_mtime_ns} {state.st_size}"
 
     @classmethod
-    def execute(cls, file) -> io.NodeOutput:
+    def execute(cls, file: str) -> io.NodeOutput:
         document, notes = files.read(_input_file(file))
         pictures = shown(cls, document, all_layers(document), [summary(document), *notes])
         return io.NodeOutput(to_core(document), "\n".join(notes), ui=pictures)

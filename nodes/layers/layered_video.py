@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import comfy.utils
 from comfy_api.latest import io
@@ -20,7 +21,7 @@ VideoLayers = custom("TESSERA_VIDEO_LAYERS", Kind(some(ClipLayer), "layers of cl
 
 class AddVideoLayer(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TesseraAddVideoLayer",
             display_name="Add Video Layer",
@@ -44,7 +45,9 @@ class AddVideoLayer(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, images, name, x, y, opacity, blend_mode, ending, mask=None, layers=()) -> io.NodeOutput:
+    def execute(
+        cls, images: Tensor, name: str, x: int, y: int, opacity: float, blend_mode: str, ending: str, mask: Tensor | None = None, layers: Any = ()
+    ) -> io.NodeOutput:
         name = clean_name(name) or f"Layer {len(layers) + 1}"
         if name in (layer.name for layer in layers):
             raise ValueError(f"name is {name!r}, as that of a layer below; give it another")
@@ -53,7 +56,7 @@ class AddVideoLayer(io.ComfyNode):
 
 class ComposeLayeredVideo(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TesseraComposeLayeredVideo",
             display_name="Compose Layered Video",
@@ -73,7 +76,7 @@ class ComposeLayeredVideo(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, layers, layer, width, height) -> io.NodeOutput:
+    def execute(cls, layers: Any, layer: str, width: int, height: int) -> io.NodeOutput:
         lowest = layers[0].frames.images
         width, height = width or lowest.shape[2], height or lowest.shape[1]
         chosen = [item for item in layers if item.name == layer.strip()]

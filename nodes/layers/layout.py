@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from comfy_api.latest import io
 
@@ -20,7 +21,7 @@ class Layout(io.ComfyNode):
     checks = (_check_boxes,)
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TesseraLayout",
             display_name="Layout",
@@ -47,7 +48,7 @@ class Layout(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, width, height, boxes, fit, layers=None) -> io.NodeOutput:
+    def execute(cls, width: int, height: int, boxes: str, fit: str, layers: Any = None) -> io.NodeOutput:
         named = from_json(boxes, width, height)
         if layers is None:
             document = Document(width, height, swatches(named))
@@ -62,7 +63,7 @@ class Layout(io.ComfyNode):
 
 class AutoLayout(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         background = io.Boolean.Input("background", default=False, tooltip="The lowest layer covers the canvas; the others are arranged.")
         layouts = [
             io.DynamicCombo.Option(
@@ -96,7 +97,7 @@ class AutoLayout(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, layers, layout, fit) -> io.NodeOutput:
+    def execute(cls, layers: Any, layout: dict[str, Any], fit: str) -> io.NodeOutput:
         document = from_core(layers)
         kind, canvas = layout["layout"], (document.width, document.height)
         if kind == "caption":

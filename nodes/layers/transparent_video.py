@@ -104,7 +104,7 @@ class SaveTransparentVideo(io.ComfyNode):
     checks = (_check_alpha, check_prefix)
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         bits = io.Combo.Input("bits", options=["8", "16"], tooltip="Of each channel. 16 is for further editing.")
         crf = io.Int.Input("crf", default=14, min=0, max=63, tooltip="Quality of the encoder: lower is better and larger.")
         webp = [
@@ -141,7 +141,9 @@ class SaveTransparentVideo(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, images, filename_prefix, fps, format, alpha, mask=None, audio=None) -> io.NodeOutput:
+    def execute(
+        cls, images: Tensor, filename_prefix: str, fps: float, format: dict[str, Any], alpha: str, mask: Tensor | None = None, audio: Any = None
+    ) -> io.NodeOutput:
         from ...models.layers.video_writer import save, save_preview
         from ...models.media.sound import Sound
 
@@ -190,7 +192,7 @@ class LoadTransparentVideo(io.ComfyNode):
     checks = (_existing,)
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TesseraLoadTransparentVideo",
             display_name="Load Transparent Video",
@@ -223,7 +225,7 @@ class LoadTransparentVideo(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file=None, **others):
+    def fingerprint_inputs(cls, file: str | None = None, **others: Any) -> Any:
         path = None if file is None else input_path(file)  # None: another node makes it, and runs first
         if path is None or not path.exists():
             return None
@@ -232,7 +234,7 @@ class LoadTransparentVideo(io.ComfyNode):
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     @classmethod
-    def execute(cls, file, channels, alpha, start, frames) -> io.NodeOutput:
+    def execute(cls, file: str, channels: str, alpha: str, start: int, frames: int) -> io.NodeOutput:
         from ...models.layers.video_reader import load
 
         clip = load(_existing(file), alpha)

@@ -35,7 +35,7 @@ def deltas_of(index: int, concept: Any, base: Any) -> dict[str, list[Delta]]:
     return out
 
 
-def _plain(entry: tuple) -> Delta | None:
+def _plain(entry: tuple[Any, ...]) -> Delta | None:
     """The delta of an ordinary LoRA at one layer, as two small matrices; None for every other kind of patch."""
     strength, adapter, strength_model, offset, function = entry
     if not isinstance(adapter, LoRAAdapter) or strength_model != 1.0 or function is not None or (offset is not None and offset[0] != 0):
@@ -47,7 +47,7 @@ def _plain(entry: tuple) -> Delta | None:
     return Delta(up.flatten(1).float() * scale, down.flatten(1), 0 if offset is None else offset[1])
 
 
-def _whole(concept: Any, base: Any, key: str, patches: list) -> list[Delta]:
+def _whole(concept: Any, base: Any, key: str, patches: list[Any]) -> list[Delta]:
     """The same as one matrix, by ComfyUI's own arithmetic on the unpatched weight; empty for what is no matrix."""
     weight = base.get_key_patches(key)[key][0][0]
     if weight.ndim != 2:

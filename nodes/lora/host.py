@@ -46,7 +46,18 @@ class _Host:
         self.prompts: set[Any] = set()  # the ids of the conditionings that the concepts take part in
         self.overrides = Overrides(_override)
 
-    def sampler_sample(self, executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+    def sampler_sample(
+        self,
+        executor: Any,
+        guider: Any,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Any,
+        noise: Tensor,
+        latent_image: Tensor | None = None,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Any:
         """Once a sampling run, the model being loaded: the concepts choose their parts of the noise."""
         if BOXES in extra_args["model_options"].get("transformer_options", {}):
             raise ValueError(
@@ -65,7 +76,7 @@ class _Host:
             noise = self._reinitialise(guider, sigmas, extra_args["model_options"], noise, latent_image)
         return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
 
-    def _reinitialise(self, guider, sigmas: Tensor, model_options, noise: Tensor, latent_image: Tensor | None) -> Tensor:
+    def _reinitialise(self, guider: Any, sigmas: Tensor, model_options: Any, noise: Tensor, latent_image: Tensor | None) -> Tensor:
         if not noise.any():  # a later stage, which goes on with the latent of the one before
             self.start = "not re-initialised: there is no noise"
             return noise
@@ -77,7 +88,7 @@ class _Host:
             return noise
         return reinitialise(noise, maps, self.composer.concepts, self.composer.canvas)
 
-    def predict_noise(self, executor, x, timestep, model_options, seed=None):
+    def predict_noise(self, executor: Any, x: Tensor, timestep: Tensor, model_options: Any, seed: Any = None) -> Any:
         """Before the first prediction of a step: the gradient step, on the sampler's own latent."""
         sigmas = model_options["transformer_options"]["sample_sigmas"]
         found = (sigmas == timestep.flatten()[0].to(sigmas)).nonzero()
@@ -90,7 +101,7 @@ class _Host:
                 self._enhance(executor.class_obj, x, timestep, model_options, step, size)
         return executor(x, timestep, model_options, seed)
 
-    def _enhance(self, guider, x: Tensor, timestep: Tensor, model_options, step: int, size: float) -> None:
+    def _enhance(self, guider: Any, x: Tensor, timestep: Tensor, model_options: Any, step: int, size: float) -> None:
         with torch.inference_mode(False), torch.enable_grad(), _Differentiable():
             z = x.clone().requires_grad_(True)
             maps = self._maps(guider, z, timestep.clone(), model_options, with_self=True)
@@ -105,7 +116,7 @@ class _Host:
         moving = self.schedule.record(step, losses.detach().cpu()).to(x)
         x.sub_(gradient.to(x) * (size / scale**2) * moving.view(-1, *[1] * (x.ndim - 1)))
 
-    def _maps(self, guider, x: Tensor, sigma: Tensor, model_options, *, with_self: bool) -> Maps:
+    def _maps(self, guider: Any, x: Tensor, sigma: Tensor, model_options: Any, *, with_self: bool) -> Maps:
         """The attention maps of the prompt's forwards at `x`."""
         self.maps = maps = Maps(map_size(self.composer.network, tuple(x.shape)), with_self)
         try:
@@ -114,13 +125,23 @@ class _Host:
             self.maps = None
         return maps
 
-    def calc_cond_batch(self, executor, model, conds, x, timestep, model_options):
+    def calc_cond_batch(self, executor: Any, model: Any, conds: list[Any], x: Tensor, timestep: Tensor, model_options: Any) -> Any:
         """In joint attention the concepts' prompts are part of the sequence of the prompt's forward alone, so each goes by itself."""
         if self.composer.kind != "joint":
             return executor(model, conds, x, timestep, model_options)
         return [executor(model, [cond if i == j else None for j, cond in enumerate(conds)], x, timestep, model_options)[i] for i in range(len(conds))]
 
-    def apply_model(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
+    def apply_model(
+        self,
+        executor: Any,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Any = None,
+        c_crossattn: Any = None,
+        control: Any = None,
+        transformer_options: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         options = dict(transformer_options or {})
         replaced = options.get("patches_replace", {})
         if "attn2" in replaced:
@@ -185,8 +206,19 @@ class _Host:
 
 
 def _override(inner: Wrapper) -> Wrapper:
-    def override(func, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, **kwargs):
-        def host(mask: Tensor | None) -> Tensor:
+    def override(
+        func: Wrapper,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        mask: Tensor | None = None,
+        attn_precision: Any = None,
+        skip_reshape: bool = False,
+        skip_output_reshape: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        def host(mask: Tensor | None) -> Any:
             shape = dict(attn_precision=attn_precision, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
             return inner(func, q, k, v, heads, mask=mask, **shape, **kwargs)
 
@@ -198,7 +230,7 @@ def _override(inner: Wrapper) -> Wrapper:
             return x if skip_reshape else x.unflatten(-1, (-1, q.shape[-1] // heads)).transpose(1, 2)
 
         def masked(bias: Tensor) -> Tensor:
-            out = host(bias if mask is None else _both(bias, mask))
+            out: Tensor = host(bias if mask is None else _both(bias, mask))
             if not skip_output_reshape:
                 out = out.unflatten(-1, (heads, -1)).transpose(1, 2)
             return out
@@ -233,7 +265,7 @@ class _Differentiable(TorchFunctionMode):
     ComfyUI adds a ControlNet's output in place, to a tensor that autograd has saved: `+=` makes a new one here.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map_only(Tensor, _ordinary, (args, kwargs or {}))
         return Tensor.add(*args, **kwargs).to(args[0]) if func is Tensor.add_ else func(*args, **kwargs)
 

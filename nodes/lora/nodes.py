@@ -39,7 +39,7 @@ class ConceptRegion(io.ComfyNode):
     checks = (_check_box,)
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         def pixels(name: str, default: int, tooltip: str) -> io.Input:
             return io.Int.Input(name, default=default, min=0, max=16384, step=8, tooltip=tooltip)
 
@@ -69,7 +69,7 @@ class ConceptRegion(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, prompt, words, x, y, width, height, concepts=()) -> io.NodeOutput:
+    def execute(cls, model: Any, clip: Any, prompt: str, words: str, x: int, y: int, width: int, height: int, concepts: Any = ()) -> io.NodeOutput:
         tokens = clip.tokenize(prompt)
         context = clip.encode_from_tokens(tokens)
         return io.NodeOutput((*concepts, Region(model, context, _rows_of(clip, tokens, context.shape[1], words), Box(x, y, x + width, y + height))))
@@ -77,7 +77,7 @@ class ConceptRegion(io.ComfyNode):
 
 class LoRAComposer(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TesseraLoRAComposer",
             display_name="LoRA Composer",
@@ -117,7 +117,7 @@ class LoRAComposer(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, concepts, latent, isolation, reinitialise, enhancement, layers) -> io.NodeOutput:
+    def execute(cls, model: Any, concepts: Any, latent: Any, isolation: bool, reinitialise: bool, enhancement: float, layers: str) -> io.NodeOutput:
         network = model.model.diffusion_model
         if kind_of(network) not in ("unet", None) and enhancement > 0:
             raise ValueError(f"model is a {type(network).__name__}, and enhancement is for SD1.5 and SDXL; set enhancement to 0")
@@ -131,13 +131,13 @@ class LoRAComposer(io.ComfyNode):
         return io.NodeOutput(patch(model, composer, reinitialise, enhancement, cls.hidden.unique_id))
 
 
-def _rows_of(clip: Any, tokens: dict[str, list], rows: int, words: str) -> tuple[int, ...]:
+def _rows_of(clip: Any, tokens: dict[str, list[Any]], rows: int, words: str) -> tuple[int, ...]:
     """The rows of a prompt encoded in `rows` rows that hold `words`, each time they occur; of the whole prompt where there are none."""
 
     # The encoding is that of the first tokenizer (CLIP L or G) or, in Flux, of T5 alone.
     key = next((name for name in tokens if "t5" in name), next(iter(tokens)))
 
-    def ids_of(chunk: list) -> list[Any]:
+    def ids_of(chunk: list[Any]) -> list[Any]:
         return [entry[0] if isinstance(entry[0], int) else None for entry in chunk]  # None: an embedding
 
     def inner(ids: list[Any]) -> tuple[int, list[Any]]:

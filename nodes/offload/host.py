@@ -74,7 +74,7 @@ class _MemoryHost:
         self.shape: tuple[int, ...] = ()
         self.allocated = 0
 
-    def prepare_sampling(self, executor, model, noise_shape, conds, *args, **kwargs):
+    def prepare_sampling(self, executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:
         """PREPARE_SAMPLING wrapper: weights are placed inside `executor`."""
         self.result = self.report = None
         report = OffloadReport(self.settings.policy, self.settings.asked, weights=model.model_size())
@@ -89,7 +89,7 @@ class _MemoryHost:
         self.report = report
         return prepared
 
-    def _place(self, report, executor, model, noise_shape, conds, args, kwargs):
+    def _place(self, report: OffloadReport, executor: Any, model: Any, noise_shape: Any, conds: Any, args: Any, kwargs: Any) -> Any:
         """Have the manager place the weights by the limit."""
         report.backend = "dynamic" if is_dynamic(model) else "legacy"
         device = model.load_device
@@ -139,7 +139,7 @@ class _MemoryHost:
             self.handles.extend(time_blocks(report, self.blocks, device, self.ahead))
             self.handles.extend(time_modules(report, self.blocks, patcher, self.ahead))
 
-    def predict_noise(self, executor, *args, **kwargs):
+    def predict_noise(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """PREDICT_NOISE wrapper: one evaluation for all conditions, which is what a step costs."""
         report = self.report
         if report is None:
@@ -150,7 +150,7 @@ class _MemoryHost:
         step.end = clock(args[0].device)
         return out
 
-    def apply_model(self, executor, *args, **kwargs):
+    def apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """APPLY_MODEL wrapper: counts model calls, each of which streams the weights once."""
         if self.report is not None:
             self.report.model_calls += 1
@@ -233,4 +233,5 @@ def _link(device: torch.device) -> float | None:
 
 def _measured(patcher: Any) -> dict[tuple[str, tuple[int, ...]], Any]:
     """Measurements that every clone of a network shares, and that go when it goes."""
-    return patcher.model.__dict__.setdefault(KEY, {})
+    known: dict[tuple[str, tuple[int, ...]], Any] = patcher.model.__dict__.setdefault(KEY, {})
+    return known

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from comfy_api.latest import io, ui
 
@@ -22,7 +23,7 @@ class LayerOffload(io.ComfyNode):
     checks = (_check_window,)
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TesseraLayerOffload",
             display_name="Layer Offload",
@@ -85,13 +86,13 @@ class LayerOffload(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, limit, gb, policy, k=0, k_prime=0) -> io.NodeOutput:
+    def execute(cls, model: Any, limit: str, gb: float, policy: str, k: int = 0, k_prime: int = 0) -> io.NodeOutput:
         return io.NodeOutput(patch_memory(model, MemorySettings(limit, gb, policy, k, k_prime), cls.hidden.unique_id))
 
 
 class OffloadReport(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TesseraOffloadReport",
             display_name="Offload Report",
@@ -113,7 +114,7 @@ class OffloadReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, samples) -> io.NodeOutput:
+    def execute(cls, model: Any, samples: Any) -> io.NodeOutput:
         report, line = last_report(model), None
         if report is None:  # its node is bypassed, or was never there: say so, and let the workflow run on
             line = "No memory limit on this model: ComfyUI placed its weights by itself."

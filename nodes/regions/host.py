@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -78,7 +77,19 @@ class _Regions:
         self.video, self.centred = isinstance(network, WanModel), isinstance(network, QwenImageTransformer2DModel)
         self.framed = self.video or self.centred  # whether latents have an axis of frames
 
-    def outer_sample(self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *rest, latent_shapes=None, **kwargs):
+    def outer_sample(
+        self,
+        executor: Any,
+        noise: Tensor,
+        latent_image: Tensor,
+        sampler: Any,
+        sigmas: Tensor,
+        denoise_mask: Tensor | None = None,
+        callback: Any = None,
+        *rest: Any,
+        latent_shapes: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
         regions = self.regions
         if not regions.fits(latent_image, PATCH):
             wanted = (*latent_image.shape[:2], *regions.latent(PATCH))
@@ -102,7 +113,7 @@ class _Regions:
 
         in_model_space = executor.class_obj.model_patcher.model.process_latent_in(latent_image)  # as what samplers show is
 
-        def shown(step, denoised, x, total):
+        def shown(step: int, denoised: Tensor, x: Tensor, total: int) -> None:
             layers = whole(denoised, in_model_space)
             if self.framed:
                 callback(step, layers, x, total)
@@ -142,7 +153,17 @@ class _Regions:
             img = torch.cat([img[:, : regions.tokens] + self._embedded(img), img[:, regions.tokens :]], 1)
         return {**args, "img": img, "img_ids": img_ids}
 
-    def diffusion_model(self, executor, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options=None, **kwargs):
+    def diffusion_model(
+        self,
+        executor: Any,
+        x: Tensor,
+        timestep: Tensor,
+        context: Any,
+        clip_fea: Any = None,
+        time_dim_concat: Any = None,
+        transformer_options: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         """A call of Wan, which has no patch after its patch embedding: every block gets the true positions, the first one the embeddings."""
         network = executor.class_obj
         rope = network.rope_embedder(positions(self.regions, LAYER_SPACING)[None].to(x.device, torch.float32)).movedim(1, 2)
@@ -154,7 +175,7 @@ class _Regions:
         options = {**options, "patches_replace": {**replaced, "dit": {**blocks, **ours}}}
         return executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
 
-    def _block(self, rope: Tensor, first: bool, previous: Callable | None, args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    def _block(self, rope: Tensor, first: bool, previous: Wrapper | None, args: dict[str, Any], extra: dict[str, Any]) -> Any:
         img = args["img"]
         if first:
             self._check(img.shape[1])

@@ -67,7 +67,7 @@ class RegionLayers(io.ComfyNode):
     checks = (_check_boxes,)
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TesseraRegionLayers",
             display_name="Region Layers",
@@ -101,7 +101,19 @@ class RegionLayers(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, vae, width, height, boxes, layer_embedding, base_shift, max_shift, layers=None, frames=1) -> io.NodeOutput:
+    def execute(
+        cls,
+        model: Any,
+        vae: Any,
+        width: int,
+        height: int,
+        boxes: str,
+        layer_embedding: str,
+        base_shift: float,
+        max_shift: float,
+        layers: Any = None,
+        frames: int = 1,
+    ) -> io.NodeOutput:
         placed = [] if layers is None else visible(from_core({"canvas": (width, height), **layers}), width, height)
         regions = snap([*(layer.bounds for layer in placed), *parse_boxes(boxes)], width, height, (frames - 1) // transparent_vae.FRAMES + 1)
         embedding, beyond = (None, []) if layer_embedding == NONE else _embedding(layer_embedding, regions, network_of(model))
@@ -142,7 +154,7 @@ def _embedding(name: str, regions: Regions, network: Any) -> tuple[Tensor, list[
 
 class EncodeRegionLayers(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TesseraEncodeRegionLayers",
             display_name="Encode Region Layers",
@@ -160,7 +172,7 @@ class EncodeRegionLayers(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, layers, vae, latent) -> io.NodeOutput:
+    def execute(cls, layers: Any, vae: Any, latent: Any) -> io.NodeOutput:
         regions, samples = latent.get(KEY), latent["samples"]
         if regions is None or not regions.fits(samples, PATCH):
             raise ValueError(f"latent is {tuple(samples.shape)} without its regions; connect the latent of Region Layers")
@@ -184,7 +196,7 @@ def _codes(vae: Any, shown: list[Tensor]) -> Iterator[Tensor]:
 
 class DecodeRegionLayers(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TesseraDecodeRegionLayers",
             display_name="Decode Region Layers",
@@ -209,7 +221,7 @@ class DecodeRegionLayers(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, samples, vae, transparent_decoder) -> io.NodeOutput:
+    def execute(cls, samples: Any, vae: Any, transparent_decoder: str) -> io.NodeOutput:
         regions = _regions(samples)
         if regions.frames > 1:
             raise ValueError(f"samples has clips of {regions.frames} latent frames; decode them with Decode Region Video")
@@ -226,7 +238,7 @@ class DecodeRegionLayers(io.ComfyNode):
 
 class DecodeRegionVideo(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TesseraDecodeRegionVideo",
             display_name="Decode Region Video",
@@ -256,7 +268,7 @@ class DecodeRegionVideo(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, samples, vae, transparent_decoder) -> io.NodeOutput:
+    def execute(cls, samples: Any, vae: Any, transparent_decoder: str) -> io.NodeOutput:
         regions = _regions(samples)
         if vae.latent_dim != 3:
             raise ValueError("vae decodes pictures; use the video VAE that Region Layers had")
@@ -274,7 +286,8 @@ class DecodeRegionVideo(io.ComfyNode):
 
 def _regions(samples: dict[str, Any]) -> Regions:
     """The regions of what a sampler gave. Raises ValueError where its latent is not of them."""
-    regions, latent = samples.get(KEY), samples["samples"]
+    regions: Regions | None = samples.get(KEY)
+    latent = samples["samples"]
     if regions is None or not len(latent) or not regions.fits(latent, PATCH):
         raise ValueError(f"samples is {tuple(latent.shape)} without its regions; connect a sampler that had the latent of Region Layers")
     return regions

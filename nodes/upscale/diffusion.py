@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import comfy.sample
 import comfy.samplers
 import latent_preview
@@ -18,7 +20,7 @@ from .windows import COORDINATES, FUSIONS, PATCH, JointModulation
 
 class PatchUpscaleVideo(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TesseraPatchUpscaleVideo",
             display_name="Patch Upscale Video (diffusion)",
@@ -100,25 +102,25 @@ class PatchUpscaleVideo(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model,
-        vae,
-        positive,
-        negative,
-        image,
-        size,
-        denoise,
-        steps,
-        cfg,
-        sampler_name,
-        scheduler,
-        seed,
-        tile,
-        frames,
-        coordinates,
-        fusion,
-        colour,
-        adapter=None,
-        augmentation=0.0,
+        model: Any,
+        vae: Any,
+        positive: Any,
+        negative: Any,
+        image: Tensor,
+        size: dict[str, Any],
+        denoise: float,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        seed: int,
+        tile: int,
+        frames: int,
+        coordinates: str,
+        fusion: str,
+        colour: str,
+        adapter: Any = None,
+        augmentation: float = 0.0,
     ) -> io.NodeOutput:
         for name, conditioning in (("positive", positive), ("negative", negative)):
             if any("control" in extra for _, extra in conditioning):

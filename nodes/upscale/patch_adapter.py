@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -39,7 +38,7 @@ Adapter = custom("TESSERA_PATCH_ADAPTER", Kind(lambda value: isinstance(value, L
 
 class LoadPatchAdapter(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TesseraLoadPatchAdapter",
             display_name="Load Patch Adapter",
@@ -57,7 +56,7 @@ class LoadPatchAdapter(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, adapter_name) -> io.NodeOutput:
+    def execute(cls, adapter_name: str) -> io.NodeOutput:
         config, state, lora = load(folder_paths.get_full_path_or_raise(FOLDER, adapter_name))
         device = mm.get_torch_device()
         dtype = mm.unet_dtype(device, sum(value.numel() for value in state.values()), [torch.bfloat16, torch.float32])
@@ -96,7 +95,7 @@ class PatchGuide:
         noise = torch.randn(enlarged.shape, generator=torch.Generator().manual_seed(seed ^ 0x5EED)).to(enlarged)
         self.patch = torch.lerp(enlarged, noise, augmentation)
         self.whole, self.augmentation, self.factor = whole, augmentation, factor
-        self.views: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
+        self.views: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
         self.overrides = Overrides(_override)  # one function for all windows and steps, which others may keep
 
     def options(self, options: dict[str, Any], window: tuple[slice, ...], sigma: Tensor) -> dict[str, Any]:
@@ -127,7 +126,7 @@ class _Call:
     layer: int = 0
     attentions: int = 0
 
-    def block(self, index: int, previous: Callable | None, args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    def block(self, index: int, previous: Wrapper | None, args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         stream = args["img"]
         if not self.hints:
             self._read(stream)
@@ -164,7 +163,7 @@ def _as_many(x: Tensor, like: Tensor) -> Tensor:
 def _override(inner: Wrapper) -> Wrapper:
     """Attention that lets the text cross-attention, the second call of a block, also attend to the global view."""
 
-    def override(func, q, k, v, heads, *args, transformer_options=None, **kwargs):
+    def override(func: Wrapper, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, transformer_options: Any = None, **kwargs: Any) -> Any:
         arguments = {**kwargs, "transformer_options": transformer_options}
         out = inner(func, q, k, v, heads, *args, **arguments)
         call = None if transformer_options is None else transformer_options.get(KEY)

@@ -150,7 +150,7 @@ class PatchUpscale(io.ComfyNode):
     checks = (check_overlap,)
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TesseraPatchUpscale",
             display_name="Patch Upscale (network)",
@@ -168,7 +168,7 @@ class PatchUpscale(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, upscale_model, image, size, tile, overlap) -> io.NodeOutput:
+    def execute(cls, upscale_model: Any, image: Tensor, size: dict[str, Any], tile: int, overlap: int) -> io.NodeOutput:
         batch, height, width, _ = image.shape
         target = size_for(width, height, size)
         device = load_network(upscale_model, image.element_size(), tile)
@@ -218,7 +218,7 @@ class _Unfinished:
 
 
 def _unfinished(upscale_model: Any, image: Tensor, key: Any) -> _Unfinished:
-    found = upscale_model.__dict__.pop(_RESUME, None)
+    found: _Unfinished | None = upscale_model.__dict__.pop(_RESUME, None)
     if found is not None and found.key == key and found.image is image:
         return found
     return _Unfinished(image, key)
@@ -235,10 +235,10 @@ def load_network(upscale_model: Any, element_size: int, tile: int) -> torch.devi
     """Bring the network to the device through ComfyUI's manager. 384 bytes an output pixel and channel is ComfyUI's own estimate."""
     needed = tile * tile * 3 * element_size * max(upscale_model.scale, 1.0) * 384.0
     patcher = getattr(upscale_model, "patcher", None)
+    device: torch.device = mm.get_torch_device() if patcher is None else patcher.load_device
     if patcher is not None:  # ComfyUI >= 0.3x
         mm.load_models_gpu([patcher], memory_required=needed, force_full_load=True)
-        return patcher.load_device
-    device = mm.get_torch_device()
+        return device
     mm.free_memory(mm.module_size(upscale_model.model) + needed, device)
     upscale_model.to(device)
     return device
@@ -259,7 +259,7 @@ class UpscaleReport(io.ComfyNode):
     checks = (check_overlap,)
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TesseraUpscaleReport",
             display_name="Upscale Report",
@@ -281,7 +281,7 @@ class UpscaleReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, image, tile, overlap, original=None, reference=None) -> io.NodeOutput:
+    def execute(cls, image: Tensor, tile: int, overlap: int, original: Tensor | None = None, reference: Tensor | None = None) -> io.NodeOutput:
         report: dict[str, float] = {"width": image.shape[2], "height": image.shape[1], "frames": image.shape[0]}
         pictures = image.movedim(-1, 1)
         if original is not None:

@@ -41,7 +41,7 @@ class PatchUpscaleVideoNetwork(io.ComfyNode):
     checks = (check_overlap,)
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TesseraPatchUpscaleVideoNetwork",
             display_name="Patch Upscale Video (network)",
@@ -63,7 +63,7 @@ class PatchUpscaleVideoNetwork(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, upscale_model, video, size, tile, overlap, crf) -> io.NodeOutput:
+    def execute(cls, upscale_model: Any, video: Any, size: dict[str, Any], tile: int, overlap: int, crf: Any) -> io.NodeOutput:
         source, trim = _source(video)
         mark = _fingerprint(upscale_model, source, (trim, size, tile, overlap, crf))
         folder = Path(folder_paths.get_temp_directory())
@@ -84,7 +84,7 @@ class PatchUpscaleVideoFile(io.ComfyNode):
     checks = (check_overlap, _existing, check_prefix)
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         files, _ = folder_paths.recursive_search(folder_paths.get_input_directory())
         return io.Schema(
             node_id="TesseraPatchUpscaleVideoFile",
@@ -112,12 +112,14 @@ class PatchUpscaleVideoFile(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file, **others):
+    def fingerprint_inputs(cls, file: str, **others: Any) -> Any:
         path = None if file is None else input_path(file)  # None: another node makes it
         return path.stat().st_mtime_ns if path is not None and path.is_file() else None
 
     @classmethod
-    def execute(cls, upscale_model, file, size, tile, overlap, filename_prefix, container, crf) -> io.NodeOutput:
+    def execute(
+        cls, upscale_model: Any, file: str, size: dict[str, Any], tile: int, overlap: int, filename_prefix: str, container: str, crf: Any
+    ) -> io.NodeOutput:
         path = _existing(file)
         from ...models.upscale.video_reader import open_reader
 
@@ -133,7 +135,18 @@ class PatchUpscaleVideoFile(io.ComfyNode):
         return io.NodeOutput(InputImpl.VideoFromFile(str(target)), ui={**shown, "text": (line,)})
 
 
-def _upscale(node_id, upscale_model, reader, target, part, size, tile, overlap, crf, metadata=None) -> str:
+def _upscale(
+    node_id: Any,
+    upscale_model: Any,
+    reader: Any,
+    target: Path,
+    part: Path,
+    size: dict[str, Any],
+    tile: int,
+    overlap: int,
+    crf: Any,
+    metadata: dict[str, str] | None = None,
+) -> str:
     """Upscale an open source of the library into `target`; what an interrupted run finished is in `part`. Returns a line on what was done."""
     from ...models.upscale.video import upscale_video
 
