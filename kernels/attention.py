@@ -8,7 +8,7 @@ which that node has no formula, it is a break in the graph, and as exact as with
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -91,9 +91,9 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _run(problem, precision, choice, q, k, v, block_mask, key_bias, scale, return_lse) -> tuple[Tensor, Tensor | None]:
-    chosen = (choice or explain(problem, precision)).taken()
-    return chosen.load()(q, k, v, block_mask, key_bias, scale, return_lse)
+def _run(problem: dispatch.Problem, precision: str, choice: dispatch.Choice | None, *call: Any) -> tuple[Tensor, Tensor | None]:
+    """call: the arguments of `Implementation.load`'s function."""
+    return (choice or explain(problem, precision)).taken().load()(*call)
 
 
 _run_beside_graph = torch.compiler.disable(_run)
@@ -150,6 +150,6 @@ def _attention_op(
 
 
 @_attention_op.register_fake
-def _(q, k, v, indices, counts, block_m, block_n, key_bias, precision, implementation, scale, return_lse):
-    lse_shape = q.shape[:3] if return_lse else (0,)
+def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    lse_shape = q.shape[:3] if others[-1] else (0,)  # the last is return_lse
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(lse_shape, dtype=_bias_dtype(q))

@@ -96,11 +96,15 @@ Limit = Callable[[Problem], "str | None"]
 """A limit returns None when the problem is within it, else the reason in words."""
 
 
+Run = Callable[..., tuple[Tensor, "Tensor | None"]]
+"""`run(q, k, v, block_mask, key_bias, scale, return_lse) -> (out, lse or None)`, arguments as `kernels.attention.attention` checked them."""
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One way to compute attention: a backend at a precision.
 
-    load: imports and returns `run(q, k, v, block_mask, key_bias, scale, return_lse) -> (out, lse or None)`. Called on first use.
+    load: imports and returns what runs. Called on first use.
     qk, pv: the operands of q.k and of p.v: "fp16", "bf16", "int8", or "native", which is q's dtype.
     tolerance: the largest sum |out - float64| / sum |float64| that its self-test takes for right, on a problem of self_test_dtype.
     trusted: made of PyTorch operations, which PyTorch tests; it has no self-test.
@@ -109,7 +113,7 @@ class Implementation:
     backend: str
     precision: str
     limits: tuple[Limit, ...]
-    load: Callable[[], Callable[..., tuple[Tensor, Tensor | None]]]
+    load: Callable[[], Run]
     tolerance: float = 0.03
     self_test_dtype: torch.dtype = torch.bfloat16
     trusted: bool = False

@@ -7,8 +7,6 @@ purpose: odd lengths, ragged blocks, empty rows, a key bias, outlier channels, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -54,7 +52,11 @@ def failure(implementation: dispatch.Implementation, device: torch.device) -> st
 
 
 def _compare(
-    run: Callable, implementation: dispatch.Implementation, device: torch.device, head_dim: int, blocks: tuple[int, int] | None
+    run: dispatch.Run,
+    implementation: dispatch.Implementation,
+    device: torch.device,
+    head_dim: int,
+    blocks: tuple[int, int] | None,
 ) -> str | None:
     q, k, v, key_bias = (tensor.to(device) for tensor in _problem(head_dim, implementation.self_test_dtype))
     mask = None
@@ -66,6 +68,7 @@ def _compare(
         mask = BlockMask.from_dense(kept.to(device), *blocks)
     scale = head_dim**-0.5
     out, lse = run(q, k, v, mask, key_bias, scale, True)
+    assert lse is not None
     expected, expected_lse = reference.attention(q, k, v, block_mask=mask, key_bias=key_bias, scale=scale)
     empty = expected_lse == -torch.inf
     if not bool(torch.isfinite(out).all()):

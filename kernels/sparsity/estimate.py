@@ -78,7 +78,7 @@ def block_mean(x: Tensor, block: int, bias: Tensor | None = None) -> Tensor:
         # Equal biases have weights of exactly 1, so that x may keep its precision.
         return block_mean(x * weights.to(x.dtype), block) / block_mean(weights, block).clamp(min=0.5 / block)
     whole = x.shape[2] - x.shape[2] % block
-    means = x[:, :, :whole].unflatten(2, (-1, block)).mean(3, dtype=torch.float32)
+    means: Tensor = x[:, :, :whole].unflatten(2, (-1, block)).mean(3, dtype=torch.float32)
     if whole == x.shape[2]:
         return means
     return torch.cat([means, x[:, :, whole:].mean(2, keepdim=True, dtype=torch.float32)], 2)
@@ -93,7 +93,7 @@ def _weights(bias: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """exp(bias) over its largest in the block, `(batch, 1, tokens, 1)`, and the logarithm of that, `(batch, 1, blocks, 1)`."""
     blocks = torch.nn.functional.pad(bias, (0, -bias.shape[1] % block), value=float("-inf")).unflatten(1, (-1, block))
     peak = blocks.amax(-1, keepdim=True)
-    weights = (blocks - peak.masked_fill(peak.isneginf(), 0.0)).exp().flatten(1)[:, : bias.shape[1]]
+    weights: Tensor = (blocks - peak.masked_fill(peak.isneginf(), 0.0)).exp().flatten(1)[:, : bias.shape[1]]
     return weights[:, None, :, None], peak[:, None]
 
 

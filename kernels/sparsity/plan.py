@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .. import attention as kernel
+from .. import dispatch
+from ..attention import as_bias
 from ..block_mask import BlockMask, num_blocks
-from ..dispatch import Choice, Problem
 from .compensate import COMPENSATORS
 from .estimate import ESTIMATORS, hidden_blocks
 from .grid import TokenGrid
@@ -74,9 +74,9 @@ def _protected(recipe: Recipe, grid: TokenGrid) -> Tensor:
     return protected
 
 
-def describe(arrangement: Arrangement, q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | None = None) -> Problem:
+def describe(arrangement: Arrangement, q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | None = None) -> dispatch.Problem:
     """The kernel's `Problem` of `sparse_attention` with these tensors: what to ask `kernels.attention.explain` about before the call."""
-    problem = kernel.describe(q, k, v, blocks=(arrangement.block, arrangement.block), key_bias=key_bias)
+    problem = dispatch.describe(q, k, v, blocks=(arrangement.block, arrangement.block), key_bias=key_bias)
     if not problem.q_len == problem.k_len == arrangement.tokens:
         raise ValueError(f"sparse_attention: the layout is for {arrangement.tokens} tokens, but q has {problem.q_len} and k {problem.k_len}")
     if arrangement.order is None:
@@ -98,7 +98,7 @@ def sparse_attention(
     key_bias: Tensor | None = None,
     settings: Mapping[str, float] | None = None,
     mask: BlockMask | None = None,
-    choice: Choice | None = None,
+    choice: dispatch.Choice | None = None,
 ) -> tuple[Tensor, BlockMask]:
     """Self-attention of q `(batch, heads, tokens, head_dim)` and k, v `(batch, kv_heads, tokens, head_dim)` as `recipe` does it.
 
@@ -118,7 +118,7 @@ def sparse_attention(
     values = {name: setting.default for name, setting in recipe.settings.items()} | dict(settings or {})
     describe(arrangement, q, k, v, key_bias=key_bias)  # before anything is chosen from tensors that do not fit
     if key_bias is not None:
-        key_bias = kernel.as_bias(key_bias, q)
+        key_bias = as_bias(key_bias, q)
     if arrangement.order is not None:
         q, k, v = (x.index_select(2, arrangement.order) for x in (q, k, v))
         key_bias = None if key_bias is None else key_bias.index_select(1, arrangement.order)

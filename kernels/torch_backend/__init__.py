@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from functools import cache
 
-from ..dispatch import Implementation, Problem
+from ..dispatch import Implementation, Problem, Run
 
 
 @cache
-def _load_block_sparse():
+def _load_block_sparse() -> Run:
     from .block_sparse import run
 
     return run
 
 
 @cache
-def _load_dense():
+def _load_dense() -> Run:
     from .dense import run
 
     return run

@@ -6,16 +6,14 @@ Triton is imported when a call on a GPU asks for it, never when this package is.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..dispatch import Implementation, Problem
+from ..dispatch import Implementation, Problem, Run
 from .compile_table import MAX_HEAD_DIM
 
 MIN_BLOCK = 16
@@ -77,7 +75,7 @@ _HALVES = _FLOATS[:2]
 
 
 @cache
-def _load(qk: str, pv: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _load(qk: str, pv: str) -> Run:
     return partial(_module().attention, qk=qk, pv=pv)
 
 

@@ -1,9 +1,14 @@
 """HunyuanVideo 1 and 1.5: joint attention. ComfyUI puts the text first (upstream puts it last)."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
 from .layout import Family, TokenLayout, patches, tokens
 
 
-def layout(network, latent_shape, extras):
+def layout(network: Any, latent_shape: tuple[int, ...], extras: Mapping[str, Any]) -> TokenLayout:
     """The reference latent of the image-to-video "concat" variant stands directly before the grid."""
     patch_size = tuple(network.patch_size)
     reference = extras.get("ref_latent")

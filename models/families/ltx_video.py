@@ -3,10 +3,15 @@
 Calls whose length is not the grid's (dropped or appended keyframe guides, audio streams) are not this layout's self-attention.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
 from .layout import Family, TokenLayout, patches
 
 
-def layout(network, latent_shape, extras):
+def layout(network: Any, latent_shape: tuple[int, ...], extras: Mapping[str, Any]) -> TokenLayout:
     return TokenLayout(*patches(latent_shape, (1, 1, 1)))
 
 

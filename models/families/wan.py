@@ -1,9 +1,14 @@
 """Wan 2.1 and 2.2: text-to-video, image-to-video and variants. Self-attention holds no text; cross-attention is a separate call."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
 from .layout import Family, TokenLayout, patches, tokens
 
 
-def layout(network, latent_shape, extras):
+def layout(network: Any, latent_shape: tuple[int, ...], extras: Mapping[str, Any]) -> TokenLayout:
     """Reference images of `ref_conv` checkpoints stand before the grid, context latents behind it; `time_dim_concat` adds frames."""
     patch_size = tuple(network.patch_size)
     frames, height, width = patches(latent_shape, patch_size)

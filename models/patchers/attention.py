@@ -137,7 +137,7 @@ class ModelCall:
 class AttentionPatch:
     """The state of one patched model. It dies with the model; `start` forgets everything of an earlier run."""
 
-    def __init__(self, settings: AttentionSettings, keep: Callable[[], AbstractContextManager] = nullcontext):
+    def __init__(self, settings: AttentionSettings, keep: Callable[[], AbstractContextManager[Any]] = nullcontext):
         """keep: entered around the creation of tensors that outlive an attention call (ComfyUI's compiler must know them)."""
         settings.validate()
         self.settings = settings
@@ -161,7 +161,7 @@ class AttentionPatch:
         self._sigma: float | None = None
         self._places: Counter[Hashable] = Counter()
         self._arrangements: dict[Hashable, Arrangement] = {}
-        self._masks: dict[tuple, tuple[int, BlockMask]] = {}
+        self._masks: dict[Hashable, tuple[int, BlockMask]] = {}
         self._choices: dict[Hashable, dispatch.Choice] = {}
         self._disabled: set[tuple[int | None, str]] = set()
         if percent_to_sigma is not None:
@@ -259,11 +259,11 @@ class AttentionPatch:
         quantized operands (some models ask for it).
         """
         try:
-            problem = kernel.describe(q, k, v, key_bias=key_bias)
+            problem = dispatch.describe(q, k, v, key_bias=key_bias)
         except ValueError as error:
             self.report.other[str(error)] += 1
             return dense()
-        if problem.q_len != problem.k_len and (call.layout is None or call.layout.grid(problem.q_len, problem.k_len) is None):
+        if problem.q_len != problem.k_len:
             self.report.other["cross-attention"] += 1
             return dense()
 
@@ -276,7 +276,7 @@ class AttentionPatch:
             unsupported = "another length than the video's"
         outcome, reason, in_window = self._decide(call, layer, problem.q_len, grid, unsupported)
         shape = (q.shape[0], problem.num_heads, problem.num_kv_heads, problem.q_len, problem.head_dim)
-        implementation = arrangement = None
+        choice = arrangement = None
         if outcome != HOST:
             if outcome == SPARSE:
                 arrangement = self._arrangement(grid, q)
@@ -285,12 +285,10 @@ class AttentionPatch:
             if choice is None:
                 reason = refusal if outcome == SPARSE else reason
                 outcome = HOST
-            else:
-                implementation = choice.taken()
 
         kept, pairs = None, 1
         start = clock(q.device)
-        if implementation is None:
+        if choice is None:
             out = dense()
         else:
             if arrangement is not None:
@@ -298,9 +296,9 @@ class AttentionPatch:
             else:
                 result = kernel.attention(q, k, v, key_bias=key_bias, choice=choice, scale=scale)
             with self._keep():
-                call.checks.append((layer, implementation.precision, result.detach().sum(dtype=torch.float32)))
+                call.checks.append((layer, choice.taken().precision, result.detach().sum(dtype=torch.float32)))
             out = to_host(result)
-        name = None if implementation is None else implementation.name
+        name = None if choice is None else choice.taken().name
         self.report.records.append(CallRecord(call.step, layer, shape, outcome, start, clock(q.device), kept, pairs, in_window, reason, name))
         return out
 
@@ -353,7 +351,20 @@ class AttentionPatch:
         self.report.refusals.update(choice.refusals)
         return choice
 
-    def _sparse(self, call, layer, grid, arrangement, q, k, v, choice, key_bias, scale) -> tuple[Tensor, Tensor, int]:
+    def _sparse(
+        self,
+        call: ModelCall,
+        layer: int | None,
+        grid: TokenGrid | None,
+        arrangement: Arrangement,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        choice: dispatch.Choice,
+        key_bias: Tensor | None,
+        scale: float | None,
+    ) -> tuple[Tensor, Tensor, int]:
+        """(output, number of kept block pairs, of all): with the mask of an earlier step where one is kept."""
         key = (layer, call.place, grid, q.shape)
         mask = self._masks[key][1] if key in self._masks else None
         out, used = sparse_attention(

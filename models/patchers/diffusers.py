@@ -198,7 +198,7 @@ def sample(
 @torch.inference_mode()
 def decode(model: WanModel, latents: Tensor) -> Tensor:
     """Latents of `sample` -> float32 video `(frames, height, width, 3)` in 0..1, on the CPU."""
-    video = model.vae.decode(latents, return_dict=False)[0]
+    video: Tensor = model.vae.decode(latents, return_dict=False)[0]
     return (video[0].permute(1, 2, 3, 0).float() / 2 + 0.5).clamp(0, 1).cpu()
 
 
@@ -221,7 +221,7 @@ class _Intercept(TorchFunctionMode):
         self.patch = patch
         self.call = call
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is not F.scaled_dot_product_attention:
             return function(*args, **kwargs)

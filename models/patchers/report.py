@@ -6,6 +6,7 @@ import math
 import textwrap
 import time
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -67,7 +68,7 @@ class ModelCallRecord:
 
 
 def _seconds(start: Any, end: Any) -> float:
-    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
+    return float(end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3)
 
 
 def clock(device: torch.device) -> Any:
@@ -243,8 +244,8 @@ def _speedups(model_calls: list[ModelCallRecord]) -> tuple[float | None, float |
 
     The run's first model call, which loads and compiles, is left out. None where the run had not both kinds.
     """
-    calls: dict[tuple, dict[bool, list[float]]] = {}
-    models: dict[tuple, dict[bool, list[float]]] = {}
+    calls: dict[Hashable, dict[bool, list[float]]] = {}
+    models: dict[Hashable, dict[bool, list[float]]] = {}
     for model_call in model_calls[1:]:
         outcomes = {record.outcome for record in model_call.calls}
         for record in model_call.calls:
