@@ -1,0 +1,63 @@
+"""The way of one attention call through the pack's files, as `sys.setprofile` sees it. `test_architecture.py` holds it against the text.
+
+python comfy_attention_way.py COMFYUI PACKAGE_PARENT   prints it as JSON, of a call from ComfyUI: run with ComfyUI's Python
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+PACK = Path(__file__).resolve().parent.parent
+
+
+def passed(call: Callable[[], object]) -> list[tuple[str, str]]:
+    """(file, function) of every function of the pack that `call` enters, in order; files relative to the pack."""
+    entered: list[tuple[str, str]] = []
+
+    def note(frame, event: str, _) -> None:
+        if event == "call":
+            file = Path(frame.f_code.co_filename)
+            if file.is_absolute() and (file := file.resolve()).is_relative_to(PACK) and not file.is_relative_to(PACK / "tests"):
+                entered.append((file.relative_to(PACK).as_posix(), frame.f_code.co_name))
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return entered
+
+
+def from_comfyui() -> list[list[tuple[str, str]]]:
+    """Two self-attention calls of one kind, from where ComfyUI hands them to an attention override."""
+    import torch
+
+    from tessera.kernels import backends
+    from tessera.models.families import TokenLayout
+    from tessera.models.patchers.attention import AttentionSettings, ModelCall
+    from tessera.nodes.attention.host import KEY, _AttentionHost
+
+    backends.register_all()
+    host = _AttentionHost(AttentionSettings(min_tokens=0, start_percent=0.0), None)
+    host.patch.start()
+    call = ModelCall(TokenLayout(5, 8, 8), 0.5)
+    host.patch.begin(call)
+    override = host._override(None)
+    q = torch.randn(1, 320, 32)
+    return [passed(lambda: override(None, q, q, q, 2, transformer_options={KEY: call})) for _ in range(2)]
+
+
+if __name__ == "__main__":
+    _, comfyui, package_parent = sys.argv
+    sys.argv = sys.argv[:1]
+    sys.path.insert(0, comfyui)
+    sys.path.append(package_parent)
+    from comfy.cli_args import args
+
+    args.cpu = True
+    import utils.extra_config  # noqa: F401  (first, as main.py does: nodes.py puts a folder with another `utils` before it)
+
+    print("WAY " + json.dumps(from_comfyui()))

@@ -1,0 +1,90 @@
+"""The ways that `docs/` describes are the ways that calls take."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from comfy_attention_way import passed
+from conftest import _installed
+
+import tessera
+from tessera.kernels import backends
+from tessera.models.families import TokenLayout
+from tessera.models.patchers.attention import AttentionPatch, AttentionSettings, ModelCall
+from tessera.models.patchers.diffusers import _Intercept
+
+COMFYUI, DIFFUSERS = "nodes/attention/host.py", "models/patchers/diffusers.py"
+CHOOSE = ("kernels/dispatch.py", "choose")
+
+
+@pytest.fixture
+def text(root: Path) -> str:
+    return (root / "docs" / "architecture_attention.md").read_text()
+
+
+def rooms(text: str) -> list[str]:
+    return re.findall(r"^\d+\. `(\S+\.py)`: ", text, re.MULTILINE)
+
+
+def functions(text: str) -> set[tuple[str, str]]:
+    """(file, function) of every function that a room's entry begins a sentence with."""
+    entries = re.findall(r"^\d+\. `(\S+\.py)`: (.*?)(?=^\d+\. |\n\n)", text, re.MULTILINE | re.DOTALL)
+    return {(file, name) for file, entry in entries for name in re.findall(r"(?:^|[.;]\s+)`(\w+)`", entry)}
+
+
+def asked(text: str, beginning: str) -> set[str]:
+    paragraph = next(part for part in text.split("\n\n") if part.startswith(beginning))
+    return set(re.findall(r"`(\S+\.py)`", paragraph))
+
+
+def files(way: list[tuple[str, str]]) -> list[str]:
+    return list(dict.fromkeys(file for file, _ in way))
+
+
+def check(text: str, first: list[tuple[str, str]], next_one: list[tuple[str, str]], host: str) -> None:
+    expected = [host if room == COMFYUI else room for room in rooms(text)]
+    every, once = asked(text, "Every call asks"), asked(text, "The first of a kind asks")
+    assert len(expected) <= 9
+    assert [file for file in files(next_one) if file not in every] == expected
+    assert set(files(next_one)) == {*expected, *every}
+    assert set(files(first)) == {*expected, *every, *once}
+    assert first.count(CHOOSE) == 1 and CHOOSE not in next_one
+    named = {(file, name) for file, name in functions(text) if file != COMFYUI}
+    assert {file for file, _ in named} >= {"kernels/dispatch.py", "kernels/sparsity/plan.py", "kernels/attention.py"}
+    assert named <= set(first), "a function is named that the call does not pass"
+
+
+def test_an_attention_call_of_diffusers_takes_the_way_of_the_text(text: str) -> None:
+    backends.register_all()
+    patch = AttentionPatch(AttentionSettings(min_tokens=0, start_percent=0.0))
+    call = ModelCall(TokenLayout(5, 8, 8), 0.5)
+    patch.begin(call)
+    q = torch.randn(1, 2, 320, 16)
+    with _Intercept(patch, call):
+        ways = [passed(lambda: F.scaled_dot_product_attention(q, q, q)) for _ in range(2)]
+    check(text, *ways, DIFFUSERS)
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize("old", [False, True], ids=["new", "old"])
+def test_an_attention_call_of_comfyui_takes_the_way_of_the_text(text: str, old: bool, package_path: Path) -> None:
+    install = _installed(old=old)
+    script = Path(__file__).parent / "comfy_attention_way.py"
+    done = subprocess.run([install.python, script, install.path, package_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("WAY "))
+    first, next_one = ([(file, name) for file, name in way] for way in json.loads(line.removeprefix("WAY ")))
+    assert first[0] == (COMFYUI, "override")
+    check(text, first, next_one, COMFYUI)
+
+
+def test_a_call_of_the_op_alone_chooses_once() -> None:
+    q = torch.randn(1, 2, 40, 16)
+    way = passed(lambda: tessera.attention(q, q, q))
+    assert way.count(CHOOSE) == 1 and ("kernels/dispatch.py", "describe") in way
