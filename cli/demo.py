@@ -249,7 +249,7 @@ def _share_in_window(report: dict[str, Any]) -> str:
 
 def attention_settings(widgets: dict[str, Any], dense: bool) -> Any:
     """The Sparse Attention node's inputs in API form, as AttentionSettings."""
-    from ..models.patchers.attention import AttentionSettings, parse_blocks
+    from ..models.patchers.attention import AttentionSettings, parse_layers
 
     return AttentionSettings(
         method=widgets["method"],
@@ -258,7 +258,7 @@ def attention_settings(widgets: dict[str, Any], dense: bool) -> Any:
         precision="native" if dense else widgets["precision"],
         start_percent=widgets["start_percent"],
         end_percent=widgets["end_percent"],
-        dense_blocks=parse_blocks(widgets["dense_blocks"]),
+        dense_blocks=parse_layers(widgets["dense_blocks"]),
         min_tokens=widgets["min_tokens"],
         block=None if widgets["block"] == "auto" else int(widgets["block"]),
         mask_refresh=widgets["mask_refresh"],

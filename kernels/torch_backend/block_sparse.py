@@ -50,8 +50,8 @@ def run(
             outs.append(queries.new_zeros((size, block_m, head_dim)) + nothing)
             lses.append(torch.full((size, block_m), float("-inf"), dtype=_exact(q), device=q.device))
         else:
-            limit = CUDA_CHUNK_BYTES if q.is_cuda else CPU_CHUNK_BYTES
-            chunk = max(1, limit // (2 * length * block_n * head_dim * q.element_size()))
+            chunk_bytes = CUDA_CHUNK_BYTES if q.is_cuda else CPU_CHUNK_BYTES
+            chunk = max(1, chunk_bytes // (2 * length * block_n * head_dim * q.element_size()))
             for start in range(first, first + size, chunk):
                 rows = slice(start, min(start + chunk, first + size))
                 ids = indices[rows, :length]

@@ -38,7 +38,7 @@ class AttentionSettings:
     precision: "auto" or one of `dispatch.PRECISIONS`.
     start_percent, end_percent: the part of sampling, in percent of the noise schedule, whose calls may be sparse.
     gentle_few_steps: on schedules of FEW_STEPS steps or fewer, one dense step replaces start_percent and density is at least 0.5.
-    dense_blocks: transformer blocks, counted in the order of execution, that stay dense.
+    dense_blocks: layers (transformer blocks, counted in the order of execution) that stay dense.
     min_tokens: shorter sequences stay dense.
     block: tokens in a block, or None for the largest of 128, 64, 32, 16 that leaves 16 blocks.
     mask_refresh: steps that share one block mask (of one layer, in calls of one conditioning, window and place in the step).
@@ -64,8 +64,8 @@ class AttentionSettings:
             raise ValueError(f"start_percent is {self.start_percent}, end_percent {self.end_percent}; use 0 <= start_percent <= end_percent <= 1")
         if self.precision != "auto" and self.precision not in dispatch.PRECISIONS:
             raise ValueError(f"precision is {self.precision!r}; use 'auto' or one of {', '.join(dispatch.PRECISIONS)}")
-        if self.block is not None and self.block not in BLOCKS:
-            raise ValueError(f"block is {self.block}; use one of {', '.join(map(str, BLOCKS))}, or 0 for automatic")
+        if self.block is not None and self.block not in BLOCK_SIZES:
+            raise ValueError(f"block is {self.block}; use one of {', '.join(map(str, BLOCK_SIZES))}, or 0 for automatic")
         if self.mask_refresh < 1:
             raise ValueError(f"mask_refresh is {self.mask_refresh}; use 1 or more steps")
         unknown = set(self.method_settings) - set(get(self.method).settings)
@@ -73,28 +73,28 @@ class AttentionSettings:
             raise ValueError(f"{self.method} has no setting {', '.join(sorted(unknown))}; it has {', '.join(get(self.method).settings) or 'none'}")
 
 
-BLOCKS = (128, 64, 32, 16)
+BLOCK_SIZES = (128, 64, 32, 16)
 
 
-MAX_BLOCKS = 10000
-"""More transformer blocks than any network has: a typing error must not fill the memory with numbers."""
+MAX_LAYERS = 10000
+"""More than any network has: a typing error must not fill the memory with numbers."""
 
 
-def parse_blocks(text: str) -> frozenset[int]:
-    """Block numbers of "0,1" or "0-3, 7". Raises ValueError naming the text."""
-    blocks: set[int] = set()
+def parse_layers(text: str) -> frozenset[int]:
+    """Layer numbers of "0,1" or "0-3, 7". Raises ValueError naming the text."""
+    layers: set[int] = set()
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         first, dash, last = (piece.strip() for piece in part.partition("-"))
-        numbers = first.isdecimal() and (last.isdecimal() or not dash) and max(len(first), len(last)) <= len(str(MAX_BLOCKS))
-        if not numbers or not int(first) <= int(last or first) < MAX_BLOCKS:
-            raise ValueError(f"dense_blocks is {text!r:.60}; use block numbers and ranges such as 0,1 or 0-3, below {MAX_BLOCKS}")
-        blocks.update(range(int(first), int(last or first) + 1))
-    return frozenset(blocks)
+        numbers = first.isdecimal() and (last.isdecimal() or not dash) and max(len(first), len(last)) <= len(str(MAX_LAYERS))
+        if not numbers or not int(first) <= int(last or first) < MAX_LAYERS:
+            raise ValueError(f"dense_blocks is {text!r:.60}; use block numbers and ranges such as 0,1 or 0-3, below {MAX_LAYERS}")
+        layers.update(range(int(first), int(last or first) + 1))
+    return frozenset(layers)
 
 
 def auto_block(tokens: int) -> int:
     """Largest block size that leaves at least 16 blocks, so that there is something to choose from."""
-    return next((block for block in BLOCKS if tokens >= 16 * block), BLOCKS[-1])
+    return next((block for block in BLOCK_SIZES if tokens >= 16 * block), BLOCK_SIZES[-1])
 
 
 def percent_of(sigma: float, percent_to_sigma: Callable[[float], float]) -> float:

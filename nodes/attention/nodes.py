@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from ...kernels.dispatch import PRECISIONS
 from ...kernels.sparsity import RECIPES
-from ...models.patchers.attention import BLOCKS, MIN_TOKENS, AttentionSettings, parse_blocks
+from ...models.patchers.attention import BLOCK_SIZES, MIN_TOKENS, AttentionSettings, parse_layers
 from ...models.patchers.report import AttentionReport as Report
 from ...models.patchers.report import heat_map, summary
 from .host import last_report, patch_attention
@@ -69,7 +69,7 @@ def _check_percents(start_percent: float, end_percent: float) -> None:
 
 
 def _check_blocks(dense_blocks: str) -> None:
-    parse_blocks(dense_blocks)
+    parse_layers(dense_blocks)
 
 
 class SparseAttention(io.ComfyNode):
@@ -132,7 +132,7 @@ class SparseAttention(io.ComfyNode):
                 io.Int.Input("min_tokens", default=MIN_TOKENS, min=0, max=1 << 24, tooltip=_MIN_TOKENS_TIP),
                 io.Combo.Input(
                     "block",
-                    options=["auto", *map(str, BLOCKS)],
+                    options=["auto", *map(str, BLOCK_SIZES)],
                     default="auto",
                     optional=True,
                     advanced=True,
@@ -173,7 +173,7 @@ class SparseAttention(io.ComfyNode):
             precision=precision,
             start_percent=start_percent,
             end_percent=end_percent,
-            dense_blocks=parse_blocks(dense_blocks),
+            dense_blocks=parse_layers(dense_blocks),
             min_tokens=min_tokens,
             block=None if block == "auto" else int(block),
             mask_refresh=mask_refresh,
