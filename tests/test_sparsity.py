@@ -463,6 +463,12 @@ def test_every_recipe_names_parts_that_exist():
         assert all(setting.minimum <= setting.default <= setting.maximum for setting in recipe.settings.values())
 
 
+@pytest.mark.parametrize(("kind", "table"), [("permute", PERMUTERS), ("estimate", ESTIMATORS), ("select", SELECTORS), ("compensate", COMPENSATORS)])
+def test_every_part_is_named_by_a_recipe(kind, table):
+    """Then the tests that loop over recipes run it."""
+    assert {getattr(recipe, kind) for recipe in RECIPES.values()} == set(table)
+
+
 @pytest.mark.parametrize(("kind", "register", "table"), PARTS)
 def test_a_part_of_a_name_that_is_taken_is_refused(kind, register, table):
     for name, part in list(table.items()):
