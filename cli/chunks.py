@@ -110,7 +110,7 @@ class Chunks:
         for thread in self._threads:
             thread.start()
 
-    def next(self, frames: int, size: tuple[int, int], show: Callable[[int, int | None], None]) -> Tensor:
+    def next(self, frames: int, size: tuple[int, int], on_chunk: Callable[[int, int | None], None]) -> Tensor:
         """The next chunk, `(frames, 3, height, width)`. frames, size (width, height): what it has to be. Raises what made it impossible."""
         with self._changed:
             while not (self._chunks and self._chunks[0].received is not None):
@@ -118,7 +118,7 @@ class Chunks:
                     raise self._error
                 if self._total == self._taken:
                     raise ValueError("the source changed while it was read; leave it alone until the end")
-                show(self.finished, self._total)
+                on_chunk(self.finished, self._total)
                 self._changed.wait(1)
             chunk = self._chunks[0]
         assert chunk.received is not None
@@ -136,7 +136,7 @@ class Chunks:
             self._chunks.popleft()
             self._taken += 1
             self._changed.notify_all()
-            show(self.finished, self._total)
+            on_chunk(self.finished, self._total)
         return out
 
     def _submit(self, window: Tensor) -> Tensor:

@@ -53,12 +53,12 @@ def run(options: argparse.Namespace) -> None:
         pool.begin(_frames(source), options.chunk, options.chunk_overlap)
         estimate = ceil((facts.frames - options.chunk_overlap) / (options.chunk - options.chunk_overlap)) if facts.frames else 0
 
-        def show(done: int, total: int | None) -> None:
+        def on_chunk(done: int, total: int | None) -> None:
             total = total or max(estimate, done + 1)
             line.show(done / total, f"{done} of {total} chunks on {len(pool)} server{'s'[: len(pool) != 1]}")
 
         def operator(frames: Tensor) -> Tensor:
-            return pool.next(len(frames), size, show)
+            return pool.next(len(frames), size, on_chunk)
 
         try:
             summary = upscale_video(source, target, operator, size, window=options.chunk, overlap=options.chunk_overlap, interrupt=STOPS)

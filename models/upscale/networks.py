@@ -44,7 +44,7 @@ class NetworkFile:
 
     def __call__(self, device: torch.device) -> Operator:
         """Maps one patch, `(3, height, width)`."""
-        return self.load(device).on_patch
+        return self.load(device).map_patch
 
 
 def built_in(factor: float) -> NetworkFile:

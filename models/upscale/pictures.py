@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import ceil, sqrt
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..media.resize import resize
-from .tiling import MapPatches, Operator, Patch, Progress, Tiling, overlapping, run_within_memory
+from .tiling import MapPatches, OnPatch, Operator, Progress, Tiling, overlapping, run_within_memory
 
 NAMED = {"HD 1280 x 720": (1280, 720), "Full HD 1920 x 1080": (1920, 1080), "QHD 2560 x 1440": (2560, 1440), "4K UHD 3840 x 2160": (3840, 2160)}
 NAMED |= {"8K UHD 7680 x 4320": (7680, 4320)}
@@ -58,7 +57,7 @@ class Network:
         out = self.function(_extended(x, sides[0] - height, sides[1] - width))
         return out[..., : height * self.scale, : width * self.scale].float()
 
-    def on_patch(self, patch: Tensor) -> Tensor:
+    def map_patch(self, patch: Tensor) -> Tensor:
         """The same for one patch `(3, height, width)`."""
         return self(patch[None])[0]
 
@@ -106,14 +105,14 @@ def upscale(
     tile: int = 256,
     overlap: int = 32,
     progress: Progress | None = None,
-    on_patch: Callable[[Progress, Patch, Tensor], None] | None = None,
+    on_patch: OnPatch | None = None,
     device: torch.device | None = None,
     map_patches: MapPatches | None = None,
 ) -> Tensor:
     """A picture `(channels, height, width)` in 0..1, channels 1 (grey), 3 or 4 (straight alpha), at `size` (width, height), float32.
 
     tile and overlap are in pixels of the network's input. Alpha is enlarged by interpolation and then follows the edges of the
-    enlarged colours. `progress` belongs to the last pass. map_patches: does what `network.on_patch` does, elsewhere (`workers.py`).
+    enlarged colours. `progress` belongs to the last pass. map_patches: does what `network.map_patch` does, elsewhere (`workers.py`).
     Raises ValueError for another number of channels, and where the network makes NaN or infinity.
     """
     if picture.shape[0] not in (1, 3, 4):
@@ -125,7 +124,7 @@ def upscale(
     for index in range(count):
         height, width = colour.shape[-2:]
         colour = run_within_memory(
-            network.on_patch,
+            network.map_patch,
             colour,
             partial(plan, height, width, overlap=overlap),
             tile,

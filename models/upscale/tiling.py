@@ -131,6 +131,10 @@ class Progress:
     _tiling: Tiling | None = None
 
 
+OnPatch = Callable[[Progress, Patch, Tensor], None]
+"""(progress, patch, canvas so far), after each patch; what it raises ends the run, and the progress keeps what was finished."""
+
+
 @dataclass(frozen=True)
 class Tiling:
     """A canvas of one to three axes (time, height, width: the last ones of a tensor) cut into patches."""
@@ -161,16 +165,15 @@ class Tiling:
         *,
         scale: Sequence[int] | None = None,
         progress: Progress | None = None,
-        on_patch: Callable[[Progress, Patch, Tensor], None] | None = None,
+        on_patch: OnPatch | None = None,
         device: torch.device | None = None,
         map_patches: MapPatches | None = None,
     ) -> Tensor:
         """Apply `operator` patch by patch to x `(..., *canvas)`; it maps a patch `(..., *tile)` to `(..., *tile * scale)`.
 
         scale: integer factor of each axis, default 1. The result is float32, on x's device. device: where patches are computed, default
-        x's. on_patch: called after each with the canvas so far, for previews, progress and interrupts; what it raises ends the run, and
-        `progress` keeps what was finished. map_patches: computes them in place of `operator`, in their order, such as `Workers.map`.
-        Raises ValueError when x or the operator's result has another shape.
+        x's. on_patch: for previews, progress and interrupts. map_patches: computes them in place of `operator`, in their order, such as
+        `Workers.map`. Raises ValueError when x or the operator's result has another shape.
         """
         scale = tuple(scale) if scale is not None else (1,) * len(self.axes)
         size = tuple(axis.size for axis in self.axes)
@@ -224,7 +227,7 @@ def run_within_memory(
     *,
     smallest: int = 64,
     progress: Progress | None = None,
-    **arguments,
+    **arguments: Any,
 ) -> Tensor:
     """`Tiling.run` with tiles that are halved, down to `smallest`, each time there is no memory for one. `tiling(tile)` makes the tiling.
 
