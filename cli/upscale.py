@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..models.media.picture_files import FORMATS, fitted, read_picture, write_picture
+from ..models.media.picture_files import PICTURE_FORMATS, fitted, read_picture, write_picture
 from ..models.upscale.networks import NetworkFile, built_in, read_network
 from ..models.upscale.pictures import NAMED, SMALLEST_TILE, Network, passes, target_size, upscale
 from ..models.upscale.tiling import Patch, Progress
@@ -96,7 +96,7 @@ def _jobs_in_folder(source: Path, target: Path, overwrite: bool) -> list[tuple[P
     found = sorted(path for path in source.iterdir() if path.is_file() and path.suffix.lower() in readable and not path.name.startswith("."))
     if not found:
         raise ValueError(f"{source} holds no pictures; name a folder with pictures, or a file")
-    jobs = [(path, target / (path.name if path.suffix.lower() in FORMATS else f"{path.name}.png")) for path in found]
+    jobs = [(path, target / (path.name if path.suffix.lower() in PICTURE_FORMATS else f"{path.name}.png")) for path in found]
     sources: dict[Path, Path] = {}
     for path, result in jobs:
         if result in sources:  # one would replace the other
@@ -118,9 +118,10 @@ def find_job(source: Path, target: Path, overwrite: bool) -> tuple[Path, Path]:
     if not target.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "the folder to write into does not exist; make it first", str(target.parent))
     suffix = target.suffix.lower()
-    if suffix not in FORMATS and suffix not in CONTAINERS:
-        raise ValueError(f"{target} ends in {target.suffix!r}; pictures are written as {', '.join(FORMATS)}, videos as {', '.join(CONTAINERS)}")
-    if suffix in FORMATS and source.suffix.lower() in CONTAINERS:
+    if suffix not in PICTURE_FORMATS and suffix not in CONTAINERS:
+        written = f"pictures are written as {', '.join(PICTURE_FORMATS)}, videos as {', '.join(CONTAINERS)}"
+        raise ValueError(f"{target} ends in {target.suffix!r}; {written}")
+    if suffix in PICTURE_FORMATS and source.suffix.lower() in CONTAINERS:
         raise ValueError(f"{source} is a video and {target} a picture; write a video ({', '.join(CONTAINERS)})")
     if target.exists() and target.samefile(source):
         raise ValueError(f"{target} is the source itself; choose another name for the result")

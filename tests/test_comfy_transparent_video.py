@@ -22,7 +22,7 @@ from test_transparent_video import COUNT, HEIGHT, WIDTH, clip, ffprobe, independ
 from tessera.cli.comfy_client import PromptFailedError, PromptRefusedError  # noqa: E402
 from tessera.cli.comfy_server import ComfyServer  # noqa: E402
 from tessera.models.layers.video_reader import load  # noqa: E402
-from tessera.models.layers.video_writer import FORMATS  # noqa: E402
+from tessera.models.layers.video_writer import CLIP_FORMATS as FORMATS  # noqa: E402
 from tessera.models.media.sound import Sound  # noqa: E402
 
 pytestmark = [pytest.mark.comfy, pytest.mark.slow]

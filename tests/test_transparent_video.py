@@ -31,7 +31,8 @@ from tessera.models.errors import FileError  # noqa: E402
 from tessera.models.layers import video_reader, video_writer  # noqa: E402
 from tessera.models.layers.video import ClipLayer, LayeredClip  # noqa: E402
 from tessera.models.layers.video_reader import load  # noqa: E402
-from tessera.models.layers.video_writer import ALPHA, FORMATS, pull_push, save  # noqa: E402
+from tessera.models.layers.video_writer import ALPHA, pull_push, save  # noqa: E402
+from tessera.models.layers.video_writer import CLIP_FORMATS as FORMATS  # noqa: E402
 from tessera.models.media.containers import BrokenVideoError  # noqa: E402
 from tessera.models.media.sound import Sound  # noqa: E402
 

@@ -39,7 +39,7 @@ SLOWEST, FASTEST = Fraction(1, 100), 1000  # rates
 
 
 @dataclass(frozen=True)
-class Format:
+class ClipFormat:
     """How FFmpeg is to write one kind of file. pixels: bits a channel -> its name of the pixel format, the default first."""
 
     suffix: str
@@ -54,8 +54,8 @@ class Format:
     longest: int = 65535
 
 
-FORMATS = {
-    "ProRes 4444": Format(
+CLIP_FORMATS = {
+    "ProRes 4444": ClipFormat(
         ".mov",
         "mov",
         "prores_ks",
@@ -65,7 +65,7 @@ FORMATS = {
         {"movflags": "+faststart+use_metadata_tags"},
         lossless=False,
     ),
-    "VP9 WebM": Format(
+    "VP9 WebM": ClipFormat(
         ".webm",
         "webm",
         "libvpx-vp9",
@@ -75,10 +75,10 @@ FORMATS = {
         lossless=False,
     ),
     # Its encoder puts any colour under pixels without alpha, which premultiplied would show. PNG is straight by definition (12.4).
-    "animated WebP": Format(".webp", "webp", "libwebp_anim", {8: "bgra"}, None, {}, {"loop": "0"}, premultiplied=False, longest=16383),
-    "APNG": Format(".png", "apng", "apng", {8: "rgba", 16: "rgba64be"}, None, {"pred": "mixed"}, {"plays": "0"}, premultiplied=False),
-    "FFV1": Format(".mkv", "matroska", "ffv1", {8: "bgra", 16: "gbrap16le"}, "flac", {"level": "3", "slicecrc": "1"}),
-    "PNG sequence": Format("", "", "", {8: "", 16: ""}, "pcm_s24le", premultiplied=False),
+    "animated WebP": ClipFormat(".webp", "webp", "libwebp_anim", {8: "bgra"}, None, {}, {"loop": "0"}, premultiplied=False, longest=16383),
+    "APNG": ClipFormat(".png", "apng", "apng", {8: "rgba", 16: "rgba64be"}, None, {"pred": "mixed"}, {"plays": "0"}, premultiplied=False),
+    "FFV1": ClipFormat(".mkv", "matroska", "ffv1", {8: "bgra", 16: "gbrap16le"}, "flac", {"level": "3", "slicecrc": "1"}),
+    "PNG sequence": ClipFormat("", "", "", {8: "", 16: ""}, "pcm_s24le", premultiplied=False),
 }
 
 
@@ -110,7 +110,7 @@ def save(
     """Write a clip with transparency.
 
     target: a path with the ending of the format, or the new folder of a PNG sequence. frames: `(height, width, 4)`, straight alpha, 0..1,
-    all of one size. rate: frames a second. format: one of `FORMATS`. alpha: how colours are stored; where they are premultiplied the file
+    all of one size. rate: frames a second. format: one of `CLIP_FORMATS`. alpha: how colours are stored; where they are premultiplied the file
     gets a tag that `load` reads. sound: cut off where the frames end. bits: 8 or 16 a channel for APNG, FFV1 and PNG. crf: of VP9, 0 (best)
     to 63. quality: of WebP, 0 to 100; None is lossless. metadata: texts to keep in the file. options: for FFmpeg's encoder, over ours.
     What `frames` raises ends the run and leaves no file.
@@ -159,7 +159,7 @@ def save(
     return Saved(done, width, height, bits, notes)
 
 
-def _prepared(frames: Iterable[Tensor], shape: tuple[int, ...], kind: Format, alpha: str) -> Iterator[Tensor]:
+def _prepared(frames: Iterable[Tensor], shape: tuple[int, ...], kind: ClipFormat, alpha: str) -> Iterator[Tensor]:
     """As they are stored: float32 on the CPU, in 0..1. Raises ValueError."""
     for number, frame in enumerate(frames):
         if frame.shape != shape:
@@ -189,11 +189,11 @@ def save_preview(target: str | os.PathLike[str], frames: Iterable[Tensor], rate:
     save(target, map(small, frames), rate, "VP9 WebM", crf=30, options={"deadline": "realtime", "cpu-used": "8", "lag-in-frames": "0"})
 
 
-def _checked(target: Path, format: str, rate: Fraction | int, alpha: str, sound: Sound | None, bits: int | None) -> tuple[Format, int, Fraction]:
-    kind = FORMATS.get(format)
+def _checked(target: Path, format: str, rate: Fraction | int, alpha: str, sound: Sound | None, bits: int | None) -> tuple[ClipFormat, int, Fraction]:
+    kind = CLIP_FORMATS.get(format)
     if kind is None:
-        raise ValueError(f"format is {format!r}; use one of {', '.join(FORMATS)}")
-    endings = {other.suffix for other in FORMATS.values() if other.suffix}
+        raise ValueError(f"format is {format!r}; use one of {', '.join(CLIP_FORMATS)}")
+    endings = {other.suffix for other in CLIP_FORMATS.values() if other.suffix}
     if target.suffix.lower() in endings if not kind.suffix else target.suffix.lower() != kind.suffix:
         advice = f"end it in {kind.suffix}" if kind.suffix else "it is a folder, so give it no ending"
         raise ValueError(f"the name {target.name} is not one of {format}; {advice}")
@@ -212,7 +212,7 @@ def _checked(target: Path, format: str, rate: Fraction | int, alpha: str, sound:
         try:
             av.codec.Codec(kind.codec, "w")
         except ValueError as error:
-            others = ", ".join(name for name in FORMATS if name != format)
+            others = ", ".join(name for name in CLIP_FORMATS if name != format)
             message = f"{format} needs the encoder {kind.codec}, which this build of PyAV has not; install av from PyPI, or use another of {others}"
             raise ValueError(message) from error
     return kind, bits, Fraction(rate).limit_denominator(1001)
@@ -260,7 +260,7 @@ class _FileWriter:
     def __init__(
         self,
         path: Path,
-        kind: Format,
+        kind: ClipFormat,
         bits: int,
         rate: Fraction,
         size: tuple[int, int],

@@ -21,7 +21,7 @@ from .atomic import finished
 from .png_text import insert_chunks, text_chunks
 
 # What is written, and the longest side that it can hold. All four hold profiles and EXIF.
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
+PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 LONGEST = {"JPEG": 65500, "WEBP": 16383}
 DEEP = ("PNG", "TIFF")  # hold 16 bits
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -238,9 +238,9 @@ def fitted(picture: Picture, target: Path, size: tuple[int, int]) -> Picture:
 
     Raises ValueError where that would lose transparency, for a size that the file type does not have, and for a type that is not written.
     """
-    kind = FORMATS.get(target.suffix.lower())
+    kind = PICTURE_FORMATS.get(target.suffix.lower())
     if kind is None:
-        raise ValueError(f"{target} ends in {target.suffix!r}; pictures are written as {', '.join(FORMATS)}")
+        raise ValueError(f"{target} ends in {target.suffix!r}; pictures are written as {', '.join(PICTURE_FORMATS)}")
     if max(size) > LONGEST.get(kind, max(size)):
         raise ValueError(
             f"{target} would have {size[0]} x {size[1]} pixels and {kind} holds {LONGEST[kind]} a side; use .png or .tif, or a smaller size"
@@ -257,7 +257,7 @@ def fitted(picture: Picture, target: Path, size: tuple[int, int]) -> Picture:
 
 def write_picture(target: Path, picture: Picture) -> None:
     """Write a `fitted` picture. The file gets its name when it is complete; what has that name is replaced."""
-    kind = FORMATS[target.suffix.lower()]
+    kind = PICTURE_FORMATS[target.suffix.lower()]
     pixels = picture.pixels
     if picture.grey and len(pixels) == 4 and (kind, picture.bits) != ("TIFF", 16):  # which Pillow, for one, does not read
         pixels = torch.cat([pixels[:3].mean(0, keepdim=True), pixels[3:]])

@@ -26,7 +26,7 @@ from ..comfy import check_prefix, existing, input_path, numbered, said, saved_fi
 from .document import CATEGORY
 
 # The library's formats; PyAV, which it needs, is imported when a node runs.
-FORMATS = {
+SUFFIXES = {
     "ProRes 4444": ".mov",
     "VP9 WebM": ".webm",
     "animated WebP": ".webp",
@@ -125,7 +125,7 @@ class SaveTransparentVideo(io.ComfyNode):
                 io.Float.Input("fps", default=24.0, min=0.01, max=1000.0, step=0.01, tooltip="Frames a second. 23.976, 29.97 and 59.94 are exact."),
                 io.DynamicCombo.Input(
                     "format",
-                    options=[io.DynamicCombo.Option(name, widgets.get(name, [])) for name in FORMATS],
+                    options=[io.DynamicCombo.Option(name, widgets.get(name, [])) for name in SUFFIXES],
                     tooltip="ProRes 4444 (.mov): editors. VP9 WebM, animated WebP, APNG: browsers. FFV1 (.mkv), PNG sequence: without loss.",
                 ),
                 io.Combo.Input(
@@ -152,7 +152,7 @@ class SaveTransparentVideo(io.ComfyNode):
         sound = None if audio is None else Sound(audio["waveform"][0], int(audio["sample_rate"]))
         size = images.shape[2], images.shape[1]
         folder, name, counter, subfolder = numbered(filename_prefix, *size)
-        target = Path(folder, f"{name}_{counter:05}_{FORMATS[kind]}")
+        target = Path(folder, f"{name}_{counter:05}_{SUFFIXES[kind]}")
         tags = {} if args.disable_metadata else {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
         playable = target.suffix in PLAYABLE
         bar = comfy.utils.ProgressBar(len(images) * (1 if playable else 2))
