@@ -86,7 +86,7 @@ class AlphaVideo:
             return Sound(F.pad(torch.from_numpy(np.concatenate(parts, 1))[:, max(shift, 0) :], (silent, 0)), stream.rate)
 
 
-def load(path: str | os.PathLike, alpha: str = "auto") -> AlphaVideo:
+def load(path: str | os.PathLike[str], alpha: str = "auto") -> AlphaVideo:
     """Open a clip: a video file, animated WebP, APNG, or a folder of numbered PNG files. Alpha of VP8 and VP9 is read, by libvpx.
 
     alpha: "straight" or "premultiplied" says how the file's colours are stored; "auto": as its tag says, which is that of `save`, and

@@ -107,7 +107,7 @@ class Ending:
 
     def __init__(self, container: Any, video: Any) -> None:
         self.container, self.video = container, video
-        self._start = (video.start_time or 0) * video.time_base
+        self._start: Fraction = (video.start_time or 0) * video.time_base
         self._picture = self._file = self._start  # where they end, in seconds on the file's clock
         self._last: int | None = None
         self._longest = 0  # a frame, in the time base
@@ -145,7 +145,8 @@ class Ending:
             hours, minutes, seconds = (Fraction(part) for part in match.groups())
             return hours * 3600 + minutes * 60 + seconds
         if self.video.duration and self._is_indexed:  # elsewhere it is an estimate
-            return self._start + self.video.duration * self.video.time_base
+            length: Fraction = self.video.duration * self.video.time_base
+            return self._start + length
         return None
 
 

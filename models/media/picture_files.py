@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from PIL import ExifTags, Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
@@ -94,7 +95,7 @@ def read_picture(file: Path) -> Picture:
                 _check_size(image, len(data))
                 return _decoded(image, data)
         except UnidentifiedImageError as error:
-            raise FileError(f"{file} is no picture that Pillow {Image.__version__} reads; export it as PNG or TIFF") from error
+            raise FileError(f"{file} is no picture that Pillow {PIL.__version__} reads; export it as PNG or TIFF") from error
         except Image.DecompressionBombError as error:
             raise FileError(f"{file} has more pixels than the {LARGEST / 1e6:.0f} million that Pillow reads; cut it into parts") from error
         except UnreadError as error:
@@ -166,7 +167,7 @@ def _bits(image: Any, data: bytes) -> int:
 def _exif(image: Any, notes: list[str]) -> Image.Exif:
     """What can also be written: cameras and programs store entries as other types than theirs."""
     try:
-        exif = image.getexif()
+        exif: Image.Exif = image.getexif()
         directories = [exif, *(exif.get_ifd(tag) for tag in _DIRECTORIES)]
         left = [(found, tag) for found in directories for tag in set(found) - set(_DIRECTORIES) if not _writable(tag, found[tag])]
         for found, tag in left:

@@ -76,7 +76,7 @@ def colour_tags(video: Any, frame: Any) -> tuple[Colour, list[str]]:
 
 def bit_depth(format: Any) -> int:
     """Bits a channel of an `av.VideoFormat`."""
-    return max(component.bits for component in format.components)
+    return max(int(component.bits) for component in format.components)
 
 
 _PLANAR = re.compile(r"(yuv[aj]?4\d\dp|gbra?p|gray)(?:(\d+)le)?")
@@ -84,8 +84,9 @@ _PLANAR = re.compile(r"(yuv[aj]?4\d\dp|gbra?p|gray)(?:(\d+)le)?")
 
 def _planar(format: Any) -> str:
     """The name of a planar little-endian format that holds all that `format` does."""
-    if _PLANAR.fullmatch(format.name):
-        return format.name
+    name: str = format.name
+    if _PLANAR.fullmatch(name):
+        return name
     depth = next((bits for bits in (8, 9, 10, 12, 14, 16) if bits >= bit_depth(format)), 16)
     rgb = format.is_rgb or format.has_palette
     if rgb:

@@ -209,7 +209,7 @@ class VideoReader:
                 elif time >= stop:
                     missing.discard(packet.stream.index)
 
-    def __iter__(self) -> Iterator[Frame | av.Packet | End]:
+    def __iter__(self) -> Iterator[Frame | av.Packet[Any] | End]:
         facts = self.facts
         last = shown = None
         damaged = moved = 0
@@ -263,7 +263,7 @@ class ClipReader:
     def __init__(self, clip: Clip) -> None:
         self.source, self.facts = clip, _clip_facts(clip)
 
-    def __iter__(self) -> Iterator[Frame | av.Packet | End]:
+    def __iter__(self) -> Iterator[Frame | av.Packet[Any] | End]:
         for number, frame in enumerate(self.source.frames):
             yield Frame(number, partial(frame[..., :3].movedim(-1, 0).to, "cpu", torch.float32))
         yield End(1)

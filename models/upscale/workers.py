@@ -49,10 +49,10 @@ class _Job:
 class _Worker:
     """One place that computes patches. It is not used before `started` is done, and never again after a failure."""
 
-    started: Future
+    started: Future[Any]
     failures = 0  # since it last computed something, of those before it in its place too
 
-    def submit(self, patch: np.ndarray) -> Future:
+    def submit(self, patch: np.ndarray) -> Future[Any]:
         """Compute a patch; the result is an array."""
         raise NotImplementedError
 
@@ -98,7 +98,7 @@ class Workers:
         source = enumerate(patches)
         jobs: deque[_Job] = deque()  # drawn and not yet given out, in order
         queue: deque[_Job] = deque()  # those of them that no worker has
-        running: dict[Future, tuple[_Job, _Worker]] = {}
+        running: dict[Future[Any], tuple[_Job, _Worker]] = {}
         try:
             while True:
                 while len(jobs) < AHEAD * len(self._workers) and (item := next(source, None)) is not None:
@@ -128,7 +128,7 @@ class Workers:
             for future in running:
                 future.cancel()
 
-    def _hand_out(self, queue: deque[_Job], running: dict[Future, tuple[_Job, _Worker]]) -> None:
+    def _hand_out(self, queue: deque[_Job], running: dict[Future[Any], tuple[_Job, _Worker]]) -> None:
         """Give the queue to workers that are up and have less than they may; replace those that did not come up."""
         for worker in list(self._workers):
             if worker.started.done() and (error := worker.started.exception()) is not None:
@@ -178,11 +178,11 @@ class _Process(_Worker):
         self.executor = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _enter, self.arguments)
         self.started = self.executor.submit(_start)
 
-    def submit(self, patch: np.ndarray) -> Future:
+    def submit(self, patch: np.ndarray) -> Future[Any]:
         try:
             return self.executor.submit(_compute, patch)
         except BrokenExecutor as error:  # it ended while it had nothing to do
-            future: Future = Future()
+            future: Future[Any] = Future()
             future.set_exception(error)
             return future
 
@@ -270,8 +270,9 @@ class _RayWorker(_Worker):
         self.actor = actor.options(**resources).remote()
         self.started = self.actor.start.remote(load, threads, __version__).future()
 
-    def submit(self, patch: np.ndarray) -> Future:
-        return self.actor.compute.remote(patch).future()
+    def submit(self, patch: np.ndarray) -> Future[Any]:
+        future: Future[Any] = self.actor.compute.remote(patch).future()
+        return future
 
     def again(self) -> _Worker:
         return _RayWorker(*self.arguments)
