@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 PACK = Path(__file__).resolve().parent.parent
+FLOORS = ("nodes", "models", "kernels")
 
 
 def passed(call: Callable[[], object]) -> list[tuple[str, str]]:
@@ -20,7 +21,7 @@ def passed(call: Callable[[], object]) -> list[tuple[str, str]]:
     def note(frame, event: str, _) -> None:
         if event == "call":
             file = Path(frame.f_code.co_filename)
-            if file.is_absolute() and (file := file.resolve()).is_relative_to(PACK) and not file.is_relative_to(PACK / "tests"):
+            if file.is_absolute() and any((file := file.resolve()).is_relative_to(PACK / floor) for floor in FLOORS):
                 entered.append((file.relative_to(PACK).as_posix(), frame.f_code.co_name))
 
     sys.setprofile(note)

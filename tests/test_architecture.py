@@ -25,7 +25,20 @@ CHOOSE = ("kernels/dispatch.py", "choose")
 
 @pytest.fixture
 def text(root: Path) -> str:
-    return (root / "docs" / "architecture_attention.md").read_text()
+    """The section on attention calls."""
+    return re.split(r"^## ", (root / "docs" / "architecture.md").read_text(), flags=re.MULTILINE)[1]
+
+
+def test_what_the_text_names_is_there(root: Path) -> None:
+    """Files by their path, or by their name alone in the section of their folder; and links."""
+    whole = (root / "docs" / "architecture.md").read_text()
+    known = {str(file.relative_to(root)) for folder in ("kernels", "models", "nodes", "cli", "tests") for file in (root / folder).rglob("*.py")}
+    names = {Path(file).name for file in known}
+    for named in set(re.findall(r"`([\w/]+\.py)`", whole)):
+        assert named in (known if "/" in named else names), named
+    for link in re.findall(r"\]\(([^)#]+)\)", whole):
+        assert (root / "docs" / link).exists(), link
+    assert len(re.findall(r"^## (An attention call|A weight|A frame|A layer)$", whole, re.MULTILINE)) == 4
 
 
 def rooms(text: str) -> list[str]:
