@@ -1,14 +1,16 @@
 """Muon (Keller Jordan, 2024): momentum, then the nearest orthogonal matrix by Newton-Schulz, for hidden weight matrices."""
 
-import os
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def orthogonalise(g):
+def orthogonalise(g: Tensor) -> Tensor:
     """(n, rows, cols) -> same shape, singular values near one. Large stacks in bfloat16, which is enough here."""
     x = g / (g.norm(dim=(1, 2), keepdim=True) + 1e-7)
     x = x.bfloat16() if g.numel() > 10**5 else x
@@ -26,19 +28,19 @@ class Muon(torch.optim.Optimizer):
     team: whose processes have the same gradients; each computes its share of the updates.
     """
 
-    def __init__(self, params, lr=0.02, momentum=0.95, decay=0.0, team=None):
+    def __init__(self, params: Iterable[Tensor], lr: float = 0.02, momentum: float = 0.95, decay: float = 0.0, team: Team | None = None) -> None:
         super().__init__(params, dict(lr=lr, momentum=momentum, decay=decay))
         self.team = team or Team()
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # nobody asks for a loss
         for group in self.param_groups:
-            shapes: dict = {}
+            shapes: dict[tuple[int, int], list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault((p.shape[0], p[0].numel()), []).append(p)
             for (rows, cols), ps in shapes.items():
-                g = torch.stack([p.grad.reshape(rows, cols) for p in ps])
+                g = torch.stack([p.grad.reshape(rows, cols) for p in ps if p.grad is not None])
                 for p in ps:
                     if "m" not in self.state[p]:
                         self.state[p]["m"] = torch.zeros(rows, cols, device=p.device)
@@ -51,40 +53,18 @@ class Muon(torch.optim.Optimizer):
                     p.add_(u[i].reshape(p.shape), alpha=-group["lr"])
 
 
-def set_rate(optimisers, factor):
-    """Multiply each group's first learning rate by `factor`."""
-    for o in optimisers:
-        for g in o.param_groups:
-            g["lr"] = g.setdefault("base", g["lr"]) * factor
-
-
-def store(what: Any, path: str) -> None:
-    """torch.save that never leaves half a file under its name."""
-    torch.save(what, path + ".tmp")
-    os.replace(path + ".tmp", path)
-
-
-def resume(path: str, model: torch.nn.Module, optimisers: list) -> dict[str, Any]:
-    """Read what `store` wrote of a run into model and optimisers; returns all of it."""
-    saved = torch.load(path, weights_only=True)
-    model.load_state_dict(saved["model"])
-    for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
-        optimiser.load_state_dict(state)
-    return saved
-
-
 class Team:
     """Several single-threaded processes that share one training run by averaging gradients.
 
     On a busy CPU this is faster than one process with several threads, which waits for its slowest thread at every operation.
     """
 
-    def __init__(self, rank=0, size=1, port=29531):
+    def __init__(self, rank: int = 0, size: int = 1, port: int = 29531) -> None:
         self.rank, self.size = rank, size
         if size > 1:
             torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
 
-    def average(self, params):
+    def average(self, params: Iterable[Tensor]) -> None:
         """Replace each gradient by its mean over the team."""
         if self.size > 1:
             grads = [p.grad for p in params if p.grad is not None]
@@ -93,7 +73,7 @@ class Team:
             for g, part in zip(grads, (flat / self.size).split([g.numel() for g in grads]), strict=True):
                 g.copy_(part.view(g.shape))
 
-    def divide(self, f: Callable[[torch.Tensor], torch.Tensor], stack: torch.Tensor) -> torch.Tensor:
+    def divide(self, f: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
         """f of a stack of matrices (n, rows, cols), one by one: each process does its share, and all get the whole."""
         if self.size == 1:
             return f(stack)
@@ -104,24 +84,10 @@ class Team:
         torch.distributed.all_gather(parts, mine)
         return torch.cat(parts)[: len(stack)]
 
-    def agree(self, value):
+    def agree(self, value: float) -> float:
         """The first process's value (a float), in every process."""
         if self.size == 1:
             return value
         t = torch.tensor([value], dtype=torch.float64)
         torch.distributed.broadcast(t, 0)
         return float(t)
-
-
-def launch(run, options):
-    """run(team, options) in options.workers processes; with options.rank, in this one only (the others are started alike)."""
-    if options.workers == 1:
-        return run(Team(), options)
-    if options.rank >= 0:
-        return _worker(options.rank, run, options)
-    torch.multiprocessing.spawn(_worker, (run, options), options.workers)
-
-
-def _worker(rank, run, options):
-    options.threads = 1
-    run(Team(rank, options.workers, options.port), options)

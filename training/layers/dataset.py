@@ -25,9 +25,10 @@ from tessera.models.layers.default.vocabulary import Caption, Kind, kinds
 from tessera.models.layers.document import Box
 from tessera.models.layers.regions import MAX_FOREGROUNDS, TOKEN
 
-from ..optimizer import store
+from ..default.train_dit import load_vae
+from ..loop import store
 from . import drawn
-from .train_vae import load_vae, over_grey
+from .train_vae import over_grey
 
 SIZES = range(1, 7)  # tokens of a box's side, as drawn.layout makes them
 SHARD = 120

@@ -35,8 +35,9 @@ from tessera.models.layers.document import Box
 from tessera.models.layers.regions import WHOLE, Regions
 
 from ..default.clips import PALETTE
+from ..default.train_vae import psnr
 from . import dataset, drawn, export
-from .train_vae import held_out, psnr
+from .train_vae import held_out
 
 SEED = 2 * 10**6
 LARGE = 4

@@ -9,9 +9,7 @@ when their files are there.
 from __future__ import annotations
 
 import argparse
-import math
 import os
-import time
 from pathlib import Path
 
 import torch
@@ -24,10 +22,10 @@ from tessera.models.layers.default import networks, vocabulary
 from tessera.models.layers.regions import WHOLE, Regions
 
 from ..default import export
-from ..default.train_dit import draw_sigma
-from ..optimizer import Muon, launch, resume, set_rate, store
+from ..default.train_dit import draw_sigma, load_vae
+from ..loop import Run, launch, optimisers, parser
+from ..optimizer import Team
 from . import dataset
-from .train_vae import load_vae
 
 CLIPS = 0.4  # of the batches
 MERGED = 4.0  # how much more a token of the merged picture counts: it has to repeat what all the others show
@@ -161,87 +159,56 @@ def held_out_loss(model: networks.LayeredTransformer, layouts: Layouts, weights:
     return sum(losses) / len(losses)
 
 
-def train(team, options) -> None:
-    torch.set_num_threads(options.threads)
-    path = os.path.join(options.work, "layers.pt")
+def train(team: Team, options: argparse.Namespace) -> None:
     device = options.device
-    model, ema = start().to(device), start().to(device)
-    big = [p for k, p in model.named_parameters() if k.startswith("blocks") and p.ndim == 2]
-    ids = {id(p) for p in big}
-    optimisers = [
-        Muon(big, options.rate, decay=0.01, team=team),
-        torch.optim.AdamW([p for p in model.parameters() if id(p) not in ids], options.rate / 10, (0.9, 0.98)),
-    ]
-    step, used, seen = 0, 0.0, 0
-    if options.resume:
-        saved = resume(path, model, optimisers)
-        ema.load_state_dict(saved["ema"])
-        step, used, seen = saved["step"], saved["used"], saved["seen"]
-    generator = torch.Generator().manual_seed(50 + step + 10**7 * team.rank)
-    kinds = torch.Generator().manual_seed(50 + step)  # all of a team take pictures, or all clips: their steps last equally long
+    model = start().to(device)
+    opts = optimisers(
+        model.named_parameters(),
+        lambda name, p: name.startswith("blocks") and p.ndim == 2,
+        options.rate,
+        1 / 10,
+        decay=0.01,
+        adam_decay=0.01,
+        team=team,
+    )
+    run = Run(model, opts, os.path.join(options.work, "layers.pt"), team, options, average=0.998)
+    generator = torch.Generator().manual_seed(50 + run.step + 10**7 * team.rank)
+    kinds = torch.Generator().manual_seed(50 + run.step)  # all of a team take pictures, or all clips: their steps last equally long
     held = Layouts(options.work, 1, dataset.shards(options.work, 1)[:1])
     weights = channel_weights(load_vae(options.work), held).to(device)
     known: dict[int, Layouts] = {}
     if options.compile:
         for block in model.blocks:
             block.compile(dynamic=True)
-    begin, total, mark, log = time.time() - used, options.minutes * 60, time.time(), []
-
-    def save() -> None:
-        state = dict(model=model.state_dict(), ema=ema.state_dict(), optimisers=[x.state_dict() for x in optimisers])
-        store(state | dict(step=step, used=time.time() - begin, seen=seen), path)
-
-    while (done := team.agree((time.time() - begin) / total)) < 1:
-        if step % 200 == 0 or not known:
+    for _ in run.steps(flat=FLAT):
+        if run.step % 200 == 0 or not known:
             take_up(known, options.work)
-        falling = max(0.0, (done - FLAT) / (1 - FLAT))
-        set_rate(optimisers, min(1, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * falling))))
         clips = 9 in known and float(torch.rand((), generator=kinds)) < CLIPS
         layouts = known[9 if clips else 1]
         which = layouts.batch(options.tokens, generator)
         x0 = strips(layouts, which)
         given = networks.collate([layouts.regions(i) for i in which], [said(layouts.samples[i], generator) for i in which], device)
         noise = torch.randn(x0.shape, generator=generator)
-        loss = flow_loss(model, x0.to(device), noise.to(device), draw_sigma(len(which), generator, "cpu").to(device), given, weights)
-        model.zero_grad()
-        loss.backward()
-        team.average(list(model.parameters()))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimiser in optimisers:
-            optimiser.step()
-        step, seen = step + 1, seen + len(which) * team.size
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(0.998, (step + 1) / (step + 20)))
-        log.append(loss.item())
-        if team.rank:
-            continue
-        if step % 50 == 0:
+        sigma = draw_sigma(len(which), generator, "cpu")
+        run.update([flow_loss(model, x0.to(device), noise.to(device), sigma.to(device), given, weights)], samples=len(which))
+        if run.every(50):
             about = {frames: len(layouts.samples) for frames, layouts in known.items()}
-            print(f"{step} {time.time() - begin:.0f}s seen {seen} of {about} loss {sum(log) / len(log):.4f}", flush=True)
-            log = []
-        if time.time() - mark > 150:
-            save()
-            print(f"  {step} held-out loss {held_out_loss(ema, held, weights):.4f}", flush=True)
-            mark = time.time()
+            print(f"{run.step} {run.seconds:.0f}s seen {run.seen} of {about} loss {run.means()[0]:.4f}", flush=True)
+        if run.due("save", 150):
+            run.save()
+            print(f"  {run.step} held-out loss {held_out_loss(run.average, held, weights):.4f}", flush=True)
     if team.rank == 0:
-        save()
-        print(f"done: {step} steps, {seen} layouts, {time.time() - begin:.0f}s, held-out loss {held_out_loss(ema, held, weights):.4f}", flush=True)
+        run.save()
+        loss = held_out_loss(run.average, held, weights)
+        print(f"done: {run.step} steps, {run.seen} layouts, {run.seconds:.0f}s, held-out loss {loss:.4f}", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", required=True)
-    parser.add_argument("--minutes", type=float, default=80, help="total, including the time before --resume")
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--rate", type=float, default=0.02, help="Muon step; AdamW uses a tenth of it")
-    parser.add_argument("--tokens", type=int, default=2560, help="of a batch")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--compile", action="store_true", help="a third faster on a CPU; needs a C++ compiler")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--workers", type=int, default=1, help="processes that average gradients")
-    parser.add_argument("--rank", type=int, default=-1, help="start only this worker here")
-    parser.add_argument("--port", type=int, default=29542)
-    launch(train, parser.parse_args())
+    options = parser(__doc__, minutes=80, rate=0.02, adam="a tenth", port=29542)
+    options.add_argument("--tokens", type=int, default=2560, help="of a batch")
+    options.add_argument("--device", default="cpu", help="cpu or cuda")
+    options.add_argument("--compile", action="store_true", help="a third faster on a CPU; needs a C++ compiler")
+    launch(train, options.parse_args())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import time
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from tessera.models.layers.default.vocabulary import Kind
 from tessera.models.layers.regions import LAYER_SPACING, PATCH, TOKEN, WHOLE, Regions
 from tessera.models.layers.transparent_vae import TransparentDecoder
 
-from ..optimizer import Muon, launch, resume, set_rate, store
+from ..loop import Run, launch, optimisers, parser
+from ..optimizer import Team
 from . import dataset, drawn
 from .train import Layouts, take_up
 
@@ -76,69 +77,41 @@ def held_out(model: TransparentDecoder, layouts: Layouts, many: int) -> tuple[fl
     return -10 * math.log10(colour / 4), -10 * math.log10(alpha / 4), iou
 
 
-def train(team, options) -> None:
-    torch.set_num_threads(options.threads)
-    path = os.path.join(options.work, "decoder.pt")
+def train(team: Team, options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     model = build().to(options.device)
+    opts = optimisers(model.named_parameters(), lambda name, p: p.ndim == 2 and name.startswith("blocks"), options.rate, 1 / 10, adam_decay=0.01)
+    run = Run(model, opts, os.path.join(options.work, "decoder.pt"), team, options)
+    generator = torch.Generator().manual_seed(70 + run.step + 10**7 * team.rank)
     known: dict[int, Layouts] = {}
-    big = [p for k, p in model.named_parameters() if p.ndim == 2 and k.startswith("blocks")]
-    ids = {id(p) for p in big}
-    optimisers = [Muon(big, options.rate), torch.optim.AdamW([p for p in model.parameters() if id(p) not in ids], options.rate / 10, (0.9, 0.98))]
-    step, used = 0, 0.0
-    if options.resume:
-        saved = resume(path, model, optimisers)
-        step, used = saved["step"], saved["used"]
-    generator = torch.Generator().manual_seed(70 + step + 10**7 * team.rank)
-    begin, total, mark, log = time.time() - used, options.minutes * 60, time.time(), []
 
-    def report() -> None:
-        state = dict(model=model.state_dict(), optimisers=[x.state_dict() for x in optimisers], step=step, used=time.time() - begin)
-        store(state, path)
-        found = {frames: held_out(model, Layouts(options.work, frames, dataset.shards(options.work, frames)[:1]), 24) for frames in known}
-        print(f"  {step} held out (colour dB, alpha dB, IoU): {found}", flush=True)
-
-    while (done := team.agree((time.time() - begin) / total)) < 1:
-        if step % 200 == 0 or not known:
-            take_up(known, options.work)
-        set_rate(optimisers, min(1, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * max(0.0, (done - 0.3) / 0.7)))))
-        layouts = known[9 if 9 in known and float(torch.rand((), generator=generator)) < CLIPS else 1]
-        which = layouts.batch(TOKENS, generator)
-        model.zero_grad()
-        total_loss = 0.0
+    def losses(layouts: Layouts, which: range) -> Iterator[Tensor]:
         for index in which:
             latent, layers, regions = example(layouts, index, generator, AUGMENTATION)
-            loss = loss_of(joined(model.pictures(latent.to(options.device), regions, WHOLE)), joined(layers).to(options.device)) / len(which)
-            loss.backward()
-            total_loss += loss.item()
-        team.average(list(model.parameters()))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimiser in optimisers:
-            optimiser.step()
-        step += 1
-        log.append(total_loss)
-        if team.rank == 0 and step % 100 == 0:
-            print(f"{step} {time.time() - begin:.0f}s loss {sum(log) / len(log):.4f}", flush=True)
-            log = []
-        if team.rank == 0 and time.time() - mark > 150:
+            yield loss_of(joined(model.pictures(latent.to(options.device), regions, WHOLE)), joined(layers).to(options.device)) / len(which)
+
+    def report() -> None:
+        run.save()
+        found = {frames: held_out(model, Layouts(options.work, frames, dataset.shards(options.work, frames)[:1]), 24) for frames in known}
+        print(f"  {run.step} held out (colour dB, alpha dB, IoU): {found}", flush=True)
+
+    for _ in run.steps(flat=0.3):
+        if run.step % 200 == 0 or not known:
+            take_up(known, options.work)
+        layouts = known[9 if 9 in known and float(torch.rand((), generator=generator)) < CLIPS else 1]
+        run.update(losses(layouts, layouts.batch(TOKENS, generator)))
+        if run.every(100):
+            print(f"{run.step} {run.seconds:.0f}s loss {run.means()[0]:.4f}", flush=True)
+        if run.due("report", 150):
             report()
-            mark = time.time()
     if team.rank == 0:
         report()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", required=True)
-    parser.add_argument("--minutes", type=float, default=20, help="total, including the time before --resume")
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--rate", type=float, default=0.02, help="Muon step; AdamW uses a tenth of it")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--workers", type=int, default=1, help="processes that average gradients")
-    parser.add_argument("--rank", type=int, default=-1, help="start only this worker here")
-    parser.add_argument("--port", type=int, default=29543)
-    launch(train, parser.parse_args())
+    options = parser(__doc__, minutes=20, rate=0.02, adam="a tenth", port=29543)
+    options.add_argument("--device", default="cpu", help="cpu or cuda")
+    launch(train, options.parse_args())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import time
 from pathlib import Path
 
 import torch
@@ -24,7 +23,10 @@ from tessera.models.layers.regions import MAX_FOREGROUNDS, TOKEN
 from tessera.models.layers.transparent_vae import grey_blended
 
 from ..default import export
-from ..optimizer import Muon, launch, resume, set_rate, store
+from ..default.train_dit import load_vae
+from ..default.train_vae import hidden, psnr
+from ..loop import Run, launch, optimisers, parser, store
+from ..optimizer import Team
 from . import drawn
 
 # until this fraction of the time: (batch, frames, side) in turn; side 0: whole canvases
@@ -76,17 +78,6 @@ def picture(frames: int, side: int, generator: torch.Generator) -> Tensor:
     return out[..., y : y + side, x : x + side]
 
 
-def load_vae(work: str, name: str = "vae_folded.pt") -> networks.WanVAE:
-    model = networks.build_vae()
-    model.load_state_dict(torch.load(os.path.join(work, name), weights_only=True)["model"])
-    return networks.channels_last(model).eval()
-
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    """dB of pictures in -1..1."""
-    return float(-10 * torch.log10((a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean() / 4))
-
-
 @torch.no_grad()
 def held_out(model: networks.WanVAE, frames: int = 1, many: int = 24) -> tuple[float, float]:
     """Mean and least PSNR of whole canvases of a seed of their own."""
@@ -95,60 +86,37 @@ def held_out(model: networks.WanVAE, frames: int = 1, many: int = 24) -> tuple[f
     return sum(found) / many, min(found)
 
 
-def train(team, options) -> None:
-    torch.set_num_threads(options.threads)
+def train(team: Team, options: argparse.Namespace) -> None:
     os.makedirs(options.work, exist_ok=True)
-    path = os.path.join(options.work, "vae.pt")
     model = networks.build_vae()
     model.load_state_dict({name: value.float() for name, value in load_file(Path(export.HERE, export.VAE_FILE)).items()})
     networks.channels_last(model)
-    big = [p for k, p in model.named_parameters() if p.ndim >= 4 and "gamma" not in k and "decoder.head" not in k and k != "encoder.conv1.weight"]
-    ids = {id(p) for p in big}
-    optimisers = [Muon(big, options.rate), torch.optim.AdamW([p for p in model.parameters() if id(p) not in ids], options.rate / 4, (0.9, 0.98))]
-    step, used = 0, 0.0
-    if options.resume:
-        saved = resume(path, model, optimisers)
-        step, used = saved["step"], saved["used"]
-    generator = torch.Generator().manual_seed(1 + step + 10**7 * team.rank)
-    begin, total, mark, log = time.time() - used, options.minutes * 60, time.time(), []
-
-    def save() -> None:
-        state = dict(model=model.state_dict(), optimisers=[x.state_dict() for x in optimisers], step=step, used=time.time() - begin)
-        store(state, path)
-
-    while (done := team.agree((time.time() - begin) / total)) < 1:
+    opts = optimisers(model.named_parameters(), hidden, options.rate, 1 / 4, adam_decay=0.01)
+    run = Run(model, opts, os.path.join(options.work, "vae.pt"), team, options)
+    generator = torch.Generator().manual_seed(1 + run.step + 10**7 * team.rank)
+    for done in run.steps(warmup=50, flat=0.3, floor=0.02):
         sizes = next(sizes for until, sizes in STAGES if done < until)
-        batch, frames, side = sizes[step % len(sizes)]
-        set_rate(optimisers, min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * max(0.0, (done - 0.3) / 0.7)))))
+        batch, frames, side = sizes[run.step % len(sizes)]
         x = torch.stack([picture(frames, side, generator) for _ in range(batch)]).contiguous(memory_format=torch.channels_last_3d)
         mean, logvar = model.moments(x)
         logvar = logvar.clamp(-12, 4)
         y = model.decode(mean + torch.randn(mean.shape, generator=generator) * (0.5 * logvar).exp())
         mse = F.mse_loss(y, x)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        model.zero_grad()
-        (2 * mse + 0.1 * F.l1_loss(y, x) + options.kl * kl).backward()
-        team.average(list(model.parameters()))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimiser in optimisers:
-            optimiser.step()
-        step += 1
-        log.append((mse.item(), kl.item()))
-        if team.rank == 0 and step % 100 == 0:
-            mse_mean, kl_mean = torch.tensor(log).mean(0).tolist()
-            print(f"{step} {time.time() - begin:.0f}s psnr {-10 * math.log10(mse_mean / 4):.2f} kl {kl_mean:.2f}", flush=True)
-            log = []
-        if team.rank == 0 and time.time() - mark > 120:
-            save()
-            print(f"  {step} held out: pictures {held_out(model)}", flush=True)
-            mark = time.time()
+        run.update([2 * mse + 0.1 * F.l1_loss(y, x) + options.kl * kl], (mse.item(), kl.item()))
+        if run.every(100):
+            mse_mean, kl_mean = run.means()
+            print(f"{run.step} {run.seconds:.0f}s psnr {-10 * math.log10(mse_mean / 4):.2f} kl {kl_mean:.2f}", flush=True)
+        if run.due("save", 120):
+            run.save()
+            print(f"  {run.step} held out: pictures {held_out(model)}", flush=True)
     if team.rank == 0:
-        save()
-        print(f"done: {step} steps, held out: pictures {held_out(model)}, clips {held_out(model, 9, 8)}", flush=True)
+        run.save()
+        print(f"done: {run.step} steps, held out: pictures {held_out(model)}, clips {held_out(model, 9, 8)}", flush=True)
 
 
 @torch.no_grad()
-def fold(options) -> None:
+def fold(options: argparse.Namespace) -> None:
     """Measure channel statistics of merged pictures, grounds and foregrounds in their boxes, and fold Wan 2.1's into the VAE."""
     model = load_vae(options.work, "vae.pt")
     generator = torch.Generator().manual_seed(5)
@@ -157,27 +125,19 @@ def fold(options) -> None:
     mean, std = z.mean(1), z.std(1)
     print("latent mean", mean.tolist(), "std", std.tolist())
     networks.fold_statistics(model, mean, std)
-    torch.save(dict(model=model.state_dict(), mean=mean, std=std), os.path.join(options.work, "vae_folded.pt"))
+    store(dict(model=model.state_dict(), mean=mean, std=std), os.path.join(options.work, "vae_folded.pt"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "fold"))
-    parser.add_argument("--work", required=True)
-    parser.add_argument("--minutes", type=float, default=15, help="total, including the time before --resume")
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--rate", type=float, default=0.01, help="Muon step; AdamW uses a quarter of it")
-    parser.add_argument("--kl", type=float, default=1e-4)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--workers", type=int, default=1, help="processes that average gradients")
-    parser.add_argument("--rank", type=int, default=-1, help="start only this worker here")
-    parser.add_argument("--port", type=int, default=29541)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.what == "fold":
-        fold(options)
+    options = parser(__doc__, minutes=15, rate=0.01, adam="a quarter", port=29541)
+    options.add_argument("what", choices=("train", "fold"))
+    options.add_argument("--kl", type=float, default=1e-4)
+    chosen = options.parse_args()
+    torch.set_num_threads(chosen.threads)
+    if chosen.what == "fold":
+        fold(chosen)
     else:
-        launch(train, options)
+        launch(train, chosen)
 
 
 if __name__ == "__main__":

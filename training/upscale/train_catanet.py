@@ -14,10 +14,9 @@ import argparse
 import bz2
 import io
 import math
-import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +24,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tessera.models.default.networks import channels_last
 from tessera.models.upscale import catanet
 
-from ..optimizer import Muon, set_rate
+from ..loop import Run, optimisers
+from ..optimizer import Team
 
 # (wheel, file in it): all in the public domain or CC0; README.md has the authors.
 TRAINING = {
@@ -256,88 +256,45 @@ def without_attention() -> Iterator[None]:
         catanet.attend = attend
 
 
-def optimisers(network: catanet.CATANet, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for hidden matrices, AdamW for the rest: norms, biases, depth-wise convolutions, the first and the last layer."""
-    hidden = [p for name, p in network.named_parameters() if p.ndim > 1 and p.shape[1] > 3 and not name.startswith("last_conv")]
-    ids = {id(p) for p in hidden}
-    rest = [p for p in network.parameters() if id(p) not in ids]
-    return [Muon(hidden, rate), torch.optim.AdamW(rest, rate / 8, (0.9, 0.98), weight_decay=0)]
-
-
 def train(options: argparse.Namespace) -> None:
-    path = options.work / f"catanet_x{options.scale}.pt"
     network = catanet.CATANet(options.scale, num_iterations=2, ema_decay=CENTRE_DECAY)
     initialise(network)
     if options.body:
-        body = torch.load(options.body, weights_only=True)["average"]
+        body = torch.load(options.body, weights_only=True)["ema"]
         tail = {key: value for key, value in network.state_dict().items() if key.startswith("upconv")}
         network.load_state_dict({key: value for key, value in body.items() if not key.startswith("upconv")} | tail)
     channels_last(network).train()
-    opts = optimisers(network, options.rate)
-    average = {key: value.clone() for key, value in network.state_dict().items()}
-    step, used = 0, 0.0
-    if options.resume:
-        saved = torch.load(path, weights_only=True)
-        network.load_state_dict(saved["network"])
-        average, step, used = saved["average"], saved["step"], saved["used"]
-        for opt, state in zip(opts, saved["optimisers"], strict=True):
-            opt.load_state_dict(state)
-    patches = Patches(options.wheels, options.scale, seed=1 + step)
+
+    def hidden(name: str, parameter: nn.Parameter) -> bool:
+        """All but norms, biases, depth-wise convolutions, the first and the last layer."""
+        return parameter.ndim > 1 and parameter.shape[1] > 3 and not name.startswith("last_conv")
+
+    path = str(options.work / f"catanet_x{options.scale}.pt")
+    run = Run(network, optimisers(network.named_parameters(), hidden, options.rate, 1 / 8), path, Team(), options, average=0.99, ramp=10)
+    patches = Patches(options.wheels, options.scale, seed=1 + run.step)
     crops = {name: p[..., 80 : 80 + 64 * options.scale, 100 : 100 + 64 * options.scale] for name, p in held_out(options.wheels).items()}
-    begin = mark = time.time()
-    losses: list[float] = []
-
-    def save() -> None:
-        state = dict(
-            network=network.state_dict(), average=average, optimisers=[o.state_dict() for o in opts], step=step, used=used + time.time() - begin
-        )
-        torch.save(state, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
-
-    while True:
-        done = (used + time.time() - begin) / (60 * options.minutes)
-        if done >= 1:
-            break
+    for done in run.steps(warmup=50, floor=0.02):
         _, count, side, attention, frozen = next(stage for stage in STAGES if done < stage[0])
-        if options.body:  # its convolutions are trained
-            attention = True
-        set_rate(opts, min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))))
+        attention = attention or options.body is not None  # whose convolutions are trained
         for module in network.modules():
             if isinstance(module, catanet.TokenAggregationBlock):
                 module.train(not frozen)
         low, high = patches.batch(count, side)
-        if attention:
-            out = network(low)
-        else:
-            with without_attention():
-                out = network(low)
-        loss = F.l1_loss(out, high)
+        with nullcontext() if attention else without_attention():
+            losses = [F.l1_loss(network(low), high)]
         if frozen:
             flat = patches.flat(6)
-            loss = loss + FLAT_WEIGHT * (network(flat.expand(-1, -1, catanet.MIN_SIDE, catanet.MIN_SIDE)) - flat).abs().amax((1, 2, 3)).mean()
-        network.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        for opt in opts:
-            opt.step()
-        step += 1
-        decay = min(0.99, step / (step + 10))
-        for key, value in network.state_dict().items():
-            if value.is_floating_point():
-                average[key].lerp_(value, 1 - decay)
-            else:
-                average[key].copy_(value)
-        losses.append(loss.item())
-        if time.time() - mark > 90:
-            save()
-            gains = [ours - bicubic for bicubic, ours in measure(catanet.build(average), crops, options.scale).values()]
+            losses.append(FLAT_WEIGHT * (network(flat.expand(-1, -1, catanet.MIN_SIDE, catanet.MIN_SIDE)) - flat).abs().amax((1, 2, 3)).mean())
+        run.update(losses)
+        if run.due("save", 90):
+            run.save()
+            gains = [ours - bicubic for bicubic, ours in measure(catanet.build(run.average.state_dict()), crops, options.scale).values()]
             print(
-                f"{step} steps, {done:.0%}, patches of {side}, attention {attention}, L1 {sum(losses) / len(losses):.4f}, "
+                f"{run.step} steps, {done:.0%}, patches of {side}, attention {attention}, L1 {run.means()[0]:.4f}, "
                 f"above bicubic on held-out crops {' '.join(f'{gain:+.2f}' for gain in gains)} dB",
                 flush=True,
             )
-            losses, mark = [], time.time()
-    save()
+    run.save()
 
 
 # ---------------------------------------------------------------- the weight file
@@ -370,7 +327,7 @@ def export(options: argparse.Namespace) -> Path:
         "training": f"train_catanet.py: L1 loss, Muon and AdamW, averaged weights, {saved['step']} steps, {saved['used'] / 60:.0f} CPU minutes",
     }
     path = options.work / f"tessera_catanet_x{options.scale}.safetensors"
-    save_file(compact(saved["average"]), path, metadata)
+    save_file(compact(saved["ema"]), path, metadata)
     path.chmod(0o644)
     return path
 

@@ -2,7 +2,6 @@
 
     python -m tessera.training.upscale.train_patch_adapter cache    --work DIR --clips 400
     python -m tessera.training.upscale.train_patch_adapter train    --work DIR --minutes 60
-    python -m tessera.training.upscale.train_patch_adapter evaluate --out DIR
 
 Clips are drawn at twice the side that the model was trained for (256 pixels), made small, noisy, and enlarged again by bicubic
 interpolation. Both are encoded as a whole, and training windows are cut from the latents, as they are when the adapter is used.
@@ -11,8 +10,6 @@ interpolation. Both are encoded as a whole, and training windows are cut from th
 from __future__ import annotations
 
 import argparse
-import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +25,8 @@ from tessera.models.upscale.patch_adapter import LORA, Config, PatchAdapter, Win
 
 from ..default import clips, evaluate
 from ..default.train_dit import draw_sigma
-from ..optimizer import Muon, Team, launch, set_rate
+from ..loop import Run, launch, optimisers, parser, store
+from ..optimizer import Team
 
 HERE = Path(patch_adapter.__file__).parent  # of the weights
 WEIGHTS = "patch_adapters/tessera_shapes_patch_adapter.safetensors"
@@ -73,8 +71,7 @@ def cache(options: argparse.Namespace) -> None:
             parts = [networks.whiten(vae.encode(x)).half() for x in (large, resize(small, CANVAS), resize(small, NATIVE))]
             rows.append(dict(zip(("large", "enlarged", "whole"), parts, strict=True), factor=factor))
         stacked = {name: torch.cat([row[name] for row in rows]) for name in ("large", "enlarged", "whole")}
-        torch.save(dict(stacked, factor=torch.tensor([row["factor"] for row in rows])), f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
+        store(dict(stacked, factor=torch.tensor([row["factor"] for row in rows])), str(path))
         print(f"shard {index}: {frames} frames, {time.time() - begin:.0f} s", flush=True)
 
 
@@ -216,85 +213,55 @@ def train(team: Team, options: argparse.Namespace) -> None:
     _, base = evaluate.load()
     config = Config()
     model = Model(base, config, options.rank_of_lora)
-    lora = [parameter for name, parameter in model.lora.named_parameters() if "lora_" in name]
-    matrices = [p for p in model.adapter.parameters() if p.ndim > 1]
-    rest = [p for p in model.adapter.parameters() if p.ndim == 1]
-    optimisers = [Muon(matrices, options.rate), torch.optim.AdamW(rest + lora, options.rate / 10, (0.9, 0.98), weight_decay=0)]
-    trained = model.trained()
-    average = {name: value.detach().clone() for name, value in trained.items()}
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    print(f"{sum(value.numel() for value in average.values()) / 1e6:.2f} M parameters", flush=True)
-    generator = torch.Generator().manual_seed(7 + 10**6 * team.rank)
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    opts = optimisers(trained, lambda name, p: name.startswith("adapter.") and p.ndim > 1, options.rate, 1 / 10)
+    run = Run(model, opts, str(folder / "adapter.pt"), team, options, average=0.998)
+    print(f"{sum(value.numel() for value in model.trained().values()) / 1e6:.2f} M parameters", flush=True)
+    generator = torch.Generator().manual_seed(7 + run.step + 10**6 * team.rank)
     held = Latents([folder / "latents" / "000.pt"], config.native).batch(5, 16, torch.Generator().manual_seed(3))
     names: list[Path] = []
-    begin, mark, step, losses = time.time(), time.time(), 0, []
-    while (fraction := team.agree((time.time() - begin) / (60 * options.minutes))) < 1:
-        if step % 100 == 0:
-            found = sorted((folder / "latents").glob("[0-9]*.pt"))
-            found = [path for path in found if path.name != "000.pt"]
+    for _ in run.steps(flat=0.5):
+        if run.step % 100 == 0 or not names:
+            found = sorted((folder / "latents").glob("[0-9]*.pt"))[1:]
             if found != names:
                 names, data = found, Latents(found, config.native)
-        falling = max(fraction - 0.5, 0) / 0.5
-        set_rate(optimisers, min(1, (step + 1) / 100) * (0.01 + 0.99 * (1 + math.cos(math.pi * falling)) / 2))
-        frames = (3, 5, 5, 5, 9)[step % 5]
+        frames = (3, 5, 5, 5, 9)[run.step % 5]
         if frames > max(data.groups):
             frames = 5
         batch = data.batch(frames, {3: 12, 5: 8, 9: 4}[frames] // team.size, generator)
-        loss = loss_of(model, batch, generator, options.bf16)
-        model.zero_grad()
-        loss.backward()
-        team.average(parameters)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimiser in optimisers:
-            optimiser.step()
-        step += 1
-        decay = min(0.998, (step + 1) / (step + 20))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.values()), list(trained.values()), 1 - decay)
-        losses.append(loss.item())
-        if team.rank == 0 and (time.time() - mark > 60 or step == 20):
-            now = {name: value.detach().clone() for name, value in trained.items()}
+        run.update([loss_of(model, batch, generator, options.bf16)])
+        if run.due("save", 60):
+            run.save()
             with torch.no_grad():
-                torch._foreach_copy_(list(trained.values()), list(average.values()))
-                fixed = loss_of(model, held, torch.Generator().manual_seed(9), False).item()
-                torch._foreach_copy_(list(trained.values()), list(now.values()))
-            torch.save(average, folder / "adapter.pt")
-            count, mean = sum(len(group["large"]) for group in data.groups.values()), sum(losses) / len(losses)
-            print(f"{step} {time.time() - begin:.0f} s, {count} clips, loss {mean:.4f}, held out {fixed:.4f}", flush=True)
-            losses, mark = [], time.time()
+                fixed = loss_of(run.average, held, torch.Generator().manual_seed(9), False).item()
+            count = sum(len(group["large"]) for group in data.groups.values())
+            print(f"{run.step} {run.seconds:.0f} s, {count} clips, loss {run.means()[0]:.4f}, held out {fixed:.4f}", flush=True)
     if team.rank == 0:
-        torch.save(average, folder / "adapter.pt")
-        save(average, config, HERE / WEIGHTS, f"{step} steps in {options.minutes:.0f} minutes on a CPU, {team.size} processes")
+        run.save()
+        save(run.average.trained(), config, HERE / WEIGHTS, f"{run.step} steps in {options.minutes:.0f} minutes on a CPU, {team.size} processes")
 
 
 def save(state: dict[str, Tensor], config: Config, path: Path, note: str) -> None:
     """Write the weight file, bf16."""
     path.parent.mkdir(exist_ok=True)
     about = {"title": "Tessera shapes patch adapter", "license": "Apache-2.0", "dataset": "drawn clips (training/default/clips.py)", "training": note}
-    save_file({name: value.bfloat16().contiguous() for name, value in state.items()}, path, metadata={**metadata(config), **about})
+    save_file({name: value.detach().bfloat16().contiguous() for name, value in state.items()}, path, metadata={**metadata(config), **about})
     path.chmod(0o644)
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("cache", "train"))
-    parser.add_argument("--work", required=True)
-    parser.add_argument("--clips", type=int, default=480)
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--rate", type=float, default=0.01, help="Muon step; AdamW uses a tenth of it")
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--rank-of-lora", type=int, default=8)
-    parser.add_argument("--workers", type=int, default=1, help="training processes that average gradients, one thread each if more than one")
-    parser.add_argument("--rank", type=int, default=-1)
-    parser.add_argument("--port", type=int, default=29541)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.what == "train":
-        launch(train, options)
+    options = parser(__doc__, minutes=60, rate=0.01, adam="a tenth", port=29541)
+    options.add_argument("what", choices=("cache", "train"))
+    options.add_argument("--clips", type=int, default=480)
+    options.add_argument("--bf16", action="store_true")
+    options.add_argument("--rank-of-lora", type=int, default=8)
+    chosen = options.parse_args()
+    torch.set_num_threads(chosen.threads)
+    if chosen.what == "train":
+        launch(train, chosen)
     else:
-        cache(options)
+        cache(chosen)
 
 
 if __name__ == "__main__":
