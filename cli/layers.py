@@ -6,7 +6,7 @@ import errno
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..models.layers import files
+from ..models.layers import formats
 from ..models.layers.compose import without_faint_groups
 
 
@@ -19,10 +19,10 @@ def convert(source: Path, target: Path, flatten_groups: bool = False, overwrite:
         raise ValueError(f"{target} is the source itself; choose another name for the result")
     if target.exists() and not target.is_dir() and not overwrite:
         raise FileExistsError(errno.EEXIST, "the file is there already; choose another name, or give --overwrite", str(target))
-    document, notes = files.read(source)
+    document, notes = formats.read(source)
     if flatten_groups:
         document, flattened = without_faint_groups(document)
         notes = [*notes, *flattened]
-    files.write(document, target)
+    formats.write(document, target)
     yield f"{target}: {sum(1 for _ in document.walk())} layers on {document.width} x {document.height} pixels"
     yield from (f"  {note}" for note in notes)

@@ -32,7 +32,7 @@ from server import PromptServer  # noqa: E402
 
 import nodes  # noqa: E402,F401
 from tessera.models.layers.document import Document, Layer, to_core  # noqa: E402
-from tessera.models.layers.files import write  # noqa: E402
+from tessera.models.layers.formats import write  # noqa: E402
 from tessera.nodes.comfy import guarded  # noqa: E402
 from tessera.nodes.layers import AutoLayout, ComposeLayers, EditLayer, LayersFromImages, Layout, LoadLayers, SaveLayers  # noqa: E402
 from tessera.nodes.layers.document import SHOWN  # noqa: E402

@@ -60,7 +60,7 @@ from comfy_extras.nodes_upscale_model import UpscaleModelLoader  # noqa: E402
 import nodes  # noqa: E402
 from tessera import nodes as pack  # noqa: E402
 from tessera.models.layers.document import Document, Layer, to_core  # noqa: E402
-from tessera.models.layers.files import write  # noqa: E402
+from tessera.models.layers.formats import write  # noqa: E402
 
 PACKAGE = str(Path(pack.__file__).parent.parent)
 SECONDS = 300  # for one prompt

@@ -28,7 +28,8 @@ from tessera.cli.comfy_server import ComfyServer
 from tessera.models.layers import png
 from tessera.models.layers.compose import composite
 from tessera.models.layers.document import Document, Layer
-from tessera.models.layers.files import eight_bit, read, write
+from tessera.models.layers.formats import read, write
+from tessera.models.layers.pixels import eight_bit
 from tiny_models import LAYERED, LAYERED_VAE, write_qwen_image_layered
 
 pytestmark = [pytest.mark.comfy, pytest.mark.slow]

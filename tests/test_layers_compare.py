@@ -21,7 +21,7 @@ from test_layers_psd import changed, psd_of
 from tessera.models.layers import compare
 from tessera.models.layers.compose import composite
 from tessera.models.layers.document import Document, Group, Layer
-from tessera.models.layers.files import read, write
+from tessera.models.layers.formats import read, write
 
 # Against the merged picture
 

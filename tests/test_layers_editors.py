@@ -21,7 +21,7 @@ from test_layers_blend import levels
 from tessera.models.layers import blend
 from tessera.models.layers.compose import composite
 from tessera.models.layers.document import Document, Group, Layer, Node
-from tessera.models.layers.files import write
+from tessera.models.layers.formats import write
 from tessera.models.layers.ora import OPERATORS
 from tessera.models.layers.psd import KEYS
 

@@ -23,15 +23,17 @@ from test_layers_psd import psd_of
 
 from tessera.__main__ import main
 from tessera.models.errors import FileError
-from tessera.models.layers import files, png
+from tessera.models.layers import pixels as files
+from tessera.models.layers import png
 from tessera.models.layers.blend import MODES
 from tessera.models.layers.compose import composite, without_faint_groups
 from tessera.models.layers.document import Document, Group, Layer, Transform
-from tessera.models.layers.files import file_name, read, write
+from tessera.models.layers.formats import FORMATS, read, write
 from tessera.models.layers.ora import OPERATORS
+from tessera.models.layers.pixels import file_name
 from tessera.models.layers.psd import KEYS
 
-each_format = pytest.mark.parametrize("ending", [".psd", ".ora", ""])
+each_format = pytest.mark.parametrize("ending", [kind.suffix for kind in FORMATS.values()])
 
 
 @each_format

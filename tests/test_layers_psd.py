@@ -27,7 +27,7 @@ from test_layers_document import document, same
 from tessera.models.errors import FileError
 from tessera.models.layers.compose import composite
 from tessera.models.layers.document import Document, Group, Layer, Transform
-from tessera.models.layers.files import read, write
+from tessera.models.layers.formats import read, write
 
 
 def psd_of(tmp_path: Path, mode: str, depth: int = 8) -> Path:

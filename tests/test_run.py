@@ -21,7 +21,7 @@ from tessera.cli import run
 from tessera.cli.comfy_client import PromptRefusedError
 from tessera.cli.comfy_server import ComfyServer
 from tessera.cli.workflow_files import read_workflow
-from tessera.models.layers import files
+from tessera.models.layers import formats as files
 
 # Words of Python's that no user should read.
 PYTHON = re.compile(r"Traceback|\[Errno|NoneType|\w+Error\b|got itself in trouble|'(dict|list|str|int)' object|codec|Expecting|<class")

@@ -25,7 +25,7 @@ from . import compare
 from .blend import PASS_THROUGH
 from .compose import composite
 from .document import Document, Group, Layer, Node, clean_name
-from .files import MAX_PIXELS, PngReader, decoding, eight_bit, file_name, from_eight_bit
+from .pixels import MAX_PIXELS, PngReader, decoding, eight_bit, file_name, from_eight_bit
 
 MIMETYPE = "image/openraster"
 THUMBNAIL = 256  # pixels of the longer side at most

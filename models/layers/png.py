@@ -17,7 +17,7 @@ from torch import Tensor
 from ..media.atomic import finished
 from .compose import composite
 from .document import Document, Group, Layer, Node, Transform
-from .files import PngReader, decoding, eight_bit, file_name
+from .pixels import PngReader, decoding, eight_bit, file_name
 
 INDEX = "layers.json"
 MERGED = "merged.png"

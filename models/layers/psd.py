@@ -17,7 +17,7 @@ from ..media.atomic import finished
 from .blend import PASS_THROUGH
 from .compose import composite
 from .document import MAX_SIDE, Document, Group, Node
-from .files import eight_bit
+from .pixels import eight_bit
 
 # Adobe Photoshop File Formats Specification, layer records: blend mode keys.
 KEYS = {

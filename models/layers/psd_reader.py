@@ -21,7 +21,7 @@ from ..errors import FileError
 from . import compare, profiles
 from .blend import MODES
 from .document import Box, Document, Group, Layer, Node, clean_name
-from .files import MAX_PIXELS, check_pixels, decoding, eight_bit
+from .pixels import MAX_PIXELS, check_pixels, decoding, eight_bit
 from .psd import KEYS, psd_tools
 
 _KIND = "a Photoshop file"

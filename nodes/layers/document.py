@@ -14,11 +14,11 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ...models.layers import files
 from ...models.layers.blend import MODES
 from ...models.layers.clean import Cleaning, colour, stacked
 from ...models.layers.compose import composite, on_checkerboard, thumbnails
 from ...models.layers.document import MAX_SIDE, Document, Layer, clean_name, from_core, rgba, to_core
+from ...models.layers.formats import EXTENSIONS, FORMATS, either, read, write
 from ...models.layers.layout import chosen, restacked
 from ..comfy import Kind, check_prefix, custom, input_path, numbered, progress, said, saved_file
 
@@ -31,7 +31,6 @@ Layers = custom(
 ORDERS = ("first is lowest", "first is top")
 FIRST = ("a layer", "left out", "hidden")  # what the first picture of a batch is; the last two: the merged picture
 BACKGROUNDS = {"transparent": None, "white": 1.0, "grey": 0.5, "black": 0.0}
-ENDINGS = (".psd", ".psb", ".ora")
 SHOWN = 63  # layers that a node shows beside the composite: Region Layers' 50 and some, in a grid of 8 x 8
 
 
@@ -310,9 +309,7 @@ class SaveLayers(io.ComfyNode):
             inputs=[
                 Layers.Input("layers", tooltip="From Layers from Images, Layout, Load Layers, or core's Add Layer."),
                 io.String.Input("filename_prefix", default="layers/Tessera", tooltip="In the output folder; a number is added."),
-                io.Combo.Input(
-                    "format", options=list(files.FORMATS), tooltip="psd: Photoshop. ora: OpenRaster. png: a folder of PNG files with layers.json."
-                ),
+                io.Combo.Input("format", options=list(FORMATS), tooltip=" ".join(f"{name}: {kind.title}." for name, kind in FORMATS.items())),
             ],
             outputs=[Layers.Output(display_name="layers", tooltip="The layers, unchanged.")],
             hidden=[io.Hidden.unique_id],
@@ -322,18 +319,18 @@ class SaveLayers(io.ComfyNode):
     def execute(cls, layers: Any, filename_prefix: str, format: str) -> io.NodeOutput:
         document = from_core(layers)
         folder, name, counter, subfolder = numbered(filename_prefix, document.width, document.height)
-        target = folder / f"{name}_{counter:05}_{'' if format == 'png' else '.' + format}"
+        target = folder / f"{name}_{counter:05}_{FORMATS[format].suffix}"
         picture, layers_of_it = composite(document, on_layer=progress()), all_layers(document)
         pictures = _pictures(cls, document, layers_of_it, picture)
-        files.write(document, target, picture, progress(), format)  # last: what fails or is stopped leaves no file
+        write(document, target, picture, progress(), format)  # last: what fails or is stopped leaves no file
         lines = [f"{target.name} in {subfolder or 'the output folder'}", *_not_shown(layers_of_it)]
         return io.NodeOutput(layers, ui=pictures | said(cls, "\n".join(lines)) | {"tessera_files": (saved_file(target, subfolder),)})
 
 
 def _input_file(file: str) -> Path:
     path = input_path(file)
-    if path is None or not path.is_file() or path.suffix.lower() not in ENDINGS:
-        raise ValueError(f"file is {file!r:.200}, which is no .psd, .psb or .ora in the input folder; put it there, and refresh the list (R)")
+    if path is None or not path.is_file() or path.suffix.lower() not in EXTENSIONS:
+        raise ValueError(f"file is {file!r:.200}, which is no {either(EXTENSIONS)} in the input folder; put it there, and refresh the list (R)")
     return path
 
 
@@ -343,14 +340,15 @@ class LoadLayers(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         folder = Path(folder_paths.get_input_directory())
-        found = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.suffix.lower() in ENDINGS)
+        found = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS)
+        kinds = " or ".join(f"{kind.title} ({', '.join(kind.extensions)})" for kind in FORMATS.values() if kind.suffix)
         return io.Schema(
             node_id="TesseraLoadLayers",
             display_name="Load Layers",
             category=CATEGORY,
-            description="Reads the layers of a Photoshop (.psd, .psb) or OpenRaster (.ora) file from the input folder.",
+            description=f"Reads the layers of a {kinds} file from the input folder.",
             search_aliases=["psd", "ora", "openraster", "import layers", "open photoshop"],
-            inputs=[io.Combo.Input("file", options=found, tooltip="A .psd, .psb or .ora file in ComfyUI's input folder or below it.")],
+            inputs=[io.Combo.Input("file", options=found, tooltip=f"A {either(EXTENSIONS)} file in ComfyUI's input folder or below it.")],
             outputs=[
                 Layers.Output(display_name="layers"),
                 io.String.Output(display_name="report", tooltip="What of the file is not kept or looks different, a line each."),
@@ -370,6 +368,6 @@ class LoadLayers(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        document, notes = files.read(_input_file(file))
+        document, notes = read(_input_file(file))
         pictures = shown(cls, document, all_layers(document), [summary(document), *notes])
         return io.NodeOutput(to_core(document), "\n".join(notes), ui=pictures)

@@ -1,4 +1,4 @@
-"""What the file formats share: 8-bit pixels, names of files, limits, and nothing half-written under the final name."""
+"""What the formats of layer files share: 8-bit pixels, names of files, limits, and nothing half-written under the final name."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import errno
 import io
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from math import ceil
-from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -20,8 +19,7 @@ from torch import Tensor
 
 from ..errors import FileError
 from . import profiles
-from .compose import OnLayer, announcer
-from .document import Document, clean_name
+from .document import clean_name
 
 MAX_PIXELS = 2**29
 """Of all layers of a file together: 8 GiB as float32 RGBA."""
@@ -146,43 +144,3 @@ def decoding(name: str, kind: str, *ours: type[Exception]) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a place that the file names and has not
             raise
         raise FileError(f"{name}: not {kind}, or damaged; make or download it again") from error
-
-
-FORMATS = ("psd", "ora", "png")
-
-
-def write(document: Document, target: Path, merged: Tensor | None = None, on_layer: OnLayer | None = None, format: str | None = None) -> None:
-    """To PSD, OpenRaster or a folder of PNG files with `layers.json`: one of `FORMATS`, or None: by the ending .psd or .ora, or none.
-
-    merged: its composite on sRGB values, if it is made already. on_layer: what it raises leaves no file. Raises ValueError, OSError.
-    """
-    from . import ora, png, psd
-
-    writers: dict[str, Callable[..., None]] = {".psd": psd.write, ".ora": ora.write, "": png.write}
-    ending = target.suffix.lower() if format is None else "" if format == "png" else f".{format}"  # the name of a folder may have a dot in it
-    if ending not in writers:
-        raise ValueError(f"{target.name} ends in {ending}; use .psd, .ora, or no ending for a folder of PNG files")
-    writers[ending](document, target, merged, announcer(on_layer, len(list(document.walk()))))
-
-
-def read(source: Path) -> tuple[Document, list[str]]:
-    """From a .psd, .psb, .ora, `layers.json` or the folder that holds it: the document, and what of the file is not kept or looks different.
-
-    Raises FileError, OSError.
-    """
-    from . import ora, png, psd_reader
-
-    readers: dict[str, Callable[[Path], tuple[Document, list[str]]]]
-    readers = {".psd": psd_reader.read, ".psb": psd_reader.read, ".ora": ora.read, ".json": png.read}
-    source = source / png.INDEX if source.is_dir() else source
-    if not source.is_file():
-        raise FileError(f"{source} does not exist; give a .psd, .psb or .ora file, or a folder with {png.INDEX}")
-    if source.suffix.lower() not in readers:
-        raise FileError(f"{source.name} is not a kind of file that can be read; give .psd, .psb, .ora, or a folder with {png.INDEX}")
-    try:
-        return readers[source.suffix.lower()](source)
-    except FileError:
-        raise
-    except ValueError as error:  # ours, about what the file holds
-        name = f"{source.parent.name}/{source.name}" if source.name == png.INDEX else source.name
-        raise FileError(f"{name} cannot be read: {error}") from error
