@@ -141,29 +141,12 @@ def from_json(text: str, width: int, height: int) -> list[tuple[str, Box]]:
         raise ValueError(f"boxes is JSON with too long a number, or nested too deep; {_WRITE}") from error
     if not isinstance(items, list):
         raise ValueError(f"boxes is {json.dumps(items)[:60]} and no list; {_WRITE}")
-    named: list[tuple[str, Box]] = []
-    problems: list[str] = []
-    for number, item in enumerate(items, 1):
-        problem = _malformed(item)
-        if problem is None:
-            name = clean_name(item.get("name", ""))
-            x, y, box_width, box_height = (int(item[side]) for side in SIDES)
-            if min(box_width, box_height) < 1:
-                problem = f"{name[:40]!r} has no area ({box_width} x {box_height} pixels)"
-            elif max(box_width, box_height) > MAX_SIDE:
-                problem = f"{name[:40]!r} has a side of more than {MAX_SIDE} pixels"
-            elif box_width * box_height > MAX_AREA:
-                problem = f"{name[:40]!r} is {box_width} x {box_height} pixels, which is more than {MAX_AREA >> 20} x 2**20 in all"
-            elif x >= width or y >= height or x + box_width <= 0 or y + box_height <= 0:
-                problem = f"{name[:40]!r} (at {x}, {y}, {box_width} x {box_height}) lies outside of the canvas of {width} x {height}"
-            else:
-                named.append((name, (x, y, box_width, box_height)))
-        if problem is not None:
-            problems.append(f"box {number} {problem}")
+    found = ((number, _malformed(item) or _misplaced(item, width, height)) for number, item in enumerate(items, 1))
+    problems = [f"box {number} {problem}" for number, problem in found if problem is not None]
     if problems:
         more = f", and {len(problems) - SAID} more boxes are wrong" if len(problems) > SAID else ""
         raise ValueError(f"{'; '.join(problems[:SAID])}{more}; change them in the editor, or {_WRITE}")
-    return named
+    return [_named(item) for item in items]
 
 
 _WRITE = 'write a list such as [{"name": "sky", "x": 0, "y": 0, "width": 512, "height": 128}], the lowest box first'
@@ -184,6 +167,24 @@ def _malformed(item: Any) -> str | None:
             return f"has {side} {json.dumps(value)[:60]}, which is no whole number"
         if abs(value) > MAX_FAR:
             return f"has {side} {json.dumps(value)[:60]}, which is more than {MAX_FAR} pixels"
+    return None
+
+
+def _named(item: dict[str, Any]) -> tuple[str, Box]:
+    x, y, width, height = (int(item[side]) for side in SIDES)
+    return clean_name(item.get("name", "")), (x, y, width, height)
+
+
+def _misplaced(item: dict[str, Any], canvas_width: int, canvas_height: int) -> str | None:
+    name, (x, y, width, height) = _named(item)
+    if min(width, height) < 1:
+        return f"{name[:40]!r} has no area ({width} x {height} pixels)"
+    if max(width, height) > MAX_SIDE:
+        return f"{name[:40]!r} has a side of more than {MAX_SIDE} pixels"
+    if width * height > MAX_AREA:
+        return f"{name[:40]!r} is {width} x {height} pixels, which is more than {MAX_AREA >> 20} x 2**20 in all"
+    if x >= canvas_width or y >= canvas_height or x + width <= 0 or y + height <= 0:
+        return f"{name[:40]!r} (at {x}, {y}, {width} x {height}) lies outside of the canvas of {canvas_width} x {canvas_height}"
     return None
 
 
