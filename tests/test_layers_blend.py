@@ -15,7 +15,7 @@ from psd_tools.constants import BlendMode
 from tessera.models.layers.blend import MODES, to_linear, to_srgb
 from tessera.models.layers.compose import composite, on_checkerboard, without_faint_groups
 from tessera.models.layers.document import Document, Group, Layer, Transform
-from tessera.models.layers.psd import KEYS
+from tessera.models.layers.psd import BLEND_KEYS as KEYS
 
 
 def levels(*shape: int) -> torch.Tensor:

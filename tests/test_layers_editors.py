@@ -23,7 +23,7 @@ from tessera.models.layers.compose import composite
 from tessera.models.layers.document import Document, Group, Layer, Node
 from tessera.models.layers.formats import write
 from tessera.models.layers.ora import OPERATORS
-from tessera.models.layers.psd import KEYS
+from tessera.models.layers.psd import BLEND_KEYS as KEYS
 
 pytestmark = pytest.mark.slow
 

@@ -31,7 +31,7 @@ from tessera.models.layers.document import Document, Group, Layer, Transform
 from tessera.models.layers.formats import FORMATS, read, write
 from tessera.models.layers.ora import OPERATORS
 from tessera.models.layers.pixels import file_name
-from tessera.models.layers.psd import KEYS
+from tessera.models.layers.psd import BLEND_KEYS as KEYS
 
 each_format = pytest.mark.parametrize("ending", [kind.suffix for kind in FORMATS.values()])
 

@@ -20,7 +20,7 @@ from .document import MAX_SIDE, Document, Group, Node
 from .pixels import eight_bit
 
 # Adobe Photoshop File Formats Specification, layer records: blend mode keys.
-KEYS = {
+BLEND_KEYS = {
     **{PASS_THROUGH: b"pass", "normal": b"norm", "dissolve": b"diss", "darken": b"dark", "multiply": b"mul ", "color-burn": b"idiv"},
     **{"linear-burn": b"lbrn", "darker-color": b"dkCl", "lighten": b"lite", "screen": b"scrn", "color-dodge": b"div "},
     **{"linear-dodge": b"lddg", "lighter-color": b"lgCl", "overlay": b"over", "soft-light": b"sLit", "hard-light": b"hLit"},
@@ -75,7 +75,7 @@ def write(document: Document, file: Path, merged: Tensor | None, before: Callabl
 
 def _check(nodes: tuple[Node, ...]) -> None:
     for node in nodes:
-        if node.blend_mode not in KEYS:
+        if node.blend_mode not in BLEND_KEYS:
             raise ValueError(f"{node.name!r} has blend mode {node.blend_mode}, which PSD has not; choose another, or save as .ora")
         if isinstance(node, Group):
             _check(node.layers)
@@ -95,7 +95,7 @@ def _records(node: Node, before: Callable[[], None]) -> Iterator[tuple[Any, Any]
         for inner in node.layers:
             yield from _records(inner, before)
         record, channels = _record(node.name, 0, 0, {})
-        record.tagged_blocks.set_data(Tag.SECTION_DIVIDER_SETTING, SectionDivider.OPEN_FOLDER, b"8BIM", KEYS[node.blend_mode])
+        record.tagged_blocks.set_data(Tag.SECTION_DIVIDER_SETTING, SectionDivider.OPEN_FOLDER, b"8BIM", BLEND_KEYS[node.blend_mode])
     else:
         before()
         layer = node.baked()
@@ -104,7 +104,7 @@ def _records(node: Node, before: Callable[[], None]) -> Iterator[tuple[Any, Any]
         if layer.mask is not None:
             planes[-2] = eight_bit(layer.mask)
         record, channels = _record(layer.name, layer.x, layer.y, planes)
-    record.blend_mode = KEYS["normal" if node.blend_mode == PASS_THROUGH else node.blend_mode]  # the divider tells that it passes through
+    record.blend_mode = BLEND_KEYS["normal" if node.blend_mode == PASS_THROUGH else node.blend_mode]  # the divider tells that it passes through
     record.opacity, record.flags.visible = round(node.opacity * 255), node.visible
     yield record, channels
 

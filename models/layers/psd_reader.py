@@ -22,10 +22,10 @@ from . import compare, profiles
 from .blend import MODES
 from .document import Box, Document, Group, Layer, Node, clean_name
 from .pixels import MAX_PIXELS, check_pixels, decoding, eight_bit
-from .psd import KEYS, psd_tools
+from .psd import BLEND_KEYS, psd_tools
 
 _KIND = "a Photoshop file"
-_MODES = {key: mode for mode, key in KEYS.items()}
+_MODES = {key: mode for mode, key in BLEND_KEYS.items()}
 # Whose fill opacity is not an opacity: Photoshop mixes the source with the mode's neutral colour, or fades it, before it blends.
 _FILL_MODES = {"color-burn", "linear-burn", "color-dodge", "linear-dodge", "vivid-light", "linear-light", "hard-mix", "difference"}
 _TRANSPARENCY, _MASK, _USER_MASK = -1, -2, -3  # channels of a layer; the third is there where the second is drawn of it and of a vector mask
@@ -318,38 +318,29 @@ def _cut(node: Node, board: Box) -> Node:
 def _unread(item: Any, mode: str) -> Iterator[str]:
     from psd_tools.constants import Tag
 
-    if item.clipping:
-        yield "it is not clipped to the layer below"
-    if _has_effects(item):
-        yield "layer effects are not read"
+    group, shape, blocks = item.is_group(), item.kind == "shape", item.tagged_blocks
     vector = item.vector_mask is not None and not item.vector_mask.disabled
-    data = item._record.mask_data
-    if item.is_group() and (data is not None or vector):
-        yield "masks of groups are not read"
-    elif vector and item.kind != "shape" and (data is None or not data.flags.user_mask_from_render):
-        yield "its vector mask is not read"
-    if data is not None and data.parameters is not None and not item.is_group():
-        parameters = data.parameters
-        if parameters.user_mask_feather or parameters.vector_mask_feather:
-            yield "the feather of its mask is not read"
-        densities = [parameters.user_mask_density, parameters.vector_mask_density]
-        if data.flags.user_mask_from_render and (item.kind == "shape" or _both(data)):  # drawn into one, or into the alpha
-            unread = densities[1:] if item.kind == "shape" else densities
-            if any(density not in (None, 255) for density in unread):
-                yield "the density of its vector mask is not read"
-    ranges = item._record.blending_ranges
+    data, ranges = item._record.mask_data, item._record.blending_ranges
+    drawn = data is not None and data.flags.user_mask_from_render  # the vector mask: into the mask, or a shape's into the alpha
+    masks = None if data is None or group else data.parameters
+    feathers = [] if masks is None else [masks.user_mask_feather, masks.vector_mask_feather]
+    densities = [] if masks is None or not drawn or not (shape or _both(data)) else [masks.user_mask_density, masks.vector_mask_density]
     pairs = [*(ranges.composite_ranges or ()), *chain.from_iterable(ranges.channel_ranges or ())]
-    if any(tuple(pair) != (0, 0xFFFF) for pair in pairs):
-        yield "blend-if is not read, and hides nothing of it"
-    blocks = item.tagged_blocks
-    if blocks.get_data(Tag.KNOCKOUT_SETTING, 0):
-        yield "its knockout is not read"
-    if blocks.get_data(Tag.CHANNEL_BLENDING_RESTRICTIONS_SETTING, None):
-        yield "it is blended into all channels, though some are switched off"
-    if not blocks.get_data(Tag.TRANSPARENCY_SHAPES_LAYER, 1):
-        yield "that its transparency should not shape it is not read"
-    if 0 < item.fill_opacity < 255 and (item.is_group() or mode in _FILL_MODES):
-        yield f"its fill opacity acts as opacity, which looks different {'in a group' if item.is_group() else f'with {mode}'}"
+    lost = {
+        "it is not clipped to the layer below": item.clipping,
+        "layer effects are not read": _has_effects(item),
+        "masks of groups are not read": group and (data is not None or vector),
+        "its vector mask is not read": vector and not (group or shape or drawn),
+        "the feather of its mask is not read": any(feathers),
+        "the density of its vector mask is not read": any(density not in (None, 255) for density in densities[shape:]),
+        "blend-if is not read, and hides nothing of it": any(tuple(pair) != (0, 0xFFFF) for pair in pairs),
+        "its knockout is not read": blocks.get_data(Tag.KNOCKOUT_SETTING, 0),
+        "it is blended into all channels, though some are switched off": blocks.get_data(Tag.CHANNEL_BLENDING_RESTRICTIONS_SETTING, None),
+        "that its transparency should not shape it is not read": not blocks.get_data(Tag.TRANSPARENCY_SHAPES_LAYER, 1),
+        f"its fill opacity acts as opacity, which looks different {'in a group' if group else f'with {mode}'}": 0 < item.fill_opacity < 255
+        and (group or mode in _FILL_MODES),
+    }
+    return (what for what, is_lost in lost.items() if is_lost)
 
 
 def _has_effects(item: Any) -> bool:
