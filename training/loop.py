@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
 from .optimizer import Muon, Team
 
@@ -38,7 +39,7 @@ def launch(train: Callable[[Team, argparse.Namespace], None], options: argparse.
     elif options.rank >= 0:
         _worker(options.rank, train, options)
     else:
-        torch.multiprocessing.spawn(_worker, (train, options), options.workers)
+        spawn(_worker, (train, options), options.workers)
 
 
 def _worker(rank: int, train: Callable[[Team, argparse.Namespace], None], options: argparse.Namespace) -> None:

@@ -1,18 +1,33 @@
 """Generate clips with the two models: shifted linear schedule, Euler steps, classifier-free guidance."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
 import torch
+from torch import Tensor
 
 from . import networks, vocabulary
 
 
-def schedule(steps, shift):
+def schedule(steps: int, shift: float) -> Tensor:
     """(steps + 1,) noise levels from 1 to 0."""
     t = torch.linspace(1, 0, steps + 1)
     return shift * t / (1 + (shift - 1) * t)
 
 
 @torch.no_grad()
-def latents(model, captions, frames=33, size=128, steps=20, cfg=3.0, shift=5.0, seed=0, probe=None):
+def latents(
+    model: networks.WanTransformer,
+    captions: Tensor,
+    frames: int = 33,
+    size: int = 128,
+    steps: int = 20,
+    cfg: float = 3.0,
+    shift: float = 5.0,
+    seed: int = 0,
+    probe: Callable[[float, Tensor, Tensor], None] | None = None,
+) -> Tensor:
     """(B, 3) captions -> whitened latents (B, 16, 1 + frames // 4, size / 8, size / 8). probe(sigma, x, context) sees each step."""
     device = next(model.parameters()).device
     context = vocabulary.embed(captions).to(device)
@@ -29,12 +44,12 @@ def latents(model, captions, frames=33, size=128, steps=20, cfg=3.0, shift=5.0, 
 
 
 @torch.no_grad()
-def decode(vae, z):
+def decode(vae: networks.WanVAE, z: Tensor) -> Tensor:
     """Whitened latents -> clips in [-1, 1], one at a time."""
     return torch.cat([vae.decode(networks.unwhiten(v[None])).clamp(-1, 1) for v in z])
 
 
-def sheet(clips, path, columns=6):
+def sheet(clips: Sequence[Tensor], path: str, columns: int = 6) -> None:
     """One PNG row per clip (3, T, H, W), `columns` frames each, two clips side by side."""
     from PIL import Image
 

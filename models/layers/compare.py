@@ -61,4 +61,4 @@ def _thinned(nodes: tuple[Node, ...], step: int) -> tuple[Node, ...]:
 
 
 def _any(layer: Layer, rows: slice, columns: slice) -> bool:
-    return rows.start < layer.image.shape[0] and columns.start < layer.image.shape[1]
+    return bool(rows.start < layer.image.shape[0] and columns.start < layer.image.shape[1])

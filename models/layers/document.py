@@ -318,7 +318,7 @@ def _name(item: Mapping[str, Any]) -> str:
 
 
 def _number(item: Mapping[str, Any], key: str, default: float) -> float:
-    value = item.get(key)
+    value: float | None = item.get(key)
     if value is None:
         return default
     if not _is_number(value):

@@ -87,12 +87,12 @@ class Regions:
         """The inverse of `crop`: a copy of `canvas` with the strip's tokens inside the boxes."""
         patches = self._patches(canvas, patch).to(strip.dtype, copy=True)
         patches[..., self.index.to(canvas.device), :] = strip.unflatten(-1, (-1, patch)).to(canvas.device)
-        grid = patches.unflatten(-2, (-1, self.height, self.width))
+        grid: Tensor = patches.unflatten(-2, (-1, self.height, self.width))
         return grid.permute(0, 1, 3, 4, 2, 5, 6).flatten(-2).flatten(-3, -2)
 
     def _patches(self, latent: Tensor, patch: int) -> Tensor:
         """`(batch, channels, patch, layers * frames * height * width, patch)`."""
-        grid = latent.unflatten(-1, (self.width, patch)).unflatten(-3, (self.height, patch))
+        grid: Tensor = latent.unflatten(-1, (self.width, patch)).unflatten(-3, (self.height, patch))
         return grid.permute(0, 1, 4, 2, 3, 5, 6).flatten(3, 5)
 
 

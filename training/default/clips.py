@@ -3,7 +3,13 @@
 Clips are (3, T, H, W) in [-1, 1]. Captions are index rows [colour, shape, motion] into the vocabulary.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from tessera.models.default.vocabulary import COLOURS, MOTIONS, SHAPES
 
@@ -12,7 +18,7 @@ DIRECTION = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, -1.0], [0.0, 1.0]])  # 
 REACH = torch.tensor([[1.0, 1.0], [0.886, 0.886], [1.083, 0.938]])  # half width and height over r, per shape
 
 
-def random_captions(n, generator=None, device="cpu"):
+def random_captions(n: int, generator: torch.Generator | None = None, device: str | torch.device = "cpu") -> Tensor:
     """(n, 3) captions, balanced over the 72 combinations in random order."""
     total = len(COLOURS) * len(SHAPES) * len(MOTIONS)
     parts = [torch.randperm(total, generator=generator, device=device) for _ in range(-(-n // total))]
@@ -20,7 +26,7 @@ def random_captions(n, generator=None, device="cpu"):
     return torch.stack([i // (len(SHAPES) * len(MOTIONS)), i // len(MOTIONS) % len(SHAPES), i % len(MOTIONS)], 1)
 
 
-def coverage(shape, dx, dy, r):
+def coverage(shape: Tensor, dx: Tensor, dy: Tensor, r: Tensor) -> Tensor:
     """How much of each pixel the shape covers, 0..1, with a 2-pixel edge; offsets from the box centre in pixels."""
     disc = (dx.square() + dy.square()).sqrt() - r
     square = torch.maximum(dx.abs(), dy.abs()) - 0.886 * r
@@ -30,7 +36,13 @@ def coverage(shape, dx, dy, r):
     return (0.5 - d / 2).clamp(0, 1)
 
 
-def draw(captions, frames=33, size=128, generator=None, window=None):
+def draw(
+    captions: Tensor,
+    frames: int = 33,
+    size: int = 128,
+    generator: torch.Generator | None = None,
+    window: tuple[int, float] | None = None,
+) -> Tensor:
     """(B, 3) captions -> (B, 3, frames, size, size); with window=(side, towards) only a side x side crop of each.
 
     Speed is 1 to 2.2 pixels per frame at size 128 (in proportion at other sizes), less where the shape would leave the
@@ -38,7 +50,7 @@ def draw(captions, frames=33, size=128, generator=None, window=None):
     """
     dev, n = captions.device, len(captions)
 
-    def u(*s):
+    def u(*s: int) -> Tensor:
         return torch.rand(n, *s, generator=generator, device=dev)
 
     shape, move = captions[:, 1], DIRECTION.to(dev)[captions[:, 2]]
@@ -73,12 +85,12 @@ def draw(captions, frames=33, size=128, generator=None, window=None):
     return 2 * (ground[:, :, None] + (colour - ground[:, :, None]) * m) - 1
 
 
-def masks(clip, level=0.5):
+def masks(clip: Tensor, level: float = 0.5) -> Tensor:
     """(T, H, W) bool: pixels much brighter than the dark background, in their strongest channel."""
     return ((clip + 1) / 2).amax(0) > level
 
 
-def box(mask):
+def box(mask: Tensor) -> list[int]:
     """Bounding box (top, bottom, left, right), end exclusive, of the rows and columns with a fair share of the mask."""
     out = []
     for dim in (1, 0):
@@ -88,7 +100,7 @@ def box(mask):
     return out
 
 
-def overlap(mask, edges):
+def overlap(mask: Tensor, edges: Sequence[int]) -> Tensor:
     """Intersection over union of the mask with a disc, a square and a triangle filling the box: (3,)."""
     top, bottom, left, right = edges
     h, w = mask.shape
@@ -99,18 +111,18 @@ def overlap(mask, edges):
     return (shapes & mask).sum((1, 2)) / (shapes | mask).sum((1, 2)).clamp_min(1)
 
 
-def read(clip):
+def read(clip: Tensor) -> dict[str, Any]:
     """What a clip (3, T, H, W) shows: dict(colour, shape, motion as indices or None, fit = overlap with that shape)."""
     clip = clip.detach().float().cpu().clamp(-1, 1)
     mask = masks(clip)
     area = mask.float().mean((1, 2))
     good = ((area > 0.01) & (area < 0.6)).nonzero().flatten().tolist()
-    result = dict(colour=None, shape=None, motion=None, fit=0.0)
+    result: dict[str, Any] = dict(colour=None, shape=None, motion=None, fit=0.0)
     if len(good) < max(2, clip.shape[1] // 2):
         return result
     mean = torch.stack([((clip[:, t] + 1) / 2)[:, mask[t]].mean(1) for t in good]).mean(0)
 
-    def hue(c):
+    def hue(c: Tensor) -> Tensor:
         return c / c.norm(dim=-1, keepdim=True)
 
     result["colour"] = int((hue(PALETTE) - hue(mean)).norm(dim=1).argmin())
@@ -126,7 +138,7 @@ def read(clip):
     return result
 
 
-def score(clip):
+def score(clip: Tensor) -> tuple[int | None, int | None, int | None]:
     """(colour, shape, motion) indices read from the pixels, None where nothing clear is there."""
     r = read(clip)
     return r["colour"], r["shape"], r["motion"]

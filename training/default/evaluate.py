@@ -6,12 +6,17 @@ Measured: reconstruction PSNR; colour, shape and motion read from generated clip
 shuffled captions (chance); share of self-attention mass in the heaviest fifth of key blocks.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from tessera.models.default import networks, sampling
 
@@ -20,18 +25,17 @@ from .export import DIT_FILE, HERE, VAE_FILE
 from .train_vae import psnr
 
 
-def load(folder=HERE, device="cpu"):
+def load(folder: str = HERE, device: str = "cpu") -> tuple[networks.WanVAE, networks.WanTransformer]:
     """(VAE, transformer) from the weight files, in float32."""
-    out = []
-    for build, name in ((networks.build_vae, VAE_FILE), (networks.build_transformer, DIT_FILE)):
-        model = build()
-        model.load_state_dict({k: v.float() for k, v in load_file(os.path.join(folder, name)).items()})
-        out.append(networks.channels_last(model).to(device).eval())
-    return out
+    vae, model = networks.build_vae(), networks.build_transformer()
+    for network, name in ((vae, VAE_FILE), (model, DIT_FILE)):
+        network.load_state_dict({k: v.float() for k, v in load_file(os.path.join(folder, name)).items()})
+        networks.channels_last(network).to(device).eval()
+    return vae, model
 
 
 @torch.no_grad()
-def reconstruction(vae, n, seed=20250101):
+def reconstruction(vae: networks.WanVAE, n: int, seed: int = 20250101) -> list[float]:
     """PSNR per held-out 33 x 128 x 128 clip."""
     device = next(vae.parameters()).device
     g = torch.Generator(device).manual_seed(seed)
@@ -42,12 +46,12 @@ def reconstruction(vae, n, seed=20250101):
     return found
 
 
-def agreement(read, captions):
+def agreement(read: Sequence[Sequence[int | None]], captions: Tensor) -> list[float]:
     """Percentages (colour, shape, motion) of readings equal to the captions."""
     return [100.0 * sum(r[i] == int(c[i]) for r, c in zip(read, captions, strict=True)) / len(read) for i in range(3)]
 
 
-def tile_order(grid, tile):
+def tile_order(grid: Sequence[int], tile: Sequence[int]) -> Tensor:
     """Token permutation that makes each tile of (T, H, W) contiguous, partial tiles included."""
     index = torch.arange(grid[0] * grid[1] * grid[2]).view(grid)
     parts = []
@@ -58,7 +62,7 @@ def tile_order(grid, tile):
     return torch.cat(parts)
 
 
-def heavy_mass(p, block, share=0.2):
+def heavy_mass(p: Tensor, block: int, share: float = 0.2) -> Tensor:
     """Mass of the heaviest `share` of key blocks for each query block; p (..., L, L) rows sum to one -> (...) mean."""
     length = p.shape[-1]
     n = -(-length // block)
@@ -71,11 +75,13 @@ def heavy_mass(p, block, share=0.2):
 
 
 @torch.no_grad()
-def attention_mass(model, x, sigma, context, settings):
+def attention_mass(
+    model: networks.WanTransformer, x: Tensor, sigma: float, context: Tensor, settings: Mapping[str, tuple[Tensor, int]]
+) -> dict[str, Tensor]:
     """{name: (layers, heads)} for each setting name -> (token order, block size), mean over the batch."""
     t = torch.full((len(x),), 1000 * sigma, device=x.device)
     y, _, e6, words, table = model.embed(x, t, context)
-    out: dict = {name: [] for name in settings}
+    out: dict[str, list[Tensor]] = {name: [] for name in settings}
     for block in model.blocks:
         e = (block.modulation + e6).chunk(6, 1)
         q, k = block.self_attn.qk(block.norm1(y) * (1 + e[1]) + e[0], table=table)
@@ -86,7 +92,7 @@ def attention_mass(model, x, sigma, context, settings):
     return {name: torch.stack(rows) for name, rows in out.items()}
 
 
-def main():
+def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--out", default=".")
     ap.add_argument("--folder", default=HERE, help="where the weight files are")
@@ -102,7 +108,7 @@ def main():
     torch.set_num_threads(o.threads)
     os.makedirs(o.out, exist_ok=True)
     vae, model = load(o.folder, o.device)
-    gates: dict = dict(settings=dict(frames=33, size=128, steps=o.steps, cfg=o.cfg, shift=o.shift, seed=o.seed, clips=o.clips))
+    gates: dict[str, Any] = dict(settings=dict(frames=33, size=128, steps=o.steps, cfg=o.cfg, shift=o.shift, seed=o.seed, clips=o.clips))
 
     if o.vae_clips:
         p = reconstruction(vae, o.vae_clips)
@@ -115,7 +121,7 @@ def main():
     settings = {f"{name}_block{size}": (order, size) for name, order in orders.items() for size in (32, 64)}
     masses = []
 
-    def probe(sigma, x, context):
+    def probe(sigma: float, x: Tensor, context: Tensor) -> None:
         if min(abs(sigma - s) for s in (0.952, 0.833, 0.625, 0.417)) < 0.012:
             masses.append((sigma, attention_mass(model, x[:2], sigma, context[:2], settings)))
 

@@ -3,12 +3,17 @@
 python -m tessera.training.default.export --work DIR [--folder WHERE] [--vae vae_final.pt] [--note TEXT]
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from tessera.models.default import networks
 
@@ -22,14 +27,14 @@ COMMON = {
 }
 
 
-def write(state, path, dtype, meta):
+def write(state: Mapping[str, Tensor], path: str, dtype: torch.dtype, meta: dict[str, str]) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     save_file({k: v.detach().to("cpu", dtype).contiguous().clone() for k, v in state.items()}, path, metadata=meta)
     os.chmod(path, 0o644)
     print(path, f"{os.path.getsize(path) / 1e6:.2f} MB")
 
 
-def main():
+def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--work", required=True)
     ap.add_argument("--folder", default=HERE)
@@ -38,7 +43,7 @@ def main():
     ap.add_argument("--note", default="")
     o = ap.parse_args()
 
-    def load(name):
+    def load(name: str) -> dict[str, Any]:
         return torch.load(os.path.join(o.work, name), weights_only=True, map_location="cpu")
 
     write(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tessera.models.layers.default.vocabulary import COLOURS, MOTIONS, SHAPES, Caption, Kind
+from tessera.models.default.vocabulary import COLOURS, MOTIONS
+from tessera.models.layers.default.vocabulary import SHAPES, Caption, Kind
 from tessera.models.layers.document import Box
 from tessera.models.layers.regions import TOKEN, Regions
 

@@ -95,7 +95,12 @@ def placed(boxes: list[Box], where: str, generator: torch.Generator) -> list[Box
 
 
 def evaluate(
-    networks: tuple, layouts: int, frames: int, generator: torch.Generator, layers: int | None = None, where: str = "drawn"
+    networks: tuple[Any, LayeredTransformer, transparent_vae.TransparentDecoder],
+    layouts: int,
+    frames: int,
+    generator: torch.Generator,
+    layers: int | None = None,
+    where: str = "drawn",
 ) -> tuple[dict[str, Any], list[tuple[str, sampling.Decoded]]]:
     """Figures, and what was made. layers: of each layout; None leaves it to `dataset.sample`. where: one of BOXES."""
     vae, model, decoder = networks

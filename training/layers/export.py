@@ -9,8 +9,10 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from tessera.models.default import networks
 from tessera.models.layers.default import networks as layered
@@ -49,10 +51,10 @@ def main() -> None:
     parser.add_argument("--note", default="")
     options = parser.parse_args()
 
-    def load(name: str) -> dict:
+    def load(name: str) -> dict[str, Any]:
         return torch.load(os.path.join(options.work, name), weights_only=True)
 
-    def write(what: dict, file: Path, dtype: torch.dtype, title: str, **more: str) -> None:
+    def write(what: dict[str, Tensor], file: Path, dtype: torch.dtype, title: str, **more: str) -> None:
         export.write(what, os.path.join(options.folder, file), dtype, {**COMMON, "title": title, **more})
 
     trained = load("layers.pt")

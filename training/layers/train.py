@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -102,7 +103,7 @@ def strips(layouts: Layouts, which: range) -> Tensor:
     return pad_sequence(parts, True).movedim(1, -1)[:, :, None]
 
 
-def said(sample: dict, generator: torch.Generator) -> Tensor:
+def said(sample: dict[str, Any], generator: torch.Generator) -> Tensor:
     """The caption's tokens, in any order; one time in ten nothing."""
     if float(torch.rand((), generator=generator)) < 0.1:
         return vocabulary.embed(vocabulary.Caption(()))

@@ -69,9 +69,9 @@ def cache(options: argparse.Namespace) -> None:
             large = clips.draw(caption[None], frames, CANVAS, generator)
             small = degrade(large, factor, noise, generator)
             parts = [networks.whiten(vae.encode(x)).half() for x in (large, resize(small, CANVAS), resize(small, NATIVE))]
-            rows.append(dict(zip(("large", "enlarged", "whole"), parts, strict=True), factor=factor))
-        stacked = {name: torch.cat([row[name] for row in rows]) for name in ("large", "enlarged", "whole")}
-        store(dict(stacked, factor=torch.tensor([row["factor"] for row in rows])), str(path))
+            rows.append((*parts, torch.tensor([factor])))
+        names = ("large", "enlarged", "whole", "factor")
+        store({name: torch.cat(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}, str(path))
         print(f"shard {index}: {frames} frames, {time.time() - begin:.0f} s", flush=True)
 
 
@@ -147,7 +147,7 @@ class Model(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return networks.PlainAttention.apply(q.to(v.dtype), k.to(v.dtype), v)
+    return networks.plain_attention(q.to(v.dtype), k.to(v.dtype), v)
 
 
 class Latents:

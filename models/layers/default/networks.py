@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,13 @@ CONFIG = dict(networks.DIT_CONFIG, layers=4)
 class LayeredTransformer(networks.WanTransformer):
     """Velocity of the tokens of regions, side by side in a strip one token high, as a host samples them."""
 
-    def __init__(self, **config):
+    def __init__(self, **config: Any) -> None:
         super().__init__(**{**CONFIG, **config})
         self.layer_pe = nn.Parameter(torch.zeros(1, LAYERS, 1, 1, self.dim))
 
-    def forward(self, x, t, context, positions, layers, pad=None, context_pad=None):  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, t: Tensor, context: Tensor, positions: Tensor, layers: Tensor, pad: Tensor | None = None, context_pad: Tensor | None = None
+    ) -> Tensor:
         """strip x `(batch, 16, 1, 2, 2 * tokens)`, t `(batch,)` in 0..1000, context `(batch, words, text_dim)`, positions `(batch, tokens, 3)`,
         layers int64 `(batch, tokens)`, pad and context_pad `(batch, 1, 1, tokens or words)`: -inf where nothing is. Returns like x.
         """
