@@ -55,12 +55,12 @@ def largest_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask)
     return worst
 
 
-def verify(calls: dict[tuple[str, float], Callable[[], tuple[Tensor, BlockMask]]], layout: Arrangement, q: Tensor, k: Tensor, v: Tensor) -> dict:
+def verify(calls: dict[tuple[str, float], Callable[[], tuple[Tensor, BlockMask]]], arrangement: Arrangement, q: Tensor, k: Tensor, v: Tensor) -> dict:
     """Errors and achieved densities of all calls. Ends the program when one is wrong."""
     found = {}
     for (kind, density), call in calls.items():
         out, mask = call()
-        order = layout.order if kind == "whole call" else torch.arange(q.shape[2])
+        order = arrangement.order if kind == "whole call" else torch.arange(q.shape[2])
         error = largest_error(*(x[:, :, order] for x in (out, q, k, v)), mask)
         if not error < TOLERANCE:
             sys.exit(f"{kind} at density {density}: error {error:.2e} is above {TOLERANCE}; nothing is reported")
@@ -99,20 +99,20 @@ def main() -> None:
     q, k, v = torch.randn(3, 1, HEADS, GRID.seq_len, HEAD_DIM)
     blocks = GRID.seq_len // BLOCK
     recipe = get(METHOD)
-    layout = prepare(recipe, GRID, q.device, block=BLOCK)
+    arrangement = prepare(recipe, GRID, q.device, block=BLOCK)
     plain = prepare(get("sparge"), None, q.device, block=BLOCK, seq_len=GRID.seq_len).forced
     calls: dict[tuple[str, float], Callable[[], tuple[Tensor, BlockMask]]] = {}
 
     def add(density: float) -> None:
         mask = SELECTORS["topk"](torch.rand(1, HEADS, blocks, blocks), plain, asked(density, plain), BLOCK, {})
         calls["attention", density] = lambda: (attention(q, k, v, block_mask=mask, precision="native"), mask)
-        own = asked(density, layout.forced)
-        calls["whole call", density] = lambda: sparse_attention(recipe, layout, q, k, v, density=own, precision="native")
+        own = asked(density, arrangement.forced)
+        calls["whole call", density] = lambda: sparse_attention(recipe, arrangement, q, k, v, density=own, precision="native")
 
     with torch.inference_mode():
         for density in TARGETS["attention"]:
             add(density)
-        checked = verify(calls, layout, q, k, v)
+        checked = verify(calls, arrangement, q, k, v)
         dense = ("dense", 1.0)
         times = measure({dense: lambda: F.scaled_dot_product_attention(q, k, v), **calls}, options.rounds)
 

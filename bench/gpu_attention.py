@@ -102,8 +102,8 @@ def calls_for(grid: TokenGrid, heads: int, q: Tensor, k: Tensor, v: Tensor) -> l
     for precision in PRECISIONS:
         calls.append(Call(f"dense {precision}", lambda precision=precision: ours(precision, None), tolerances[precision]))
     recipe = get(RECIPE)
-    layout = prepare(recipe, grid, CUDA)
-    forced = layout.forced.pairs.float().mean().item()
+    arrangement = prepare(recipe, grid, CUDA)
+    forced = arrangement.forced.pairs.float().mean().item()
     for density in DENSITIES:
         masks = {blocks: random_mask(heads, grid.seq_len, density, blocks) for blocks in ((128, 128), (128, 64))}
         for precision in PRECISIONS:
@@ -114,9 +114,9 @@ def calls_for(grid: TokenGrid, heads: int, q: Tensor, k: Tensor, v: Tensor) -> l
 
             # Of all pairs `density` are kept, those that the recipe keeps anyway among them.
             def whole(precision: str = precision, own: float = max((density - forced) / (1 - forced), 0.0)) -> tuple[Tensor, BlockMask]:
-                return sparse_attention(recipe, layout, q, k, v, density=own, precision=precision)
+                return sparse_attention(recipe, arrangement, q, k, v, density=own, precision=precision)
 
-            calls.append(Call(f"whole call {precision} {RECIPE}", whole, tolerance, density, layout.order))
+            calls.append(Call(f"whole call {precision} {RECIPE}", whole, tolerance, density, arrangement.order))
     return calls
 
 

@@ -18,28 +18,28 @@ from pathlib import Path
 import torch
 
 from tessera.kernels.sparsity import get, prepare, sparse_attention
-from tessera.models.families import TokenLayout
+from tessera.models.families import TokenSpans
 from tessera.models.patchers import attention as patcher
 from tessera.models.patchers.attention import AttentionPatch, AttentionSettings, ModelCall
 
 TARGET = 50e-6
 LAYERS = 40
-LAYOUT = TokenLayout(8, 16, 16)  # 2048 tokens: 16 blocks of 128
+SPANS = TokenSpans(8, 16, 16)  # 2048 tokens: 16 blocks of 128
 
 
 def microseconds(settings: AttentionSettings, calls: int) -> float:
     """Median over model calls of LAYERS attention calls each, per attention call."""
-    tokens = LAYOUT.image_tokens
+    tokens = SPANS.image_tokens
     q, k, v = (torch.randn(1, 2, tokens, 8) for _ in range(3))
     recipe = get(settings.method)
-    layout = prepare(recipe, LAYOUT.grid(tokens, tokens), q.device, block=128)
-    out, mask = sparse_attention(recipe, layout, q, k, v, density=0.3)
+    arrangement = prepare(recipe, SPANS.grid(tokens, tokens), q.device, block=128)
+    out, mask = sparse_attention(recipe, arrangement, q, k, v, density=0.3)
     patcher.sparse_attention = lambda *arguments, **keywords: (out, mask)
     patch = AttentionPatch(settings)
     patch.start(lambda percent: 1.0 - percent, [1.0, 0.5, 0.0])
     times = []
     for _ in range(calls // LAYERS):
-        call = ModelCall(LAYOUT, 0.5)
+        call = ModelCall(SPANS, 0.5)
         start = time.perf_counter()
         patch.begin(call)
         for _ in range(LAYERS):

@@ -37,14 +37,14 @@ def from_comfyui() -> list[list[tuple[str, str]]]:
     import torch
 
     from tessera.kernels import backends
-    from tessera.models.families import TokenLayout
+    from tessera.models.families import TokenSpans
     from tessera.models.patchers.attention import AttentionSettings, ModelCall
     from tessera.nodes.attention.host import KEY, _AttentionHost
 
     backends.register_all()
     host = _AttentionHost(AttentionSettings(min_tokens=0, start_percent=0.0), None)
     host.patch.start()
-    call = ModelCall(TokenLayout(5, 8, 8), 0.5)
+    call = ModelCall(TokenSpans(5, 8, 8), 0.5)
     host.patch.begin(call)
     override = host._override(None)
     q = torch.randn(1, 320, 32)

@@ -27,7 +27,7 @@ import utils.extra_config  # noqa: E402,F401  (first, as main.py does: nodes.py 
 
 from tessera.kernels import attention as kernel  # noqa: E402
 from tessera.kernels import dispatch, selftest  # noqa: E402
-from tessera.models.families import layout_of  # noqa: E402
+from tessera.models.families import spans_of  # noqa: E402
 from tessera.models.patchers.attention import AttentionSettings, ModelCall  # noqa: E402
 from tessera.nodes.attention.host import KEY, OVERRIDE, _AttentionHost  # noqa: E402
 
@@ -435,7 +435,7 @@ def answer(network, inputs, settings=None):
         host = _AttentionHost(settings, None)
         host.patch.start(lambda percent: 1 - percent, [1.0, 0.5, 0.0])
         first = latent[0] if isinstance(latent, list) else latent
-        call = ModelCall(layout_of(network, tuple(first.shape), inputs), 0.5)
+        call = ModelCall(spans_of(network, tuple(first.shape), inputs), 0.5)
         host.patch.begin(call)
         options |= {KEY: call, OVERRIDE: host._override(None)}
         report = host.patch.report

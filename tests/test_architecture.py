@@ -15,7 +15,7 @@ from conftest import _installed
 
 import tessera
 from tessera.kernels import backends
-from tessera.models.families import TokenLayout
+from tessera.models.families import TokenSpans
 from tessera.models.patchers.attention import AttentionPatch, AttentionSettings, ModelCall
 from tessera.models.patchers.diffusers import _Intercept
 
@@ -76,7 +76,7 @@ def check(text: str, first: list[tuple[str, str]], next_one: list[tuple[str, str
 def test_an_attention_call_of_diffusers_takes_the_way_of_the_text(text: str) -> None:
     backends.register_all()
     patch = AttentionPatch(AttentionSettings(min_tokens=0, start_percent=0.0))
-    call = ModelCall(TokenLayout(5, 8, 8), 0.5)
+    call = ModelCall(TokenSpans(5, 8, 8), 0.5)
     patch.begin(call)
     q = torch.randn(1, 2, 320, 16)
     with _Intercept(patch, call):

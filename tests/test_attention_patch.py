@@ -10,13 +10,13 @@ import torch
 import tessera
 from tessera.kernels import dispatch, reference
 from tessera.kernels.sparsity import RECIPES
-from tessera.models.families import TokenLayout
+from tessera.models.families import TokenSpans
 from tessera.models.families.qwen_image import QWEN_IMAGE
 from tessera.models.patchers import attention as patcher
 from tessera.models.patchers.attention import AttentionPatch, AttentionSettings, ModelCall, auto_block, percent_of
 from tessera.models.patchers.report import summary
 
-LAYOUT = TokenLayout(5, 8, 8)  # 320 tokens
+LAYOUT = TokenSpans(5, 8, 8)  # 320 tokens
 
 
 def qkv(tokens=320, k_len=None, heads=2, head_dim=16, batch=1):
@@ -156,7 +156,7 @@ def test_short_sequences_stay_with_the_host():
 def test_layered_pictures_reach_the_default_of_min_tokens(side, layers, reason):
     """Qwen-Image-Layered samples its layers, the merged picture and the reference in one sequence, behind the text: here of 20 tokens."""
     latent = torch.empty(1, 16, 1, side // 8, side // 8, device="meta")
-    layout = QWEN_IMAGE.layout(SimpleNamespace(patch_size=2), (1, 16, layers + 1, *latent.shape[3:]), {"ref_latents": [latent]})
+    layout = QWEN_IMAGE.spans(SimpleNamespace(patch_size=2), (1, 16, layers + 1, *latent.shape[3:]), {"ref_latents": [latent]})
     patch = AttentionPatch(AttentionSettings(density=1.0, precision="native"))  # density 1 is asked for where it is long enough
     patch.start(flow(), SIGMAS)
     call = ModelCall(layout, 0.5)
@@ -168,7 +168,7 @@ def test_layered_pictures_reach_the_default_of_min_tokens(side, layers, reason):
 
 def test_one_token():
     patch = AttentionPatch(settings())
-    call = ModelCall(TokenLayout(1, 1, 1), 0.5)
+    call = ModelCall(TokenSpans(1, 1, 1), 0.5)
     patch.begin(call)
     out, host = attend(patch, call, *qkv(tokens=1))
     assert host and out.shape == (1, 2, 1, 16)

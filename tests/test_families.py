@@ -1,4 +1,4 @@
-"""What holds for every DiT family, whatever its layout. `test_comfy_families.py` runs each one in ComfyUI."""
+"""What holds for every DiT family, wherever its tokens lie. `test_comfy_families.py` runs each one in ComfyUI."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from test_comfy_families import CASES, FAMILY
 
 from tessera.kernels import registry
-from tessera.models.families import FAMILIES, Family, find, layout_of
+from tessera.models.families import FAMILIES, Family, find, spans_of
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -16,7 +16,7 @@ def test_a_family_is_found_by_the_module_of_a_class_or_of_its_base(family: Famil
     for module in family.modules:
         network = type("Network", (), {"__module__": f"{module}model"})
         assert find(network()) is family and find(type("Own", (network,), {})()) is family
-        assert layout_of(network(), (1, 16, 100), {}) is None, "a latent without height and width has no grid"
+        assert spans_of(network(), (1, 16, 100), {}) is None, "a latent without height and width has no grid"
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -25,8 +25,8 @@ def test_a_family_has_cases_in_comfyui(family: Family) -> None:
 
 
 def test_a_family_is_a_file_and_a_row(root: Path) -> None:
-    files = {file.stem for file in (root / "models" / "families").glob("*.py")} - {"__init__", "layout"}
-    assert {family.layout.__module__.rpartition(".")[2] for family in FAMILIES} == files
+    files = {file.stem for file in (root / "models" / "families").glob("*.py")} - {"__init__", "family"}
+    assert {family.spans.__module__.rpartition(".")[2] for family in FAMILIES} == files
 
 
 def test_no_two_families_claim_a_network() -> None:
@@ -35,6 +35,6 @@ def test_no_two_families_claim_a_network() -> None:
 
 
 def test_a_family_of_a_name_that_is_taken_is_refused() -> None:
-    twin = Family("Wan", ("somewhere.else.",), FAMILIES[0].layout)
+    twin = Family("Wan", ("somewhere.else.",), FAMILIES[0].spans)
     with pytest.raises(ValueError, match=r"two of DiT family 'Wan': Family\(.*comfy\.ldm\.wan\..* and Family\(.*somewhere\.else"):
         registry.by_name("DiT family", (*FAMILIES, twin))

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...kernels import registry
+from .family import Family, TokenSpans
 from .flux import FLUX
 from .hunyuan_video import HUNYUAN_VIDEO
-from .layout import Family, TokenLayout
 from .ltx_video import LTX_VIDEO
 from .qwen_image import QWEN_IMAGE
 from .wan import WAN
 
 FAMILIES = tuple(registry.by_name("DiT family", (WAN, HUNYUAN_VIDEO, FLUX, QWEN_IMAGE, LTX_VIDEO)).values())
 
-__all__ = ["FAMILIES", "Family", "TokenLayout", "find", "layout_of"]
+__all__ = ["FAMILIES", "Family", "TokenSpans", "find", "spans_of"]
 
 
 def find(network: Any) -> Family | None:
@@ -24,7 +24,7 @@ def find(network: Any) -> Family | None:
     return next((family for module in modules for family in FAMILIES if module.startswith(family.modules)), None)
 
 
-def layout_of(network: Any, latent_shape: tuple[int, ...], extras: Mapping[str, Any]) -> TokenLayout | None:
-    """The token layout of one model call; None for an unknown family and for latents without height and width."""
+def spans_of(network: Any, latent_shape: tuple[int, ...], extras: Mapping[str, Any]) -> TokenSpans | None:
+    """The spans of one model call's tokens; None for an unknown family and for latents without height and width."""
     family = find(network)
-    return family.layout(network, latent_shape, extras) if family is not None and len(latent_shape) in (4, 5) else None
+    return family.spans(network, latent_shape, extras) if family is not None and len(latent_shape) in (4, 5) else None

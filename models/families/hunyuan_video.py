@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .layout import Family, TokenLayout, patches, tokens
+from .family import Family, TokenSpans, patches, tokens
 
 
-def layout(network: Any, latent_shape: tuple[int, ...], extras: Mapping[str, Any]) -> TokenLayout:
+def spans(network: Any, latent_shape: tuple[int, ...], extras: Mapping[str, Any]) -> TokenSpans:
     """The reference latent of the image-to-video "concat" variant stands directly before the grid."""
     patch_size = tuple(network.patch_size)
     reference = extras.get("ref_latent")
     before = 0 if reference is None else tokens(tuple(reference.shape[:2]) + tuple(reference.shape[-2:]), patch_size[-2:])
-    return TokenLayout(*patches(latent_shape, patch_size), text="first", references_before=before)
+    return TokenSpans(*patches(latent_shape, patch_size), text="first", references_before=before)
 
 
-HUNYUAN_VIDEO = Family("HunyuanVideo", ("comfy.ldm.hunyuan_video.",), layout)
+HUNYUAN_VIDEO = Family("HunyuanVideo", ("comfy.ldm.hunyuan_video.",), spans)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .layout import Family, TokenLayout, patches, tokens
+from .family import Family, TokenSpans, patches, tokens
 
 
-def layout(network: Any, latent_shape: tuple[int, ...], extras: Mapping[str, Any]) -> TokenLayout:
+def spans(network: Any, latent_shape: tuple[int, ...], extras: Mapping[str, Any]) -> TokenSpans:
     patch_size = (network.patch_size, network.patch_size)
     references = sum(tokens(tuple(latent.shape), patch_size) for latent in extras.get("ref_latents") or ())
-    return TokenLayout(*patches(latent_shape, patch_size), text="first", references_after=references)
+    return TokenSpans(*patches(latent_shape, patch_size), text="first", references_after=references)
 
 
-QWEN_IMAGE = Family("Qwen-Image", ("comfy.ldm.qwen_image.",), layout)
+QWEN_IMAGE = Family("Qwen-Image", ("comfy.ldm.qwen_image.",), spans)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .layout import Family, TokenLayout, patches, tokens
+from .family import Family, TokenSpans, patches, tokens
 
 
-def layout(network: Any, latent_shape: tuple[int, ...], extras: Mapping[str, Any]) -> TokenLayout:
+def spans(network: Any, latent_shape: tuple[int, ...], extras: Mapping[str, Any]) -> TokenSpans:
     """Reference images of `ref_conv` checkpoints stand before the grid, context latents behind it; `time_dim_concat` adds frames."""
     patch_size = tuple(network.patch_size)
     frames, height, width = patches(latent_shape, patch_size)
@@ -17,7 +17,7 @@ def layout(network: Any, latent_shape: tuple[int, ...], extras: Mapping[str, Any
         frames += patches(tuple(appended.shape), patch_size)[0]
     has_reference = getattr(network, "ref_conv", None) is not None and extras.get("reference_latent") is not None
     context = sum(tokens(tuple(latent.shape), patch_size) for latent in extras.get("context_latents") or ())
-    return TokenLayout(frames, height, width, references_before=height * width if has_reference else 0, references_after=context)
+    return TokenSpans(frames, height, width, references_before=height * width if has_reference else 0, references_after=context)
 
 
-WAN = Family("Wan", ("comfy.ldm.wan.",), layout)
+WAN = Family("Wan", ("comfy.ldm.wan.",), spans)

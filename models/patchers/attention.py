@@ -20,7 +20,7 @@ from ...kernels import attention as kernel
 from ...kernels import dispatch
 from ...kernels.block_mask import BlockMask, num_blocks
 from ...kernels.sparsity import Arrangement, TokenGrid, describe, get, prepare, sparse_attention
-from ..families import TokenLayout
+from ..families import TokenSpans
 from .report import HOST, QUANTIZED, SPARSE, AttentionReport, CallRecord, ModelCallRecord, clock
 
 MIN_TOKENS = 12288
@@ -116,11 +116,11 @@ CPU = torch.device("cpu")
 class ModelCall:
     """One forward of the network: what is known before its first attention call.
 
-    layout: None for an unknown family. sigma: noise level of this call. branch: identifies the conditioning (cond, uncond, ...) and, where
+    spans: None for an unknown family. sigma: noise level of this call. branch: identifies the conditioning (cond, uncond, ...) and, where
     a host cuts the latent, the window. device: where the network runs. The rest is the patch's own.
     """
 
-    layout: TokenLayout | None
+    spans: TokenSpans | None
     sigma: float
     branch: Hashable = None
     device: torch.device = CPU
@@ -267,9 +267,9 @@ class AttentionPatch:
             self.report.other["cross-attention"] += 1
             return dense()
 
-        grid = None if call.layout is None else call.layout.grid(problem.q_len, problem.k_len)
+        grid = None if call.spans is None else call.spans.grid(problem.q_len, problem.k_len)
         layer = None
-        if call.layout is None or grid is not None:
+        if call.spans is None or grid is not None:
             layer = call.layer
             call.layer += 1
         else:

@@ -108,9 +108,9 @@ def accelerated(transformer: Any, patch: AttentionPatch, scheduler: Any = None) 
                 "accelerated: start_percent, end_percent and gentle_few_steps need the noise schedule; pass the pipeline's scheduler, "
                 "call patch.start before the run, or set them to 0, 1 and False"
             )
-        layout = WAN.layout(SimpleNamespace(patch_size=transformer.config.patch_size), tuple(latents.shape), {})
+        spans = WAN.spans(SimpleNamespace(patch_size=transformer.config.patch_size), tuple(latents.shape), {})
         # Wan 2.2 5B gives a timestep for each token, 0 for what is given already.
-        call = ModelCall(layout, float(arguments["timestep"].max()) / TRAIN_TIMESTEPS, text.data_ptr(), latents.device)
+        call = ModelCall(spans, float(arguments["timestep"].max()) / TRAIN_TIMESTEPS, text.data_ptr(), latents.device)
         patch.begin(call)
         patch.report.family = WAN.name
         with _Intercept(patch, call):

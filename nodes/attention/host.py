@@ -10,7 +10,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
-from ...models.families import find, layout_of
+from ...models.families import find, spans_of
 from ...models.patchers.attention import AttentionPatch, AttentionSettings, ModelCall
 from ...models.patchers.report import summary
 from ..comfy import BOXES, OVERRIDE, Overrides, Wrapper, attached, last_result, network_in, pause_malloc_graph, say
@@ -68,9 +68,9 @@ class _AttentionHost:
             family = find(network)
             self.patch.report.family = None if family is None else family.name
         latent_shape = tuple(kwargs["latent_shapes"][0]) if "latent_shapes" in kwargs else tuple(x.shape)
-        layout = layout_of(network, latent_shape, kwargs)
-        if layout is not None and BOXES in transformer_options:
-            layout = replace(layout, boxes=transformer_options[BOXES])
+        spans = spans_of(network, latent_shape, kwargs)
+        if spans is not None and BOXES in transformer_options:
+            spans = replace(spans, boxes=transformer_options[BOXES])
         window = transformer_options.get("context_window")
         branch = (tuple(transformer_options.get("uuids", ())), None if window is None else tuple(window.index_list))
         sigma = float(t.flatten()[0])
@@ -80,7 +80,7 @@ class _AttentionHost:
             options = {**transformer_options, KEY: call, OVERRIDE: self.overrides[transformer_options.get(OVERRIDE)]}
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
-        call = ModelCall(layout, sigma, branch, x.device)
+        call = ModelCall(spans, sigma, branch, x.device)
         self.patch.begin(call)
         out = forward(call)
         if self.patch.finish(call):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ...families import TokenLayout, find, layout_of
+from ...families import TokenSpans, find, spans_of
 from .concepts import Concept, Delta, fits, validate
 from .isolation import BLOCK, Isolation, skip
 from .maps import Maps, map_size, probabilities, word_map
@@ -96,8 +96,8 @@ class Composer:
                 f"LoRA Composer: the sampler's latent is {width} x {height}, and the boxes lie in a picture of {self.canvas[1]} x {self.canvas[0]}; "
                 "give LoRA Composer the sampler's latent"
             )
-        layout = layout_of(self.network, latent_shape, {})
-        grids = [((height, width) if layout is None else (layout.height, layout.width), "token", "enlarge it")]
+        spans = spans_of(self.network, latent_shape, {})
+        grids = [((height, width) if spans is None else (spans.height, spans.width), "token", "enlarge it")]
         if maps:
             grids.append((map_size(self.network, latent_shape), "cell of the attention maps", "enlarge it, or turn reinitialise and enhancement off"))
         for (rows, columns), unit, remedy in grids:
@@ -195,7 +195,7 @@ class Call:
         self.conditionings = len(conditional)
         flags = torch.tensor(list(conditional)).repeat_interleave(batch // len(conditional))
         self.batches = {kind: (flags == kind).nonzero()[:, 0] for kind in (True, False)}
-        self.layout: TokenLayout | None = None
+        self.spans: TokenSpans | None = None
         self.levels: dict[int, tuple[int, int]] = {}
         if composer.kind == "unet":
             height, width = latent_shape[-2:]
@@ -203,8 +203,8 @@ class Call:
                 self.levels[height * width] = (height, width)
                 height, width = -(-height // 2), -(-width // 2)
         else:
-            self.layout = layout_of(composer.network, latent_shape, extras)
-            assert self.layout is not None
+            self.spans = spans_of(composer.network, latent_shape, extras)
+            assert self.spans is not None
         self.prompts = tuple(concept.context.shape[1] for concept in composer.concepts) if composer.kind == "joint" and all(conditional) else ()
         self._texts: dict[int, Tensor] = {}
 
@@ -214,12 +214,12 @@ class Call:
 
     def image_rows(self, tokens: int, device: torch.device) -> list[Tensor] | None:
         """Per concept its rows in a sequence of image tokens; None where a sequence of this length is none."""
-        if self.layout is None:
+        if self.spans is None:
             return self.composer.rows(*self.levels[tokens], 1, device) if tokens in self.levels else None
-        return self._layout_rows(self.layout, device) if tokens == self.layout.image_tokens else None
+        return self._rows_in(self.spans, device) if tokens == self.spans.image_tokens else None
 
-    def _layout_rows(self, layout: TokenLayout, device: torch.device) -> list[Tensor]:
-        return [rows + layout.references_before for rows in self.composer.rows(layout.height, layout.width, layout.frames, device)]
+    def _rows_in(self, spans: TokenSpans, device: torch.device) -> list[Tensor]:
+        return [rows + spans.references_before for rows in self.composer.rows(spans.height, spans.width, spans.frames, device)]
 
     def token_rows(self, name: str, x: Tensor) -> list[Tensor] | None:
         """Per concept the rows of `x` `(batch, tokens, channels)` that its LoRA is added to at layer `name`; None where there are none."""
@@ -227,14 +227,14 @@ class Call:
             return None
         if self.composer.kind != "joint":
             return self.image_rows(x.shape[1], x.device)
-        assert self.layout is not None
+        assert self.spans is not None
         text = x.shape[1]
         parts: list[list[Tensor]] = [[] for _ in self.composer.concepts]
         if not any(part.startswith(("txt", "add_")) or part == "to_add_out" for part in name.split(".")):
-            text -= self.layout.image_tokens
+            text -= self.spans.image_tokens
             if text < 0:
                 return None
-            for part, rows in zip(parts, self._layout_rows(self.layout, x.device), strict=True):
+            for part, rows in zip(parts, self._rows_in(self.spans, x.device), strict=True):
                 part.append(rows + text)
         if text and self.prompts:
             start = text - sum(self.prompts)
@@ -360,13 +360,13 @@ class Call:
 
     def _place(self, tokens: int) -> _Place | None:
         """Of the picture in its self-attention; None where a sequence of this length is another."""
-        if self.layout is None:
+        if self.spans is None:
             return _Place(*self.levels[tokens]) if tokens in self.levels else None
-        grid = self.layout.grid(tokens, tokens)
+        grid = self.spans.grid(tokens, tokens)
         if grid is None:
             return None
-        text = (tokens - self.layout.image_tokens - sum(self.prompts), *self.prompts) if self.composer.kind == "joint" else ()
-        return _Place(grid.height, grid.width, grid.frames, self.layout.references_before, self.layout.references_after, text)
+        text = (tokens - self.spans.image_tokens - sum(self.prompts), *self.prompts) if self.composer.kind == "joint" else ()
+        return _Place(grid.height, grid.width, grid.frames, self.spans.references_before, self.spans.references_after, text)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, masked: Callable[[Tensor], Tensor], scale: float | None, blocks: bool) -> Tensor | None:
         """Self-attention under the concepts' mask; None where a call is not the picture's self-attention or needs no mask.

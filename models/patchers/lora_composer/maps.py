@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ...families import layout_of
+from ...families import spans_of
 
 MAP_SCALE = 4
 """The attention maps that are looked at are this many times smaller than the latent (16 x 32 for 512 x 1024 pixels in the paper)."""
@@ -58,9 +58,9 @@ def word_map(q: Tensor, k: Tensor, words: Sequence[int], scale: float | None = N
 
 def map_size(network: nn.Module, latent_shape: tuple[int, ...]) -> tuple[int, int]:
     """(height, width) of the tokens whose maps are looked at: of a UNet, the level with cross-attention whose scale is nearest to MAP_SCALE."""
-    layout = layout_of(network, latent_shape, {})
-    if layout is not None:
-        return layout.height, layout.width
+    spans = spans_of(network, latent_shape, {})
+    if spans is not None:
+        return spans.height, spans.width
     scale, scales = 1, set()
     for block in network.get_submodule("input_blocks").children():
         scale *= 2 if any(type(module).__name__ == "Downsample" for module in block.modules()) else 1

@@ -1,4 +1,4 @@
-"""TokenLayout: what a DiT family knows about its self-attention sequence before the text length is known."""
+"""TokenSpans: what a DiT family knows about its self-attention sequence before the text length is known."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...kernels.sparsity.grid import TokenGrid
 
 
 @dataclass(frozen=True)
-class TokenLayout:
+class TokenSpans:
     """The video grid of one model call, in patchified latent tokens, and what surrounds it.
 
     text: "first" and "last" place the text of joint attention; "none" means that self-attention holds no text.
@@ -33,7 +33,7 @@ class TokenLayout:
         return self.references_before + self.frames * self.height * self.width + self.references_after
 
     def grid(self, q_len: int, k_len: int) -> TokenGrid | None:
-        """The TokenGrid of a self-attention call with these lengths; None where the call is not this layout's self-attention."""
+        """The TokenGrid of a self-attention call with these lengths; None where the call is not this self-attention."""
         text = q_len - self.image_tokens
         if q_len != k_len or text < 0 or (text and self.text == "none"):
             return None
@@ -46,13 +46,13 @@ class TokenLayout:
 class Family:
     """One DiT family. It is recognised by the module that defines the network's class; the host's package is never imported.
 
-    layout(network, latent_shape, extras) -> TokenLayout. latent_shape is the latent's (..., [frames,] height, width);
+    spans(network, latent_shape, extras) -> TokenSpans. latent_shape is the latent's (..., [frames,] height, width);
     extras holds the keyword arguments of the model call (reference latents and the like).
     """
 
     name: str
     modules: tuple[str, ...]
-    layout: Callable[[Any, tuple[int, ...], Mapping[str, Any]], TokenLayout]
+    spans: Callable[[Any, tuple[int, ...], Mapping[str, Any]], TokenSpans]
 
 
 def patches(latent_shape: tuple[int, ...], patch_size: tuple[int, ...]) -> tuple[int, int, int]:
