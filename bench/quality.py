@@ -141,101 +141,100 @@ def inside(comfyui: str, package_parent: str, job: dict[str, Any]) -> None:
     args.use_pytorch_cross_attention = True
 
     import comfyui_version
-    import folder_paths
     import utils.extra_config  # noqa: F401  (first, as main.py does: nodes.py puts a folder with another `utils` before it)
-    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
-    import nodes
-    from tessera.models.default import vocabulary
-    from tessera.nodes import DEFAULT_WEIGHTS
     from tessera.nodes.attention import MODES, accelerate_settings, last_report, patch_attention
-    from tessera.training.default import clips
 
-    for folder in ("diffusion_models", "vae"):
-        folder_paths.add_model_folder_path(folder, str(DEFAULT_WEIGHTS / folder))
-    steps = job["steps"]
-    guards = job["guards"] | {"dense_blocks": frozenset(job["guards"]["dense_blocks"])} if "dense_blocks" in job["guards"] else job["guards"]
+    guards = dict(job["guards"])
+    if "dense_blocks" in guards:
+        guards["dense_blocks"] = frozenset(guards["dense_blocks"])
     plain = accelerate_settings("quality", 0, **guards)
     if job["workers"] > 1:
         torch.set_num_threads(1)
-
-    def emit(**row: Any) -> None:
-        print("RESULT " + json.dumps(row), flush=True)
-
     with torch.inference_mode():
-        model = ModelSamplingSD3().patch(nodes.UNETLoader().load_unet("tessera_shapes_t2v.safetensors", "default")[0], SHIFT)[0]
-        vae = nodes.VAELoader().load_vae("tessera_shapes_vae.safetensors")[0]
-        empty = {"samples": torch.zeros(1, 16, (FRAMES - 1) // 4 + 1, SIZE // 8, SIZE // 8)}
-        negative = [[vocabulary.encode(""), {}]]
+        host = Sampler(job["steps"])
+        dense, tried = host.good_clips(job)
+        versions = dict(comfyui=comfyui_version.__version__, torch=torch.__version__)
+        blocks = sorted(plain.dense_blocks)
+        emit(
+            **versions,
+            clips=len(dense),
+            tried=tried,
+            steps=job["steps"],
+            tokens=576,
+            block=32,
+            start_percent=plain.start_percent,
+            dense_blocks=blocks,
+        )
+        for mode in MODES:
+            for method in job["methods"]:
+                patched = patch_attention(host.model, accelerate_settings(mode, 0, method=method, **guards), None)
+                for (prompt, seed), base in dense.items():
+                    run = host.sample(patched, prompt, seed)
+                    report = last_report(patched)
+                    figures = dict(
+                        density=report["density"], overall_density=report["overall_density"], sparse_share=report["sparse_share_in_window"]
+                    )
+                    emit(method=method, mode=mode, prompt=prompt, seed=seed, **figures, **compared(run, base))
+        for (prompt, seed), base in dense.items():
+            other = host.sample(host.model, prompt, seed + 1000)
+            figures = dict(density=1.0, overall_density=1.0, sparse_share=0.0)
+            emit(method="another seed (dense)", mode=None, prompt=prompt, seed=seed, **figures, **compared(other, base))
 
-        def sample(patched: Any, prompt: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-            positive = [[vocabulary.encode(prompt), {}]]
-            latent = nodes.common_ksampler(patched, seed, steps, positive=positive, negative=negative, latent=empty, **SCHEDULE)[0]
-            return latent["samples"], nodes.VAEDecode().decode(vae, latent)[0].clamp(0, 1).reshape(FRAMES, SIZE, SIZE, 3)
 
-        def shows(video: torch.Tensor, prompt: str) -> bool:
-            return tuple(clips.score(video.permute(3, 0, 1, 2) * 2 - 1)) == tuple(vocabulary.parse(prompt))
+class Sampler:
+    """The default weights in ComfyUI, by its stock nodes. A clip is (latents, frames `(frames, height, width, 3)` in 0..1)."""
 
-        dense: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        tried, good_prompts = 0, 0
+    def __init__(self, steps: int) -> None:
+        import folder_paths
+        import torch
+        from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+        import nodes
+        from tessera.models.default import vocabulary
+        from tessera.nodes import DEFAULT_WEIGHTS
+
+        for folder in ("diffusion_models", "vae"):
+            folder_paths.add_model_folder_path(folder, str(DEFAULT_WEIGHTS / folder))
+        self.nodes, self.encode, self.steps = nodes, vocabulary.encode, steps
+        self.model = ModelSamplingSD3().patch(nodes.UNETLoader().load_unet("tessera_shapes_t2v.safetensors", "default")[0], SHIFT)[0]
+        self.vae = nodes.VAELoader().load_vae("tessera_shapes_vae.safetensors")[0]
+        self.empty = {"samples": torch.zeros(1, 16, (FRAMES - 1) // 4 + 1, SIZE // 8, SIZE // 8)}
+
+    def sample(self, patched: Any, prompt: str, seed: int) -> tuple[Any, Any]:
+        positive, negative = ([[self.encode(text), {}]] for text in (prompt, ""))
+        latent = self.nodes.common_ksampler(patched, seed, self.steps, positive=positive, negative=negative, latent=self.empty, **SCHEDULE)[0]
+        return latent["samples"], self.nodes.VAEDecode().decode(self.vae, latent)[0].clamp(0, 1).reshape(FRAMES, SIZE, SIZE, 3)
+
+    def good_clips(self, job: dict[str, Any]) -> tuple[dict[tuple[str, int], tuple[Any, Any]], int]:
+        """(dense clips that show their caption, `seeds` of each of this worker's prompts, by (prompt, seed); how many were tried)."""
+        from tessera.models.default import vocabulary
+        from tessera.training.default import clips
+
+        good: dict[tuple[str, int], tuple[Any, Any]] = {}
+        tried = 0
         for prompt in PROMPTS[job["worker"] :: job["workers"]]:
             found = {}
             for seed in itertools.islice(itertools.count(job["first_seed"]), 2 * job["seeds"]):
                 tried += 1
-                run = sample(model, prompt, seed)
-                if shows(run[1], prompt):
+                run = self.sample(self.model, prompt, seed)
+                if tuple(clips.score(run[1].permute(3, 0, 1, 2) * 2 - 1)) == tuple(vocabulary.parse(prompt)):
                     found[prompt, seed] = run
                 if len(found) == job["seeds"]:
+                    good |= found
                     break
-            if len(found) == job["seeds"]:
-                dense.update(found)
-                good_prompts += 1
-            if good_prompts == job["prompts"]:
+            if len(good) == job["prompts"] * job["seeds"]:
                 break
-        emit(
-            comfyui=comfyui_version.__version__,
-            torch=torch.__version__,
-            clips=len(dense),
-            tried=tried,
-            steps=steps,
-            tokens=576,
-            block=32,
-            start_percent=plain.start_percent,
-            dense_blocks=sorted(plain.dense_blocks),
-        )
+        return good, tried
 
-        def compare(run: tuple[torch.Tensor, torch.Tensor], base: tuple[torch.Tensor, torch.Tensor]) -> dict[str, float]:
-            error = float((run[0] - base[0]).norm() / base[0].norm())
-            return {"psnr": float(-10 * torch.log10((run[1] - base[1]).square().mean().clamp_min(1e-12))), "latent_error": error}
 
-        for mode in MODES:
-            for method in job["methods"]:
-                patched = patch_attention(model, accelerate_settings(mode, 0, method=method, **guards), None)
-                for (prompt, seed), base in dense.items():
-                    run = sample(patched, prompt, seed)
-                    report = last_report(patched)
-                    emit(
-                        method=method,
-                        mode=mode,
-                        prompt=prompt,
-                        seed=seed,
-                        density=report["density"],
-                        overall_density=report["overall_density"],
-                        sparse_share=report["sparse_share_in_window"],
-                        **compare(run, base),
-                    )
-        for (prompt, seed), base in dense.items():
-            other = sample(model, prompt, seed + 1000)
-            emit(
-                method="another seed (dense)",
-                mode=None,
-                prompt=prompt,
-                seed=seed,
-                density=1.0,
-                overall_density=1.0,
-                sparse_share=0.0,
-                **compare(other, base),
-            )
+def emit(**row: Any) -> None:
+    print("RESULT " + json.dumps(row), flush=True)
+
+
+def compared(run: tuple[Any, Any], base: tuple[Any, Any]) -> dict[str, float]:
+    psnr = float(-10 * (run[1] - base[1]).square().mean().clamp_min(1e-12).log10())
+    return {"psnr": psnr, "latent_error": float((run[0] - base[0]).norm() / base[0].norm())}
 
 
 if __name__ == "__main__":

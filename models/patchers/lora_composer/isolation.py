@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....kernels import attention as kernel
+from ....kernels import dispatch
 from ....kernels.block_mask import BlockMask, num_blocks
 
 BLOCK = 64
@@ -81,7 +82,7 @@ def skip(blocks: Blocks, q: Tensor, k: Tensor, v: Tensor, scale: float | None = 
     """Attention of `(batch, heads, tokens, head_dim)` that skips what is not read; None where no backend takes the call."""
     q, k, v = (x.index_select(2, blocks.order) for x in (q, k, v))
     key_bias = blocks.key_bias.expand(q.shape[0], -1)
-    problem = kernel.describe(q, k, v, block_mask=blocks.mask, key_bias=key_bias)
+    problem = dispatch.describe(q, k, v, block_mask=blocks.mask, key_bias=key_bias)
     own = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(q.dtype, "native")
     choices = (kernel.explain(problem, precision) for precision in (own, "native"))
     choice = next((choice for choice in choices if choice.implementation is not None), None)
