@@ -20,7 +20,8 @@ import torch
 from tessera.kernels.sparsity import get, prepare, sparse_attention
 from tessera.models.families import TokenSpans
 from tessera.models.patchers import attention as patcher
-from tessera.models.patchers.attention import AttentionPatch, AttentionSettings, ModelCall
+from tessera.models.patchers.attention import AttentionPatch, ModelCall
+from tessera.models.patchers.settings import AttentionSettings
 
 TARGET = 50e-6
 LAYERS = 40

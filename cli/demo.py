@@ -249,7 +249,7 @@ def _share_in_window(report: dict[str, Any]) -> str:
 
 def attention_settings(widgets: dict[str, Any], dense: bool) -> Any:
     """The Sparse Attention node's inputs in API form, as AttentionSettings."""
-    from ..models.patchers.attention import AttentionSettings, parse_layers
+    from ..models.patchers.settings import AttentionSettings, parse_layers
 
     return AttentionSettings(
         method=widgets["method"],

@@ -38,7 +38,8 @@ def from_comfyui() -> list[list[tuple[str, str]]]:
 
     from tessera.kernels import backends
     from tessera.models.families import TokenSpans
-    from tessera.models.patchers.attention import AttentionSettings, ModelCall
+    from tessera.models.patchers.attention import ModelCall
+    from tessera.models.patchers.settings import AttentionSettings
     from tessera.nodes.attention.host import KEY, _AttentionHost
 
     backends.register_all()

@@ -28,7 +28,8 @@ import utils.extra_config  # noqa: E402,F401  (first, as main.py does: nodes.py 
 from tessera.kernels import attention as kernel  # noqa: E402
 from tessera.kernels import dispatch, selftest  # noqa: E402
 from tessera.models.families import spans_of  # noqa: E402
-from tessera.models.patchers.attention import AttentionSettings, ModelCall  # noqa: E402
+from tessera.models.patchers.attention import ModelCall  # noqa: E402
+from tessera.models.patchers.settings import AttentionSettings  # noqa: E402
 from tessera.nodes.attention.host import KEY, OVERRIDE, _AttentionHost  # noqa: E402
 
 GENERATOR = torch.Generator().manual_seed(0)

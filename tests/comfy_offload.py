@@ -37,7 +37,7 @@ import tessera.nodes.offload.host as memory  # noqa: E402
 import tessera.nodes.offload.look_ahead as look_ahead  # noqa: E402
 from tessera.models.offload import GB, picture, summary  # noqa: E402
 from tessera.models.offload.blocks import find_blocks  # noqa: E402
-from tessera.models.patchers.attention import AttentionSettings  # noqa: E402
+from tessera.models.patchers.settings import AttentionSettings  # noqa: E402
 from tessera.nodes.attention import last_report as attention_report  # noqa: E402
 from tessera.nodes.attention import patch_attention  # noqa: E402
 from tessera.nodes.offload import MemorySettings, last_report, patch_memory  # noqa: E402

@@ -16,8 +16,9 @@ from conftest import _installed
 import tessera
 from tessera.kernels import backends
 from tessera.models.families import TokenSpans
-from tessera.models.patchers.attention import AttentionPatch, AttentionSettings, ModelCall
+from tessera.models.patchers.attention import AttentionPatch, ModelCall
 from tessera.models.patchers.diffusers import _Intercept
+from tessera.models.patchers.settings import AttentionSettings
 
 COMFYUI, DIFFUSERS = "nodes/attention/host.py", "models/patchers/diffusers.py"
 CHOOSE = ("kernels/dispatch.py", "choose")

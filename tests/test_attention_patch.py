@@ -13,8 +13,9 @@ from tessera.kernels.sparsity import RECIPES
 from tessera.models.families import TokenSpans
 from tessera.models.families.qwen_image import QWEN_IMAGE
 from tessera.models.patchers import attention as patcher
-from tessera.models.patchers.attention import AttentionPatch, AttentionSettings, ModelCall, auto_block, percent_of
+from tessera.models.patchers.attention import AttentionPatch, ModelCall, auto_block, percent_of
 from tessera.models.patchers.report import summary
+from tessera.models.patchers.settings import AttentionSettings
 
 LAYOUT = TokenSpans(5, 8, 8)  # 320 tokens
 

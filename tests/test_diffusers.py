@@ -14,8 +14,9 @@ from tessera.models.default import networks
 from tessera.models.default.vocabulary import encode
 from tessera.models.errors import FileError
 from tessera.models.patchers import diffusers as host
-from tessera.models.patchers.attention import AttentionPatch, AttentionSettings
+from tessera.models.patchers.attention import AttentionPatch
 from tessera.models.patchers.report import SPARSE
+from tessera.models.patchers.settings import AttentionSettings
 from tiny_models import DIFFUSION_MODEL, VAE
 
 pytest.importorskip("diffusers", reason="needs diffusers: `pip install tessera-nodes[diffusers]`, or `make test`")

@@ -11,8 +11,9 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
 from ...models.families import find, spans_of
-from ...models.patchers.attention import AttentionPatch, AttentionSettings, ModelCall
+from ...models.patchers.attention import AttentionPatch, ModelCall
 from ...models.patchers.report import summary
+from ...models.patchers.settings import AttentionSettings
 from ..comfy import BOXES, OVERRIDE, Overrides, Wrapper, attached, last_result, network_in, pause_malloc_graph, say
 
 KEY = "tessera_attention"

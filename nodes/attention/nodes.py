@@ -9,9 +9,9 @@ from comfy_api.latest import io, ui
 
 from ...kernels.dispatch import PRECISIONS
 from ...kernels.sparsity import RECIPES
-from ...models.patchers.attention import BLOCK_SIZES, MIN_TOKENS, AttentionSettings, parse_layers
 from ...models.patchers.report import AttentionReport as Report
 from ...models.patchers.report import heat_map, summary
+from ...models.patchers.settings import BLOCK_SIZES, MIN_TOKENS, AttentionSettings, parse_layers
 from .host import last_report, patch_attention
 
 CATEGORY = "Tessera/attention"
