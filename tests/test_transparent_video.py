@@ -35,6 +35,7 @@ from tessera.models.layers.video_writer import ALPHA, pull_push, save  # noqa: E
 from tessera.models.layers.video_writer import CLIP_FORMATS as FORMATS  # noqa: E402
 from tessera.models.media.containers import BrokenVideoError  # noqa: E402
 from tessera.models.media.sound import Sound  # noqa: E402
+from tessera.models.upscale.video import upscale_video  # noqa: E402
 
 WIDTH, HEIGHT, COUNT = 96, 64, 5
 RATE = Fraction(24)
@@ -368,6 +369,27 @@ def test_a_rate_that_varies_cut_off(tmp_path, name):
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 5])
     with pytest.raises(BrokenVideoError, match=r"cut off after \d+ frames"):
         list(load(path))
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("case", ["held", "sound", "whole"])
+def test_both_readers_of_video_have_one_rule(tmp_path, case):
+    """A last frame that is held, and sound that goes on after the picture: cut off in the sound, a file is not whole either."""
+    if case == "held":
+        first = red(tmp_path / "a.mov", 120, ["-vf", "select='lt(n,30)+eq(n,110)'"], "-c:v", "png", "-pix_fmt", "rgba")
+        lasting = ["-c", "copy", "-bsf:v", r"setts=duration=if(eq(N\,30)\,20*DURATION\,DURATION)"]
+        path = tmp_path / "held.mkv"
+        subprocess.run(["ffmpeg", "-v", "error", "-i", first, *lasting, path], check=True)
+    else:
+        path = red(tmp_path / "long.mkv", 31, ["-f", "lavfi", "-i", "sine=d=9"], "-c:v", "ffv1", "-c:a", "pcm_s16le")
+    if case == "sound":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 8 // 10])
+        with pytest.raises(BrokenVideoError, match=r"cut off after 31 frames, at second \d\.\d\d of 9.0\d; get a complete"):
+            list(load(path))
+        with pytest.raises(BrokenVideoError, match=r"cut off at second \d\.\d\d of 9.0\d; get a complete"):
+            upscale_video(path, tmp_path / "out.mkv", lambda x: x, (32, 32), codec="ffv1")
+    else:
+        assert len(list(load(path))) == upscale_video(path, tmp_path / "out.mkv", lambda x: x, (32, 32), codec="ffv1").frames == 31
 
 
 def test_a_large_file_is_not_looked_through(tmp_path, monkeypatch):
