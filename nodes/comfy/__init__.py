@@ -4,7 +4,17 @@ from .inputs import Kind, custom, guarded, some
 from .patching import BOXES, OVERRIDE, Overrides, Wrapper, attached, last_result, network_in
 from .paths import check_prefix, existing, input_path, numbered
 from .reporting import progress, said, saved_file, say
-from .versions import bit_depth_of, call_vbar, is_dynamic, model_prefetch, pause_malloc_graph, trim_of, vbar_of
+from .versions import (
+    bit_depth_of,
+    call_vbar,
+    is_dynamic,
+    load_upscale_model,
+    model_prefetch,
+    pause_malloc_graph,
+    trim_of,
+    unload_upscale_model,
+    vbar_of,
+)
 
 __all__ = [
     "BOXES",
@@ -22,6 +32,7 @@ __all__ = [
     "input_path",
     "is_dynamic",
     "last_result",
+    "load_upscale_model",
     "model_prefetch",
     "network_in",
     "numbered",
@@ -32,5 +43,6 @@ __all__ = [
     "say",
     "some",
     "trim_of",
+    "unload_upscale_model",
     "vbar_of",
 ]

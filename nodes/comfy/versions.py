@@ -5,7 +5,20 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
-__all__ = ["bit_depth_of", "call_vbar", "is_dynamic", "model_prefetch", "pause_malloc_graph", "trim_of", "vbar_of"]
+import comfy.model_management as mm
+import torch
+
+__all__ = [
+    "bit_depth_of",
+    "call_vbar",
+    "is_dynamic",
+    "load_upscale_model",
+    "model_prefetch",
+    "pause_malloc_graph",
+    "trim_of",
+    "unload_upscale_model",
+    "vbar_of",
+]
 
 try:  # ComfyUI >= 0.34: tensors that outlive a block must be made outside the Comfy Compiler's malloc graph (#16144)
     from comfy.model_prefetch import pause_malloc_graph
@@ -34,6 +47,24 @@ def call_vbar(vbar: Any, name: str, nbytes: int) -> bool:
         return False
     getattr(vbar, name)(int(nbytes))
     return True
+
+
+def load_upscale_model(upscale_model: Any, needed: float) -> torch.device:
+    """Bring an upscale model to the device through ComfyUI's manager, with `needed` bytes beside its weights."""
+    patcher = getattr(upscale_model, "patcher", None)  # 0.18.1 has none
+    device: torch.device = mm.get_torch_device() if patcher is None else patcher.load_device
+    if patcher is None:
+        mm.free_memory(mm.module_size(upscale_model.model) + needed, device)
+        upscale_model.to(device)
+    else:
+        mm.load_models_gpu([patcher], memory_required=needed, force_full_load=True)
+    return device
+
+
+def unload_upscale_model(upscale_model: Any) -> None:
+    """Where the manager does not do so itself."""
+    if getattr(upscale_model, "patcher", None) is None:
+        upscale_model.to("cpu")
 
 
 def bit_depth_of(video: Any) -> int:

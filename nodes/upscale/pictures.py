@@ -17,7 +17,7 @@ from torch import Tensor
 from ...models.upscale.metrics import flicker, psnr, seam_excess, ssim
 from ...models.upscale.pictures import NAMED, Network, passes, plan, target_size, upscale
 from ...models.upscale.tiling import Progress
-from ..comfy import say
+from ..comfy import load_upscale_model, say, unload_upscale_model
 
 CATEGORY = "Tessera/upscale"
 PREVIEW = 512  # pixels of the longer side
@@ -197,7 +197,7 @@ class PatchUpscale(io.ComfyNode):
             resume.keep(upscale_model)
             raise
         finally:
-            unload_network(upscale_model)
+            unload_upscale_model(upscale_model)
         patches = len(plan(height, width, tile, overlap).patches)
         line = f"{width} x {height} to {target[0]} x {target[1]}: {count} x {network.scale}x network, {patches} patches"
         line += "".join(f" · {reason}" for reason in reasons)
@@ -232,21 +232,8 @@ def network_of(upscale_model: Any) -> Network:
 
 
 def load_network(upscale_model: Any, element_size: int, tile: int) -> torch.device:
-    """Bring the network to the device through ComfyUI's manager. 384 bytes an output pixel and channel is ComfyUI's own estimate."""
-    needed = tile * tile * 3 * element_size * max(upscale_model.scale, 1.0) * 384.0
-    patcher = getattr(upscale_model, "patcher", None)
-    device: torch.device = mm.get_torch_device() if patcher is None else patcher.load_device
-    if patcher is not None:  # ComfyUI >= 0.3x
-        mm.load_models_gpu([patcher], memory_required=needed, force_full_load=True)
-        return device
-    mm.free_memory(mm.module_size(upscale_model.model) + needed, device)
-    upscale_model.to(device)
-    return device
-
-
-def unload_network(upscale_model: Any) -> None:
-    if getattr(upscale_model, "patcher", None) is None:
-        upscale_model.to("cpu")
+    """Bring the network to the device. 384 bytes an output pixel and channel is ComfyUI's own estimate."""
+    return load_upscale_model(upscale_model, tile * tile * 3 * element_size * max(upscale_model.scale, 1.0) * 384.0)
 
 
 def _preview(canvas: Tensor) -> Image.Image:

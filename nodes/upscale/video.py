@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ...models.upscale.pictures import passes, upscale
 from ...models.upscale.tiling import Progress
-from ..comfy import bit_depth_of, check_prefix, existing, input_path, numbered, trim_of
-from .pictures import CATEGORY, Display, check_overlap, load_network, network_of, patch_inputs, size_for, size_input, unload_network
+from ..comfy import bit_depth_of, check_prefix, existing, input_path, numbered, trim_of, unload_upscale_model
+from .pictures import CATEGORY, Display, check_overlap, load_network, network_of, patch_inputs, size_for, size_input
 
 WHOLE = (0.0, 0.0)
 
@@ -189,7 +189,7 @@ def _upscale(
             display.say(line)
         raise
     finally:
-        unload_network(upscale_model)
+        unload_upscale_model(upscale_model)
     line = f"{facts.width} x {facts.height} to {summary.width} x {summary.height}: {summary.frames} frames, {count} x {network.scale}x network, "
     line += f"{display.patches} patch{'es' * (display.patches > 1)} a frame, {summary.codec} {summary.pixel_format}, sound {summary.audio}"
     line += "".join(f" · {remark}" for remark in [*reasons, *summary.notes])
