@@ -103,7 +103,7 @@ class VideoReader:
         self.video.codec_context.thread_count = 4  # each holds a frame, and a default would be the number of cores
         self._broken: str | None = None
         self._items = self._decoded()
-        self._first: list[Any] = []  # what was read to know the facts
+        self._first: Iterator[Any] = iter(())  # what was read to know the facts
         self.facts = self._inspect(trim)
 
     def _inspect(self, trim: Trim) -> VideoFacts:
@@ -121,7 +121,8 @@ class VideoReader:
             declared = max(min(declared - begin, length or declared), Fraction(0))
             if container.format.name.startswith(INDEXED):  # to the key frame before; the others are read from their start
                 container.seek(int(start / video.time_base), stream=video)
-        frame = self._first_frame(start if trimmed else None)
+        first = self._up_to_frame(start if trimmed else None)
+        frame, self._first = first[-1], iter(first)
         rate = video.average_rate or video.guessed_rate or Fraction(24)
         colour, notes = colour_tags(video, frame)
         if any(component.is_alpha for component in frame.format.components):
@@ -147,14 +148,15 @@ class VideoReader:
             trimmed=trimmed,
         )
 
-    def _first_frame(self, start: Fraction | None) -> Any:
-        """The first one from a time on, None: of all. Raises FileError where there is none."""
+    def _up_to_frame(self, start: Fraction | None) -> list[Any]:
+        """From a time on, None: of all, to the first frame. Raises FileError where there is none."""
+        found = []
         for item in self._items:
             time = _time(item)
             if start is None or (time is not None and time >= start - TOLERANCE):
-                self._first.append(item)
+                found.append(item)
                 if not isinstance(item, av.Packet):
-                    return item
+                    return found
         if start is not None:
             raise FileError(f"{self.name} has no frame from second {float(start):.2f} on; start the trim earlier")
         raise BrokenVideoError(f"{self.name} has a video stream, but not one frame of it can be decoded; export it again")
