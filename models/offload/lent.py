@@ -111,7 +111,7 @@ class Lent:
     def _made(self, old: Tensor, lent: Tensor, graph: bool) -> Tensor:
         if graph:
             with torch.enable_grad():
-                lent = _Lend.apply(old, lent)
+                lent = _Lend.apply(old, lent)  # type: ignore[no-untyped-call]
             # As soon as it is there, as with a leaf: gradients do not wait on the device for the end of the backward.
             lent.grad_fn._set_sequence_nr((1 << 64) - 1)  # type: ignore[union-attr]
         lent._is_param = isinstance(old, nn.Parameter)  # what isinstance asks for

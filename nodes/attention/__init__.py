@@ -1,6 +1,6 @@
 """Sparse and quantized attention in a ComfyUI model."""
 
-from ...models.patchers.attention import AttentionSettings
+from ...models.patchers.settings import AttentionSettings
 from .host import last_report, patch_attention
 from .nodes import MODES, Accelerate, AttentionReport, SparseAttention, accelerate_settings
 
