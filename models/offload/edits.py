@@ -104,6 +104,14 @@ def offloaded_part(module: nn.Module) -> str | None:
     return None
 
 
+def refuse_transforms() -> None:
+    """Raise RuntimeError inside what keeps, or wraps, the weights of a block that runs."""
+    if torch._C._is_tracing():
+        raise RuntimeError("a trace would keep weights that move; trace the module outside of the offload context")
+    if torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError("transforms of torch.func do not go through an offloaded block with gradients; use autograd, or leave the context")
+
+
 def places(tensors: Iterable[Tensor]) -> list[tuple[Any, ...]]:
     """Where plain tensors lie, and as what. Changes when `.data` is given, not when it is written to."""
     return [(id(part), part.data_ptr(), part.device, part.dtype, part.shape, part.stride()) for part in tensors]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..weight_files import read_safetensors
 from .backward import Active, Backward, Running
 from .devices import device_of
-from .edits import HeldMemory, Hook, NotingTables, offloaded_part, storages_of
+from .edits import HeldMemory, Hook, NotingTables, offloaded_part, refuse_transforms, storages_of
 from .lent import Lent
 from .memory import plain_parts, tensors_of
 from .pinned import Pinned
@@ -59,8 +59,7 @@ class Offload:
         self.prediction: Prediction | None = None
         self._rates: list[float] = []
         self.pinned_bytes = 0
-        self.passes = 0
-        self.plans = 0
+        self.passes = self.plans = 0
         self._planned_seconds = 0.0
         self._saving: Any = None  # the saved-tensor hooks of the block that runs
         self._running = Running()
@@ -181,7 +180,7 @@ class Offload:
         self._held.refuse_written(self.module, unseen=True)
         if self._backward.unit is not None:
             raise RuntimeError("the module was edited during a backward pass; edit it before the forward or after the backward")
-        copied, misses = self.scheduler.copied_bytes, self.scheduler.misses
+        before = self.scheduler
         self._leave("the module was edited between forward and backward; edit it before the forward or after the backward")
         try:
             self._lay_out()
@@ -191,9 +190,7 @@ class Offload:
                 "Its weights are as edited; leave the context, and enter another that suits them"
             ) from error
         self._arrive()
-        assert self.scheduler is not None
-        self.scheduler.copied_bytes += copied
-        self.scheduler.misses += misses
+        self.scheduler.count_on(before)
 
     def _start(self, plan: Plan) -> None:
         """Bring the residents of `plan`, send away those of the plan before, and fill the slots."""
@@ -243,10 +240,7 @@ class Offload:
 
     def _bring(self, module: nn.Module, args: tuple[Any, ...], in_backward: bool) -> None:
         unit = self._unit_of(module)
-        if torch._C._is_tracing():
-            raise RuntimeError("a trace would keep weights that move; trace the module outside of the offload context")
-        if torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is not None:
-            raise RuntimeError("transforms of torch.func do not go through an offloaded block with gradients; use autograd, or leave the context")
+        refuse_transforms()
         written = unit.written_in_a_file()
         if written is not None:
             raise RuntimeError(
@@ -350,11 +344,10 @@ class Offload:
         assert self.scheduler is not None
         if self._division is not None and self._division.edited():
             return self._arrive_again()
-        copied, misses = self.scheduler.copied_bytes, self.scheduler.misses
-        self.scheduler.close()
+        before = self.scheduler
+        before.close()
         self._start(plan)
-        self.scheduler.copied_bytes += copied
-        self.scheduler.misses += misses
+        self.scheduler.count_on(before)
 
     def _replan(self) -> None:
         assert self.scheduler is not None
@@ -381,9 +374,7 @@ class Offload:
         wait_seconds: of the last passes that `events` holds; hidden_seconds: copy_seconds without the waits. events: (kind, block,
         start, end), seconds since the first of them.
         """
-        if self.scheduler is None:
-            return dict(self._final)
-        return self._figures()
+        return dict(self._final) if self.scheduler is None else self._figures()
 
     def _figures(self) -> dict[str, Any]:
         assert self.scheduler is not None and self._division is not None

@@ -132,6 +132,11 @@ class Scheduler:
         self.records: deque[Record] = deque(maxlen=3 * history * max(plan.blocks, 1))
         self._began: dict[int, Any] = {}
 
+    def count_on(self, before: Scheduler) -> None:
+        """Add what the scheduler before this one copied and missed."""
+        self.copied_bytes += before.copied_bytes
+        self.misses += before.misses
+
     def set_backward(self, backward: bool) -> None:
         """Whether each forward pass is followed by a backward pass."""
         forward = list(range(self.plan.blocks))
