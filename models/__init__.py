@@ -1,0 +1,3 @@
+"""Networks and what is put into them. Nothing here knows ComfyUI."""
+
+__all__ = ["errors", "weight_files"]

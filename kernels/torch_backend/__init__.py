@@ -6,6 +6,8 @@ from functools import cache
 
 from ..dispatch import Implementation, Problem, Run
 
+__all__ = ["IMPLEMENTATIONS"]
+
 
 @cache
 def _load_block_sparse() -> Run:

@@ -16,6 +16,8 @@ import torch
 from ..dispatch import Implementation, Problem, Run
 from .compile_table import MAX_HEAD_DIM
 
+__all__ = ["IMPLEMENTATIONS", "interpreting"]
+
 MIN_BLOCK = 16
 """Tensor cores take no fewer queries or keys at a time."""
 

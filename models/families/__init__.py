@@ -15,7 +15,7 @@ from .wan import WAN
 
 FAMILIES = tuple(registry.by_name("DiT family", (WAN, HUNYUAN_VIDEO, FLUX, QWEN_IMAGE, LTX_VIDEO)).values())
 
-__all__ = ["FAMILIES", "Family", "TokenSpans", "find", "spans_of"]
+__all__ = ["FAMILIES", "WAN", "Family", "TokenSpans", "find", "spans_of"]
 
 
 def find(network: Any) -> Family | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...kernels.sparsity.grid import TokenGrid
+from ...kernels.sparsity import TokenGrid
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..errors import reading
-from ..families.wan import WAN
+from ..families import WAN
 from ..weight_files import read_safetensors
 from .attention import AttentionPatch, ModelCall
 

@@ -7,3 +7,5 @@ pass from one concept's box to another's. *Re-initialisation*: each box starts f
 Where a model has no cross-attention (joint attention: Flux, Qwen-Image) the concepts' prompts are appended to the text, a mask lets each
 box read its own prompt, and the LoRA is added for the tokens of its box and prompt. Constants are those of the authors' code.
 """
+
+__all__ = ["composer", "concepts", "latent", "maps"]
