@@ -1,6 +1,7 @@
 # Entry points for a checkout. Every target sets itself up; a second run spends no time on it.
 #   make demo   the main job: a text-to-video workflow, dense and accelerated, side by side
 #   make test   linters, types and every test that can run here
+#   make quick  the part of it that needs no ComfyUI and takes seconds each
 #   make gpu    kernel checks and speed on a CUDA GPU
 #   make lint   linters and types only
 #   make bench  the CPU benchmarks: kernels, and the patch's own cost
@@ -21,13 +22,17 @@ export PYTHONPATH := $(CURDIR)/.pkg
 # A machine that brings torch and triton (a bare GPU box without network) is used as it is.
 SYSTEM_READY = $(SYSTEM_PYTHON) -c "import torch, triton" 2>/dev/null
 
-.PHONY: demo test lint gpu bench mutants clean
+.PHONY: demo test quick lint gpu bench mutants clean
 
 demo: $(VENV)
 	.venv/bin/python -m tessera demo
 
+# A process a core of the smallest machine; each starts the servers that its files need. One thread each, in the servers too.
 test: $(VENV) lint
-	.venv/bin/pytest
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist loadfile
+
+quick: $(VENV) lint
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist loadfile -m "not comfy and not browser and not slow"
 
 lint: $(VENV)
 	.venv/bin/ruff check .

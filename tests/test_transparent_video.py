@@ -245,7 +245,7 @@ def test_bled_colours(tmp_path):
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize("format", LOSSY)
+@pytest.mark.parametrize("format", sorted(LOSSY))
 def test_no_other_colour_comes_into_an_edge(tmp_path, format, monkeypatch):
     """A red disc over black that nobody sees: without its colour below the edge, that black would be in it."""
     frames = [torch.cat([torch.tensor([1.0, 0.1, 0.1]) * (frame[..., 3:] > 0), (frame[..., 3:] > 0).float()], -1) for frame in clip()]
