@@ -47,7 +47,7 @@ def from_comfyui() -> list[list[tuple[str, str]]]:
     host.patch.start()
     call = ModelCall(TokenSpans(5, 8, 8), 0.5)
     host.patch.begin(call)
-    override = host._override(None)
+    override = host.overrides[None]
     q = torch.randn(1, 320, 32)
     return [passed(lambda: override(None, q, q, q, 2, transformer_options={KEY: call})) for _ in range(2)]
 

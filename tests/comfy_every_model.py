@@ -438,7 +438,7 @@ def answer(network, inputs, settings=None):
         first = latent[0] if isinstance(latent, list) else latent
         call = ModelCall(spans_of(network, tuple(first.shape), inputs), 0.5)
         host.patch.begin(call)
-        options |= {KEY: call, OVERRIDE: host._override(None)}
+        options |= {KEY: call, OVERRIDE: host.overrides[None]}
         report = host.patch.report
     batch = (latent[0] if isinstance(latent, list) else latent).shape[0]
     names = ("timestep", "timesteps", "t")

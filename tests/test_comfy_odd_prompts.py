@@ -61,7 +61,7 @@ LINKED = {
     "mask": "change.mask is (1, 16, 16, 1) of float32, and not masks (batch, height, width); connect a MASK",
     "whole": "k is 2.5; use a whole number from 0 to 1000",
     "text": "layer is a VAE, and not a text; connect a text",
-    "item": "layers has an item None with x 'a'; use a number",
+    "item": "layers has an item without a name with x 'a'; use a number",
     "latent": "latent is (1, 16), and not of pictures or clips; connect the latent that goes into the sampler",
 }
 
