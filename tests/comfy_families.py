@@ -1,14 +1,15 @@
 """Runs inside ComfyUI's Python (see test_comfy_families.py): every supported family, with and without the patch, on tiny random models.
 
-    python comfy_families.py COMFYUI PACKAGE_PARENT
+    python comfy_families.py COMFYUI PACKAGE_PARENT [CASE ...]
 
-COMFYUI: a checkout. PACKAGE_PARENT: a folder with the package under the name `tessera`. Prints one JSON object per case.
+COMFYUI: a checkout. PACKAGE_PARENT: a folder with the package under the name `tessera`. CASE: of family_cases.CASES; all, and a model of no
+family, if none is named. Prints one JSON object per case.
 """
 
 import json
 import sys
 
-COMFYUI, PACKAGE_PARENT = sys.argv[1:]
+COMFYUI, PACKAGE_PARENT, *NAMES = sys.argv[1:]
 sys.argv = sys.argv[:1]
 sys.path.insert(0, COMFYUI)
 sys.path.append(PACKAGE_PARENT)
@@ -19,127 +20,13 @@ from comfy.cli_args import args  # noqa: E402
 args.cpu = True
 
 import comfy.model_management  # noqa: E402
-import comfy.ops  # noqa: E402
 import comfy.sd  # noqa: E402
 import utils.extra_config  # noqa: E402,F401  (first, as main.py does: nodes.py puts a folder with another `utils` before it)
 
 import nodes  # noqa: E402
 import tessera.models.patchers.attention as patcher  # noqa: E402
+from family_cases import CASES, VIDEO, operations, random_weights, wan  # noqa: E402
 from tessera.nodes.attention import Accelerate, SparseAttention, last_report  # noqa: E402
-
-OPERATIONS = dict(device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init)
-
-
-def random_weights(network):
-    generator = torch.Generator().manual_seed(0)
-    for name, tensor in sorted(network.state_dict().items()):
-        with torch.no_grad():
-            if tensor.ndim >= 2 and not name.endswith(("modulation", "scale_shift_table")):
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) / tensor[0].numel() ** 0.5)
-            elif name.endswith("bias") or tensor.ndim >= 2:
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
-            else:
-                tensor.fill_(1.0)
-    return network.state_dict()
-
-
-def load(state, config):
-    """Through ComfyUI's own detection; `config` adds what detection reads from metadata or (Qwen) fixes at full size."""
-    import comfy.model_detection as detection
-
-    detect = detection.detect_unet_config
-
-    def with_config(state_dict, prefix, metadata=None):
-        found = detect(state_dict, prefix, metadata=metadata)
-        return None if found is None else {**found, **config}
-
-    detection.detect_unet_config = with_config
-    try:
-        return comfy.sd.load_diffusion_model_state_dict(state)
-    finally:
-        detection.detect_unet_config = detect
-
-
-def wan(in_dim=16, model_type="t2v"):
-    from comfy.ldm.wan.model import WanModel
-
-    sizes = dict(dim=128, ffn_dim=256, text_dim=64, num_heads=2, num_layers=3)
-    return load(random_weights(WanModel(model_type=model_type, in_dim=in_dim, freq_dim=256, out_dim=16, **sizes, **OPERATIONS)), sizes)
-
-
-def flux():
-    from comfy.ldm.flux.model import Flux
-
-    sizes = dict(vec_in_dim=64, context_in_dim=64, hidden_size=128, num_heads=1, depth=2, depth_single_blocks=2)
-    fixed = dict(axes_dim=[16, 56, 56], theta=10000, patch_size=2, qkv_bias=True, guidance_embed=True, txt_ids_dims=[])
-    network = Flux(image_model="flux", in_channels=16, out_channels=16, mlp_ratio=4.0, **sizes, **fixed, **OPERATIONS)
-    return load(random_weights(network), sizes)
-
-
-def hunyuan_video():
-    from comfy.ldm.hunyuan_video.model import HunyuanVideo
-
-    sizes = dict(vec_in_dim=768, context_in_dim=64, hidden_size=128, num_heads=1, depth=1, depth_single_blocks=1)
-    fixed = dict(axes_dim=[16, 56, 56], theta=256, qkv_bias=True, guidance_embed=True, byt5=False, meanflow=False, vision_in_dim=None)
-    flags = dict(use_cond_type_embedding=False, meanflow_sum=False, patch_size=[1, 2, 2])
-    network = HunyuanVideo(image_model="hunyuan_video", in_channels=16, out_channels=16, mlp_ratio=4.0, **sizes, **fixed, **flags, **OPERATIONS)
-    return load(random_weights(network), sizes)
-
-
-def qwen_image(**layered):
-    from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
-
-    sizes = dict(num_attention_heads=1, joint_attention_dim=64, num_layers=2)
-    return load(random_weights(QwenImageTransformer2DModel(image_model="qwen_image", in_channels=64, **sizes, **layered, **OPERATIONS)), sizes)
-
-
-def qwen_image_layered():
-    """ComfyUI tells it by its second time embedding, and numbers reference latents -1, -2 ..."""
-    model = qwen_image(use_additional_t_cond=True)
-    network = model.model.diffusion_model
-    assert network.time_text_embed.use_additional_t_cond and network.default_ref_method == "negative_index"
-    return model
-
-
-def ltx_video():
-    from comfy.ldm.lightricks.model import LTXVModel
-
-    sizes = dict(in_channels=128, cross_attention_dim=128, attention_head_dim=64, num_attention_heads=2, caption_channels=64, num_layers=2)
-    return load(random_weights(LTXVModel(image_model="ltxv", **sizes, **OPERATIONS)), sizes)
-
-
-def conditioning(tokens, pooled=None, **extra):
-    generator = torch.Generator().manual_seed(tokens)
-    pooled = None if pooled is None else torch.randn(1, pooled, generator=generator)
-    return [[torch.randn(1, tokens, 64, generator=generator), {"pooled_output": pooled, **extra}]]
-
-
-VIDEO = (1, 16, 5, 16, 12)
-IMAGE = (1, 16, 24, 20)
-LAYERS = (1, 16, 7, 16, 12)  # the merged picture and six layers
-REFERENCE = [torch.zeros(1, 16, 8, 12)]
-CASES = {
-    "wan t2v": (wan, conditioning(20), VIDEO),
-    "wan t2v, odd size": (wan, conditioning(20), (1, 16, 4, 17, 13)),
-    "wan i2v": (
-        lambda: wan(36, "i2v"),
-        conditioning(20, concat_latent_image=torch.zeros(VIDEO), concat_mask=torch.ones(1, 1, *VIDEO[2:]), clip_vision_output=None),
-        VIDEO,
-    ),
-    "hunyuan video": (hunyuan_video, conditioning(16, 768, guidance=6.0), VIDEO),
-    "flux": (flux, conditioning(16, 64, guidance=3.5), IMAGE),
-    "flux with reference": (flux, conditioning(16, 64, guidance=3.5, reference_latents=REFERENCE), IMAGE),
-    "qwen image": (qwen_image, conditioning(12), IMAGE),
-    "qwen image with reference": (qwen_image, conditioning(12, reference_latents=[torch.zeros(1, 16, 1, 8, 12)]), IMAGE),
-    "qwen image layered": (qwen_image_layered, conditioning(12), LAYERS),
-    "qwen image layered with reference": (qwen_image_layered, conditioning(12, reference_latents=[torch.zeros(1, 16, 1, 16, 12)]), LAYERS),
-    "qwen image layered with references, odd size": (
-        qwen_image_layered,
-        conditioning(12, reference_latents=[torch.zeros(1, 16, 1, 17, 13), torch.zeros(1, 16, 1, 5, 7)]),
-        (1, 16, 7, 17, 13),
-    ),
-    "ltx video": (ltx_video, conditioning(16, frame_rate=25, attention_mask=torch.ones(1, 16, dtype=torch.long)), (1, 128, 4, 8, 9)),
-}
 
 
 def sample(model, cond, shape, steps=3, callback=None):
@@ -305,7 +192,7 @@ def unet():
     sizes = dict(in_channels=4, out_channels=4, model_channels=320, num_res_blocks=[1, 1], channel_mult=[1, 1], context_dim=768, num_heads=8)
     depth = dict(transformer_depth=[1, 0], transformer_depth_output=[1, 1, 0, 0], transformer_depth_middle=-1, num_head_channels=-1)
     flags = dict(use_spatial_transformer=True, use_linear_in_transformer=False, use_temporal_attention=False, legacy=False, adm_in_channels=None)
-    network = UNetModel(image_size=32, **sizes, **depth, **flags, **OPERATIONS)
+    network = UNetModel(image_size=32, **sizes, **depth, **flags, **operations())
     return comfy.sd.load_diffusion_model_state_dict({f"model.diffusion_model.{key}": value for key, value in random_weights(network).items()})
 
 
@@ -323,6 +210,7 @@ def run_unknown_family():
 
 
 with torch.inference_mode():
-    print("RESULT " + json.dumps({"case": "unknown family", **run_unknown_family()}), flush=True)
-    for case, (make, cond, shape) in CASES.items():
-        print("RESULT " + json.dumps({"case": case, **run(make, cond, shape)}), flush=True)
+    if not NAMES:
+        print("RESULT " + json.dumps({"case": "unknown family", **run_unknown_family()}), flush=True)
+    for case in NAMES or CASES:
+        print("RESULT " + json.dumps({"case": case, **run(*CASES[case][1:])}), flush=True)

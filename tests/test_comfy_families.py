@@ -9,21 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import _installed
 
-CASES = (
-    "wan t2v",
-    "wan t2v, odd size",
-    "wan i2v",
-    "hunyuan video",
-    "flux",
-    "flux with reference",
-    "qwen image",
-    "qwen image with reference",
-    "qwen image layered",
-    "qwen image layered with reference",
-    "qwen image layered with references, odd size",
-    "ltx video",
-)
-FAMILY = {"wan": "Wan", "hunyuan": "HunyuanVideo", "flux": "Flux", "qwen": "Qwen-Image", "ltx": "LTX-Video"}
+from family_cases import CASES
 
 pytestmark = [pytest.mark.comfy, pytest.mark.slow]
 
@@ -54,7 +40,7 @@ def test_dense_is_bitwise_stock(result):
 def test_every_call_in_the_window_is_sparse(result, method):
     run = result[method]
     assert run["finite"]
-    assert run["report"]["family"] == FAMILY[result["case"].split()[0]]
+    assert run["report"]["family"] == CASES[result["case"]].family
     assert run["report"]["sparse_share_in_window"] == 1.0
     assert run["report"]["calls"]["sparse"] == run["report"]["calls_in_window"]
     assert set(run["report"]["reasons"]) <= {"cross-attention", "another length than the video's"}
