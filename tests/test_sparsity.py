@@ -444,6 +444,22 @@ def test_layout_without_a_grid():
         prepare(get("sparge"), None, CPU)
 
 
+# compensate
+
+
+def kept_blocks_alone(q, k, v, mask, key_bias):
+    return reference.attention(q, k, v, block_mask=mask, key_bias=key_bias)[0]
+
+
+EXACT = {"drop": kept_blocks_alone}
+"""What a compensator computes, in float64 with every score in memory: (q, k, v, mask, key_bias) -> out, all in the order of the blocks."""
+
+
+def test_every_compensator_has_its_formula():
+    """Every recipe is held against it."""
+    assert set(EXACT) == set(COMPENSATORS)
+
+
 # recipes
 
 
@@ -504,19 +520,16 @@ def test_an_unknown_method_is_named_with_the_known_ones():
     st.integers(1, 2),
     st.booleans(),
 )
-def test_sparse_attention_is_attention_over_the_blocks_it_reports(name, grid, block, density, heads, batch, with_bias):
+def test_sparse_attention_is_what_its_compensator_makes_of_the_blocks_it_reports(name, grid, block, density, heads, batch, with_bias):
     assume(grid.seq_len > 1)
     recipe = get(name)
     layout = prepare(recipe, grid, CPU, block=block)
     q, k, v = tensors(grid.seq_len, batch, *heads)
     bias = torch.randn(batch, grid.seq_len) if with_bias else None
     out, mask = sparse_attention(recipe, layout, q, k, v, density=density, precision="native", key_bias=bias)
-    positions = len(layout.order)
-    tokens = mask.token_mask(positions, positions)[:, :, layout.inverse][:, :, :, layout.inverse]
-    add = torch.zeros(tokens.shape, dtype=torch.float64).masked_fill(~tokens, float("-inf"))
-    if bias is not None:
-        add = add + bias.double()[:, None, None]
-    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=add, enable_gqa=True)
+    biases = torch.zeros(batch, grid.seq_len) if bias is None else bias
+    biases = biases[:, layout.order] if layout.hidden is None else biases[:, layout.order].masked_fill(layout.hidden, float("-inf"))
+    expected = EXACT[recipe.compensate](*(x[:, :, layout.order] for x in (q, k, v)), mask, biases)[:, :, layout.inverse]
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=0)
     again, same = sparse_attention(recipe, layout, q, k, v, density=density, precision="native", key_bias=bias, mask=mask)
     assert same is mask and torch.equal(out, again)
