@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 PACK = Path(__file__).resolve().parent.parent
-METHODS = ("rainfusion2", "draft", "sparge", "sparge_top_p", "random")
 PROMPTS = (
     "red disc right",
     "green square left",
@@ -44,12 +43,14 @@ SHIFT = 5.0
 
 
 def main() -> None:
+    from tessera.kernels.sparsity import RECIPES
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--first-seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(RECIPES))
     parser.add_argument("--start-percent", type=float, help="default: the node's")
     parser.add_argument("--dense-blocks", type=int, nargs="*", help="default: the node's")
     parser.add_argument("--workers", type=int, default=2, help="processes, each with a share of the prompts")

@@ -13,16 +13,19 @@ from pathlib import Path
 import pytest
 from conftest import _installed
 
+from tessera.kernels.sparsity import RECIPES
+
 pytestmark = [pytest.mark.comfy, pytest.mark.slow]
 
 HERE = Path(__file__).parent
+*METHODS, LAST_METHOD = (name for name, recipe in RECIPES.items() if not recipe.control)
 PROMPTS = int(os.environ.get("TESSERA_ODD_PROMPTS", "500"))
 
 # What is said, and beside which input; for a choice that ComfyUI keeps to itself that is the first one.
 QUEUED = {
     "percents": ("start_percent", "start_percent is 0.95, end_percent 0.9; use 0 <= start_percent <= end_percent <= 1"),
     "blocks": ("dense_blocks", "dense_blocks is '1-x'; use block numbers and ranges such as 0,1 or 0-3, below 10000"),
-    "method": ("model", "method is not known; use sparge, rainfusion2, draft or sparge_top_p"),
+    "method": ("model", f"method is not known; use {', '.join(METHODS)} or {LAST_METHOD}"),
     "density": ("density", "density is nan; use a number from 0.01 to 1"),
     "range": ("min_tokens", "min_tokens is -1; use a whole number from 0 to 16777216"),
     "choice": ("mode", "mode is 'reckless'; use quality, balanced or fast"),
