@@ -29,6 +29,12 @@ def test_a_family_is_a_file_and_a_row(root: Path) -> None:
     assert {family.spans.__module__.rpartition(".")[2] for family in FAMILIES} == files
 
 
+@pytest.mark.parametrize("page", ["README.md", "web/docs/TesseraAccelerate.md"])
+def test_users_read_of_every_family(root: Path, page: str) -> None:
+    text = (root / page).read_text()
+    assert not [family.name for family in FAMILIES if family.name not in text]
+
+
 def test_no_two_families_claim_a_network() -> None:
     modules = [module for family in FAMILIES for module in family.modules]
     assert not [(one, other) for one in modules for other in modules if one is not other and one.startswith(other)]

@@ -479,6 +479,12 @@ def test_every_recipe_names_parts_that_exist():
         assert all(setting.minimum <= setting.default <= setting.maximum for setting in recipe.settings.values())
 
 
+def test_users_read_of_every_method(root):
+    for name in (name for name, recipe in RECIPES.items() if not recipe.control):
+        for page in ("README.md", "web/docs/TesseraSparseAttention.md"):
+            assert f"`{name}`" in (root / page).read_text(), f"{page} does not name {name}"
+
+
 @pytest.mark.parametrize(("kind", "table"), [("permute", PERMUTERS), ("estimate", ESTIMATORS), ("select", SELECTORS), ("compensate", COMPENSATORS)])
 def test_every_part_is_named_by_a_recipe(kind, table):
     """Then the tests that loop over recipes run it."""

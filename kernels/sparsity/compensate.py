@@ -3,7 +3,8 @@
 A compensator is `f(q, k, v, mask, block, scores, settings, key_bias, scale, precision, choice) -> out`, all in permuted order: it runs the
 sparse attention of q, k and v over `mask`, and accounts for the rest. block: tokens in a block; scores: the estimator's, or None where the
 mask is one that was used before; settings: the method's numbers; key_bias, scale, precision and choice: as `attention` takes them, choice for
-the call that `plan.describe` describes.
+the call that `plan.describe` describes. A call of another shape besides is given no choice: nobody has asked about it, and the report
+does not know what computed it. The means of blocks are those of `estimate.block_mean`.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ class TokenSpans:
 class Family:
     """One DiT family. It is recognised by the module that defines the network's class; the host's package is never imported.
 
+    modules: how the module's dotted name may begin: "comfy.ldm.wan." is all of a folder, without the dot at the end it is one file.
     spans(network, latent_shape, extras) -> TokenSpans. latent_shape is the latent's (..., [frames,] height, width);
     extras holds the keyword arguments of the model call (reference latents and the like).
     """
