@@ -4,9 +4,9 @@
     python bench/mutants.py models/patchers/report.py ...   these
     python bench/mutants.py --most 200 ...           a fixed random choice of so many faults a module
 
-cosmic-ray plants the faults, in a copy of the tracked files. torch is imported once: a server forks for each fault. Writes
-bench/results/mutants.json and, beside it, the table as Markdown. Survivors that cannot be killed, since they change nothing that
-anybody could see, are explained in EQUIVALENT.
+cosmic-ray plants the faults, in a copy of the tracked files. torch is imported once: a server forks for each fault. Tests marked
+slow take no part. Writes bench/results/mutants.json and, beside it, the table as Markdown. Survivors that cannot be killed, since they change
+nothing that anybody could see, are explained in EQUIVALENT.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def serve(listener: socket.socket, tests: list[str]) -> None:
             signal.alarm(TIMEOUT_S)  # a fault that never ends is found out, too
             try:
                 with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-                    status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
+                    status = pytest.main(["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests])
                 connection.sendall(bytes([int(status)]))
             finally:  # or this child, whom nobody listens to any more, would tidy up for its parent
                 os._exit(0)

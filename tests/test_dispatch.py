@@ -150,6 +150,7 @@ def test_missing_and_broken_triton_are_named(on_gpu, monkeypatch: pytest.MonkeyP
     triton_backend._triton_problem.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_call_on_the_cpu_never_imports_triton(run_python) -> None:
     code = (
         "import sys, torch; from tessera.kernels.attention import attention; x = torch.randn(1, 1, 20, 64); attention(x, x, x);"

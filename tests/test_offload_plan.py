@@ -29,7 +29,10 @@ def equal_blocks(plan: Plan, ratio: float, passes: int = 6):
     return (ends[-1] - ends[2]) / (passes - 2), ends[1]
 
 
-@pytest.mark.parametrize("blocks", [10, 19, 24, 40, 57, 60])
+SLOW = [pytest.param(blocks, marks=pytest.mark.slow) for blocks in (40, 57, 60)]
+
+
+@pytest.mark.parametrize("blocks", [10, 19, 24, *SLOW])
 def test_residents_reach_the_bound(blocks):
     """max(n c, (n - r) t) within 1 % with three slots or more. With two, only where compute and transfer differ by a
     quarter: nearer than that, a slot is refilled later than the next block is due, whatever the order."""
