@@ -67,11 +67,11 @@ def test_every_blend_mode_has_a_name_in_the_file(ending, modes, tmp_path):
     same(before, read(tmp_path / f"a{ending}")[0])
 
 
-def test_two_hundred_layers(tmp_path):
+@each_format
+def test_two_hundred_layers(ending, tmp_path):
     before = Document(200, 10, tuple(Layer(f"{i}", levels(9, 2, 4), i) for i in range(200)))
-    for ending in (".psd", ".ora", ""):
-        write(before, tmp_path / f"a{ending}")
-        same(before, read(tmp_path / f"a{ending}")[0])
+    write(before, tmp_path / f"a{ending}")
+    same(before, read(tmp_path / f"a{ending}")[0])
 
 
 @pytest.mark.parametrize("ending", [".psd", ".ora"])
@@ -356,7 +356,7 @@ def test_sixteen_bits_in_a_folder_are_read_as_eight(tmp_path):
     assert torch.equal(found.layers[0].mask, torch.full((3, 2), 0x40 / 255)) and notes == [f"{mask.name}: its 16 bits a channel are read as 8"]
 
 
-@pytest.mark.parametrize("name", ["a.psd", "a.ora", "a"])
+@pytest.mark.parametrize("name", [f"a{kind.suffix}" for kind in FORMATS.values()])
 def test_layers_are_announced_while_they_are_written(tmp_path, name):
     before, announced = document(), []
     count = len(list(before.walk()))
