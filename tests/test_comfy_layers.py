@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -28,7 +29,7 @@ from tessera.cli.comfy_server import ComfyServer
 from tessera.models.layers import png
 from tessera.models.layers.compose import composite
 from tessera.models.layers.document import Document, Layer
-from tessera.models.layers.formats import read, write
+from tessera.models.layers.formats import EXTENSIONS, either, read, write
 from tessera.models.layers.pixels import eight_bit
 from tiny_models import LAYERED, LAYERED_VAE, write_qwen_image_layered
 
@@ -180,7 +181,7 @@ def test_nothing_is_written_outside_the_output_folder(any_comfy: ComfyServer, tm
         any_comfy.run({"1": load, "2": {"class_type": "TesseraSaveLayers", "inputs": save}}, timeout=300)
     show = {"class_type": "TesseraComposeLayers", "inputs": {"layers": ["1", 0], "light": "sRGB", "background": "white"}}
     for name in ("../outside.psd", "none.psd", "/etc/passwd"):
-        with pytest.raises(PromptRefusedError, match=r"no \.psd, \.psb or \.ora in the input folder"):
+        with pytest.raises(PromptRefusedError, match=re.escape(f"no {either(EXTENSIONS)} in the input folder")):
             any_comfy.run({"1": {**load, "inputs": {"file": name}}, "2": show})
     for name, message in BAD_FILES.items():
         with pytest.raises(PromptFailedError, match=message) as failed:
@@ -302,7 +303,7 @@ def test_the_file_s_validation_answers_and_never_raises(alone):
     linked, there, *wrong = alone["answers"]["answers"]
     assert linked is True and there is True and len(wrong) == 7
     assert wrong[:2] == ["file is 7; use none.psd or three.ora", "file is an empty record; use none.psd or three.ora"]
-    assert all("which is no .psd, .psb or .ora in the input folder; put it there" in answer for answer in wrong[2:])
+    assert all(f"which is no {either(EXTENSIONS)} in the input folder; put it there" in answer for answer in wrong[2:])
     assert alone["answers"]["kept"] == ["unknown"] * 4
 
 

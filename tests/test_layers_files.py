@@ -528,3 +528,13 @@ def test_the_command_line_converts(tmp_path, monkeypatch, capsys):
     psd_of(tmp_path, "RGB", 16)
     assert main(["layers", "b.psd", "sixteen.ora"]) == 0
     assert torch.equal(read(tmp_path / "sixteen.ora")[0].layers[0].image, (read(tmp_path / "b.psd")[0].layers[0].image * 255).round() / 255)
+
+
+def test_the_command_s_help_and_the_pages_know_every_format(root, capsys):
+    """The help is written out, since the table would bring torch into every command."""
+    with pytest.raises(SystemExit):
+        main(["layers", "--help"])
+    pages = [root / "README.md", root / "web" / "docs" / "TesseraSaveLayers.md", root / "web" / "docs" / "TesseraLoadLayers.md"]
+    for text in (capsys.readouterr().out, *(page.read_text() for page in pages)):
+        for kind in FORMATS.values():
+            assert kind.suffix.lstrip(".").upper() in text.upper() if kind.suffix else "PNG" in text
