@@ -60,7 +60,46 @@ OPERATORS = re.compile(
     r"|ReplaceAndWithOr|ReplaceOrWithAnd|ReplaceBreakWithContinue|ReplaceContinueWithBreak|RemoveDecorator|ExceptionReplacer|ZeroIterationForLoop)$"
 )
 
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
+_REPORT = "models/patchers/report.py"
+_STRICT = "the lengths are equal by construction"
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        _REPORT,
+        "if SPARSE in outcomes or outcomes == {HOST}:",
+        "ReplaceComparisonOperator_Eq_LtE",
+    ): "one without calls is of no other's shape",
+    (_REPORT, "if record.outcome != QUANTIZED:", "ReplaceComparisonOperator_NotEq_Gt"): "of the three outcomes QUANTIZED sorts first",
+    (
+        _REPORT,
+        "calls.setdefault(record.shape, {}).setdefault(record.outcome == SPARSE, []).append(record.seconds)",
+        "ReplaceComparisonOperator_Eq_GtE",
+    ): "of the three outcomes SPARSE sorts last",
+    (
+        _REPORT,
+        "call, model = ([median(times[False]) / median(times[True]) for times in groups.values() if len(times) == 2] for groups in (calls, models))",
+        "ReplaceComparisonOperator_Eq_GtE",
+    ): "there are two kinds",
+    (
+        _REPORT,
+        "red, green, blue = (round(a + (b - a) * (position - low)) for a, b in zip(stops[low], stops[low + 1], strict=True))",
+        "ReplaceTrueWithFalse",
+    ): _STRICT,
+    (
+        _REPORT,
+        "placed = [(record, record.layer, density) for record, density in zip(self.records, densities, strict=True) if record.layer is not None]",
+        "ReplaceTrueWithFalse",
+    ): _STRICT,
+    (_REPORT, "total = math.fsum(weight for weight, keep in zip(weights, use, strict=True) if keep)", "ReplaceTrueWithFalse"): _STRICT,
+    (
+        _REPORT,
+        "return math.fsum(value * weight for value, weight, keep in zip(values, weights, use, strict=True) if keep) / total",
+        "ReplaceTrueWithFalse",
+    ): _STRICT,
+    (_REPORT, "pairs: int = 1  # all block pairs of all heads", "NumberReplacer"): "not read where all pairs are kept",
+    (_REPORT, "@dataclass(slots=True)", "ReplaceTrueWithFalse"): "slots save memory",
+    (_REPORT, "width = max(LEFT + cell * max(map(len, rows), default=0) + 8, 330)", "NumberReplacer"): "without rows the width is the least one",
+    (_REPORT, "position = min(max(density, 0.0), 1.0) * (len(stops) - 1)", "NumberReplacer"): "densities lie in 0..1",
+}
 """(module, the line as it stands, operator) -> why no test can see the fault."""
 
 TIMEOUT_S = 120

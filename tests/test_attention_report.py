@@ -301,14 +301,27 @@ def test_the_picture_is_as_wide_as_its_columns(columns, width):
         (report_of(other=Counter({"cross-attention": 3})), "not sparse: cross-attention (3)"),
         (report_of(dense(reason="a reason that is longer than what one line can hold")), "not sparse: a reason that is longer than what one"),
         (report_of(dense(reason="a reason as long as one line can be.")), "not sparse: a reason as long as one line can be. (1)"),
+        (report_of(dense(reason="a reason as long as one line can be..")), "not sparse: a reason as long as one line can be.."),
     ],
-    ids=["nothing", "all", "cross-attention", "long", "52 characters"],
+    ids=["nothing", "all", "cross-attention", "long", "52 characters", "53 characters"],
 )
 def test_the_picture_says_what_was_not_sparse(run, line):
     picture = heat_map(run.as_dict())
     expected = Image.new("RGB", (330, 14), (24, 24, 28))
     ImageDraw.Draw(expected).text((6, 2), line, fill=(230, 230, 230))
     assert torch.equal(picture[0, LINE : 2 * LINE, 6:], torch.from_numpy(np.asarray(expected) / np.float32(255))[:, 6:])
+
+
+def test_a_call_of_which_nothing_more_is_known():
+    bare = CallRecord(0, 0, (3, 5, 1, 7, 16), HOST, 0.0, 1.0)
+    assert (bare.kept, bare.in_window, bare.reason, bare.backend) == (None, False, None, None)
+    assert bare.work == 3 * 5 * 7 * 7
+    assert report_of(bare).as_dict()["overall_density"] == 1.0
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "xpu", "meta"])
+def test_the_clock_of_what_is_not_cuda_is_the_host_s(device):
+    assert isinstance(clock(torch.device(device)), float)
 
 
 def test_the_clock_of_a_cpu_counts_seconds():
