@@ -61,6 +61,7 @@ OPERATORS = re.compile(
 )
 
 _REPORT = "models/patchers/report.py"
+_LAST = "of the three outcomes SPARSE sorts last"
 _STRICT = "the lengths are equal by construction"
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
@@ -68,12 +69,18 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "if SPARSE in outcomes or outcomes == {HOST}:",
         "ReplaceComparisonOperator_Eq_LtE",
     ): "one without calls is of no other's shape",
+    (_REPORT, "sparse = [record.outcome == SPARSE for record in records]", "ReplaceComparisonOperator_Eq_GtE"): _LAST,
+    (
+        _REPORT,
+        'for value, label in ((0.0, "0"), (0.25, "0.25"), (0.5, "0.5"), (0.75, "0.75"), (1.0, "1 dense"), (None, "no call")):',
+        "NumberReplacer",
+    ): "colours end at 0 and 1",
     (_REPORT, "if record.outcome != QUANTIZED:", "ReplaceComparisonOperator_NotEq_Gt"): "of the three outcomes QUANTIZED sorts first",
     (
         _REPORT,
         "calls.setdefault(record.shape, {}).setdefault(record.outcome == SPARSE, []).append(record.seconds)",
         "ReplaceComparisonOperator_Eq_GtE",
-    ): "of the three outcomes SPARSE sorts last",
+    ): _LAST,
     (
         _REPORT,
         "call, model = ([median(times[False]) / median(times[True]) for times in groups.values() if len(times) == 2] for groups in (calls, models))",

@@ -215,6 +215,14 @@ def test_a_model_call_is_dense_only_if_all_of_it_was_the_hosts():
     assert speedups(WARM_UP, model_call(3.0, dense(seconds=1.0), dense(layer=1, seconds=1.0)), half) == (2.0, 1.5)
 
 
+def test_quantized_calls_are_no_dense_calls():
+    """They are compared with nothing: what they cost is not what the host's own attention costs."""
+    quantized = model_call(1.0, record(QUANTIZED, seconds=9.0, backend="triton/int8"))
+    faster = model_call(1.0, sparse(seconds=1.0))
+    assert speedups(WARM_UP, quantized, faster) == (None, None)
+    assert speedups(WARM_UP, quantized, faster, model_call(1.0, dense(seconds=3.0)))[0] == 3.0
+
+
 class Event:
     """A CUDA event: milliseconds on the device's time line, which may be read when it has been waited for."""
 
