@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -62,6 +62,26 @@ def test_what_is_handed_around_cannot_be_changed() -> None:
         with pytest.raises(FrozenInstanceError):
             setattr(record, name, None)
     assert not Problem(torch.device("cpu"), torch.float32, 1, 1, 8, 8, 64).key_bias, "unless one is given"
+
+
+def test_a_problem_says_what_the_tensors_are() -> None:
+    q, k = torch.rand(2, 6, 10, 16, dtype=torch.float16), torch.rand(2, 3, 7, 16, dtype=torch.float16)
+    expected = Problem(torch.device("cpu"), torch.float16, 6, 3, 10, 7, 16, None, False, False)
+    assert dispatch.describe(q, k, k) == expected
+    assert dispatch.describe(q, k, k, key_bias=torch.zeros(2, 7)) == replace(expected, key_bias=True)
+    assert dispatch.describe(q, k, k, blocks=(4, 2)) == replace(expected, blocks=(4, 2))
+    assert dispatch.describe(q.requires_grad_(), k, k) == replace(expected, requires_grad=True)
+    with torch.no_grad():
+        assert dispatch.describe(q, k, k) == expected
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 7, 8), (2, 3, 7, 24), (1, 3, 7, 16), (3, 3, 7, 16), (2, 4, 7, 16), (2, 12, 7, 16)])
+def test_keys_that_do_not_fit_the_queries_are_refused(shape: tuple[int, ...]) -> None:
+    q, k = torch.rand(2, 6, 10, 16), torch.rand(shape)
+    with pytest.raises(ValueError, match="do not fit"):
+        dispatch.describe(q, k, k)
+    with pytest.raises(ValueError, match="do not fit"):
+        dispatch.describe(q, torch.rand(2, 3, 7, 16), torch.rand(2, 3, 8, 16))
 
 
 def test_every_implementation_is_found_by_its_name() -> None:
