@@ -84,6 +84,13 @@ def test_keys_that_do_not_fit_the_queries_are_refused(shape: tuple[int, ...]) ->
         dispatch.describe(q, torch.rand(2, 3, 7, 16), torch.rand(2, 3, 8, 16))
 
 
+@pytest.mark.parametrize("shape", [(1, 7), (3, 7), (2, 6), (2, 8), (7,), (2, 1, 7)])
+def test_a_bias_that_does_not_fit_the_keys_is_refused(shape: tuple[int, ...]) -> None:
+    q, k = torch.rand(2, 6, 10, 16), torch.rand(2, 3, 7, 16)
+    with pytest.raises(ValueError, match=r"expected \(batch, k_len\) = \(2, 7\)"):
+        dispatch.describe(q, k, k, key_bias=torch.zeros(shape))
+
+
 def test_every_implementation_is_found_by_its_name() -> None:
     for implementation in dispatch.implementations():
         assert dispatch.named(implementation.name) is implementation
