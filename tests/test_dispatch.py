@@ -82,6 +82,8 @@ def test_keys_that_do_not_fit_the_queries_are_refused(shape: tuple[int, ...]) ->
         dispatch.describe(q, k, k)
     with pytest.raises(ValueError, match="do not fit"):
         dispatch.describe(q, torch.rand(2, 3, 7, 16), torch.rand(2, 3, 8, 16))
+    with pytest.raises(ValueError, match="expected non-empty floating-point tensors"):
+        dispatch.describe(q, torch.rand(2, 3, 0, 16), torch.rand(2, 3, 0, 16))
 
 
 @pytest.mark.parametrize("shape", [(1, 7), (3, 7), (2, 6), (2, 8), (7,), (2, 1, 7)])
