@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 PACK = Path(__file__).resolve().parent.parent
+MODES = ("quality", "balanced", "fast")  # of *Accelerate*
 PROMPTS = (
     "red disc right",
     "green square left",
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--methods", nargs="+", default=list(RECIPES))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="those not named stay in the file as they are")
     parser.add_argument("--start-percent", type=float, help="default: the node's")
     parser.add_argument("--dense-blocks", type=int, nargs="*", help="default: the node's")
     parser.add_argument("--workers", type=int, default=2, help="processes, each with a share of the prompts")
@@ -67,6 +69,11 @@ def main() -> None:
         parts = list(pool.map(lambda worker: run_worker(comfy, options, worker), range(options.workers)))
     heads, rows = [part[0] for part in parts], [row for part in parts for row in part[1:]]
     head = {**heads[0], **{name: sum(part[name] for part in heads) for name in ("clips", "tried")}}
+    if options.modes != MODES:
+        before = json.loads(options.out.read_text())
+        if changed := [name for name in head if before[name] != head[name]]:
+            sys.exit(f"bench/quality.py: {', '.join(changed)} differ from those of {options.out}; run all modes")
+        rows = [row for row in before["runs"] if row["mode"] not in (*options.modes, None)] + rows
     head["command"] = " ".join(["python bench/quality.py", *sys.argv[1:]])
     result = {"date": options.date, **head, "table": summarise(rows), "runs": rows}
     options.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -78,7 +85,7 @@ def main() -> None:
 def run_worker(comfy: Any, options: argparse.Namespace, worker: int) -> list[dict[str, Any]]:
     """One process with its share of the prompts. Small models use two cores better as two processes than as two threads."""
     job = {"prompts": options.prompts // options.workers, "seeds": options.seeds, "steps": options.steps}
-    job |= {"methods": list(options.methods), "first_seed": options.first_seed}
+    job |= {"methods": list(options.methods), "modes": list(options.modes), "first_seed": options.first_seed}
     job["guards"] = {name: value for name in ("start_percent", "dense_blocks") if (value := getattr(options, name)) is not None}
     job |= {"worker": worker, "workers": options.workers}
     command = [str(comfy.python), __file__, "--inside", str(comfy.path), str(PACK / ".pkg"), json.dumps(job)]
@@ -144,7 +151,7 @@ def inside(comfyui: str, package_parent: str, job: dict[str, Any]) -> None:
     import comfyui_version
     import utils.extra_config  # noqa: F401  (first, as main.py does: nodes.py puts a folder with another `utils` before it)
 
-    from tessera.nodes.attention import MODES, accelerate_settings, last_report, patch_attention
+    from tessera.nodes.attention import accelerate_settings, last_report, patch_attention
 
     guards = dict(job["guards"])
     if "dense_blocks" in guards:
@@ -167,7 +174,7 @@ def inside(comfyui: str, package_parent: str, job: dict[str, Any]) -> None:
             start_percent=plain.start_percent,
             dense_blocks=blocks,
         )
-        for mode in MODES:
+        for mode in job["modes"]:
             for method in job["methods"]:
                 patched = patch_attention(host.model, accelerate_settings(mode, 0, method=method, **guards), None)
                 for (prompt, seed), base in dense.items():
