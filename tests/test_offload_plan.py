@@ -16,6 +16,134 @@ from tessera.models.offload.schedule import BACKWARD, Plan, Scheduler, resident,
 RATIOS = (0.25, 0.5, 0.75, 0.9, 1, 1.1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 6, 8)
 
 
+class Told:
+    """A device that only writes down what it is asked. Events are numbers in the order in which they come up, and the seconds between."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple] = []
+        self.events = 0
+        self.pending: set[int] = set()
+
+    def event(self) -> int:
+        self.events += 1
+        return self.events
+
+    def alloc(self, nbytes):
+        self.asked.append(("alloc", nbytes))
+        return f"buffer {sum(name == 'alloc' for name, *_ in self.asked)}", self.event()
+
+    def free(self, buffer, after):
+        self.asked.append(("free", buffer, after))
+
+    def copy(self, buffer, block, after):
+        self.asked.append(("copy", buffer, block, after))
+        return self.event(), self.event()
+
+    def record(self):
+        return self.event()
+
+    def wait(self, event):
+        self.asked.append(("wait", event))
+
+    def seconds(self, start, end):
+        return float(end - start)
+
+    def happened(self, event):
+        return event not in self.pending
+
+
+def test_what_the_device_is_asked_for():
+    """Three blocks through two slots, by hand. Events: 1 writable, 2 and 3 around the first copy, and so on."""
+    device = Told()
+    scheduler = Scheduler(device, Plan("ring", 3, frozenset(), 2), [10, 20, 30])
+    scheduler.start()
+    assert device.asked == [("alloc", 10), ("copy", "buffer 1", 0, 1), ("alloc", 20), ("copy", "buffer 2", 1, 4)]
+    assert scheduler.copied_bytes == 30 and scheduler.free_slots == 0
+    device.asked.clear()
+    assert scheduler.acquire(0) == "buffer 1"  # 7 before, 8 after the wait for the copy's end
+    assert device.asked == [("wait", 3)]
+    assert scheduler.compute_seconds() is None
+    scheduler.release(0)  # 9: its compute is done; block 2 is needed sooner than block 0
+    assert device.asked[1:] == [("free", "buffer 1", 9), ("alloc", 30), ("copy", "buffer 1", 2, 10)]
+    assert sorted(scheduler.loaded) == [1, 2] and scheduler.copied_bytes == 60
+    device.asked.clear()
+    scheduler.reload(1)  # not read yet: after the copy that it replaces, whose end is 6
+    assert device.asked == [("copy", "buffer 2", 1, 6)] and scheduler.copied_bytes == 80
+    scheduler.acquire(1)
+    scheduler.release(1)
+    scheduler.acquire(2)
+    scheduler.release(2)
+    assert scheduler.misses == 0
+    compute = [record for record in scheduler.records if record.kind == "compute"]
+    assert [(record.block, record.end - record.start) for record in compute] == [(0, 1), (1, 1), (2, 1)]
+    assert scheduler.compute_seconds() == [1.0, 1.0, 1.0]
+    device.pending = {compute[1].end}
+    assert scheduler.compute_seconds() is None, "the second block's is not over yet"
+    device.pending = set()
+    before = Scheduler(Told(), Plan("ring", 3, frozenset(), 2), [1, 2, 3])
+    before.copied_bytes, before.misses = 7, 2
+    copied = scheduler.copied_bytes
+    scheduler.count_on(before)
+    assert (scheduler.copied_bytes, scheduler.misses) == (copied + 7, 2)
+    scheduler.close()
+    assert not scheduler.loaded and not scheduler.pending and scheduler.free_slots == 2
+
+
+def test_a_read_block_is_copied_again_after_it_was_read():
+    device = Told()
+    scheduler = Scheduler(device, Plan("ring", 4, frozenset(), 2, exchange=2), [1] * 4)
+    scheduler.start()
+    scheduler.acquire(0)
+    scheduler.release(0)  # waits for a second one to be exchanged with
+    read = scheduler.loaded[0].readers
+    device.asked.clear()
+    scheduler.reload(0)
+    assert device.asked == [("copy", "buffer 1", 0, read)]
+
+
+def test_blocks_that_nobody_expected():
+    """A miss takes the place of the block whose next use is furthest away, and never of one that is in use."""
+    device = Told()
+    scheduler = Scheduler(device, Plan("ring", 5, frozenset({4}), 2), [1] * 5)
+    scheduler.start()
+    assert scheduler.acquire(4) is None and scheduler.misses == 0, "it stays on the device"
+    scheduler.release(4)
+    scheduler.acquire(2)
+    assert scheduler.misses == 1 and sorted(scheduler.loaded) == [0, 2], "after 2 comes 0 before 1"
+    scheduler.acquire(0)
+    with pytest.raises(RuntimeError, match=r"2 blocks are in use at once.*with 2 slots"):
+        scheduler.acquire(3)
+
+
+def test_a_backward_pass_goes_the_other_way():
+    device = Told()
+    scheduler = Scheduler(device, Plan("ring", 4, frozenset(), 2), [1] * 4)
+    scheduler.set_backward(True)
+    assert scheduler.sequence == [0, 1, 2, 3, 3, 2, 1, 0]
+    scheduler.start()
+    for block in range(4):
+        scheduler.acquire(block)
+        scheduler.release(block)
+    assert sorted(scheduler.loaded) == [2, 3], "the last ones are the first of the backward pass"
+    for block, there in ((3, [1, 2]), (2, [0, 1]), (1, [0, 1]), (0, [0, 1])):
+        scheduler.acquire(block, BACKWARD)
+        scheduler.release(block)
+        assert sorted(scheduler.loaded) == there
+    assert scheduler.misses == 0
+
+
+def test_what_a_plan_is_unless_it_is_said():
+    plan = Plan("ring", 3, frozenset({1}), 1)
+    assert (plan.exchange, plan.batch, plan.streamed) == (1, False, [0, 2])
+    with pytest.raises(FrozenInstanceError):
+        plan.slots = 2
+    assert Scheduler(Told(), plan, [1] * 3).records.maxlen == 3 * 4 * 3, "copy, wait and compute of each block in four passes"
+    for exchange in (0, 2):
+        with pytest.raises(ValueError, match=f"exchange of {exchange} blocks with room for 1: use 1 to 1"):
+            Plan("ring", 3, frozenset(), 1, exchange)
+    assert Plan("resident", 2, frozenset({0, 1}), 0, 1).streamed == [], "nothing streams, nothing to exchange"
+
+
 def equal_blocks(plan: Plan, ratio: float, passes: int = 6):
     """(seconds of a steady pass, seconds of the first) for blocks of one second compute and `ratio` seconds copy."""
     blocks = plan.blocks
@@ -149,134 +277,6 @@ def test_the_planner_takes_a_third_slot_where_that_is_faster():
     budget = 10 * (8 + 2)  # eight residents and two slots, or seven and three
     assert choose(sizes, budget, [1.0] * 40, 8.0).slots == 3  # t/c = 1.25: compute and transfer in balance
     assert choose(sizes, budget, [1.0] * 40, 80.0).slots == 2
-
-
-class Told:
-    """A device that only writes down what it is asked. Events are numbers in the order in which they come up, and the seconds between."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple] = []
-        self.events = 0
-        self.pending: set[int] = set()
-
-    def event(self) -> int:
-        self.events += 1
-        return self.events
-
-    def alloc(self, nbytes):
-        self.asked.append(("alloc", nbytes))
-        return f"buffer {sum(name == 'alloc' for name, *_ in self.asked)}", self.event()
-
-    def free(self, buffer, after):
-        self.asked.append(("free", buffer, after))
-
-    def copy(self, buffer, block, after):
-        self.asked.append(("copy", buffer, block, after))
-        return self.event(), self.event()
-
-    def record(self):
-        return self.event()
-
-    def wait(self, event):
-        self.asked.append(("wait", event))
-
-    def seconds(self, start, end):
-        return float(end - start)
-
-    def happened(self, event):
-        return event not in self.pending
-
-
-def test_what_the_device_is_asked_for():
-    """Three blocks through two slots, by hand. Events: 1 writable, 2 and 3 around the first copy, and so on."""
-    device = Told()
-    scheduler = Scheduler(device, Plan("ring", 3, frozenset(), 2), [10, 20, 30])
-    scheduler.start()
-    assert device.asked == [("alloc", 10), ("copy", "buffer 1", 0, 1), ("alloc", 20), ("copy", "buffer 2", 1, 4)]
-    assert scheduler.copied_bytes == 30 and scheduler.free_slots == 0
-    device.asked.clear()
-    assert scheduler.acquire(0) == "buffer 1"  # 7 before, 8 after the wait for the copy's end
-    assert device.asked == [("wait", 3)]
-    assert scheduler.compute_seconds() is None
-    scheduler.release(0)  # 9: its compute is done; block 2 is needed sooner than block 0
-    assert device.asked[1:] == [("free", "buffer 1", 9), ("alloc", 30), ("copy", "buffer 1", 2, 10)]
-    assert sorted(scheduler.loaded) == [1, 2] and scheduler.copied_bytes == 60
-    device.asked.clear()
-    scheduler.reload(1)  # not read yet: after the copy that it replaces, whose end is 6
-    assert device.asked == [("copy", "buffer 2", 1, 6)] and scheduler.copied_bytes == 80
-    scheduler.acquire(1)
-    scheduler.release(1)
-    scheduler.acquire(2)
-    scheduler.release(2)
-    assert scheduler.misses == 0
-    compute = [record for record in scheduler.records if record.kind == "compute"]
-    assert [(record.block, record.end - record.start) for record in compute] == [(0, 1), (1, 1), (2, 1)]
-    assert scheduler.compute_seconds() == [1.0, 1.0, 1.0]
-    device.pending = {compute[1].end}
-    assert scheduler.compute_seconds() is None, "the second block's is not over yet"
-    device.pending = set()
-    before = Scheduler(Told(), Plan("ring", 3, frozenset(), 2), [1, 2, 3])
-    before.copied_bytes, before.misses = 7, 2
-    copied = scheduler.copied_bytes
-    scheduler.count_on(before)
-    assert (scheduler.copied_bytes, scheduler.misses) == (copied + 7, 2)
-    scheduler.close()
-    assert not scheduler.loaded and not scheduler.pending and scheduler.free_slots == 2
-
-
-def test_a_read_block_is_copied_again_after_it_was_read():
-    device = Told()
-    scheduler = Scheduler(device, Plan("ring", 4, frozenset(), 2, exchange=2), [1] * 4)
-    scheduler.start()
-    scheduler.acquire(0)
-    scheduler.release(0)  # waits for a second one to be exchanged with
-    read = scheduler.loaded[0].readers
-    device.asked.clear()
-    scheduler.reload(0)
-    assert device.asked == [("copy", "buffer 1", 0, read)]
-
-
-def test_blocks_that_nobody_expected():
-    """A miss takes the place of the block whose next use is furthest away, and never of one that is in use."""
-    device = Told()
-    scheduler = Scheduler(device, Plan("ring", 5, frozenset({4}), 2), [1] * 5)
-    scheduler.start()
-    assert scheduler.acquire(4) is None and scheduler.misses == 0, "it stays on the device"
-    scheduler.release(4)
-    scheduler.acquire(2)
-    assert scheduler.misses == 1 and sorted(scheduler.loaded) == [0, 2], "after 2 comes 0 before 1"
-    scheduler.acquire(0)
-    with pytest.raises(RuntimeError, match=r"2 blocks are in use at once.*with 2 slots"):
-        scheduler.acquire(3)
-
-
-def test_a_backward_pass_goes_the_other_way():
-    device = Told()
-    scheduler = Scheduler(device, Plan("ring", 4, frozenset(), 2), [1] * 4)
-    scheduler.set_backward(True)
-    assert scheduler.sequence == [0, 1, 2, 3, 3, 2, 1, 0]
-    scheduler.start()
-    for block in range(4):
-        scheduler.acquire(block)
-        scheduler.release(block)
-    assert sorted(scheduler.loaded) == [2, 3], "the last ones are the first of the backward pass"
-    for block, there in ((3, [1, 2]), (2, [0, 1]), (1, [0, 1]), (0, [0, 1])):
-        scheduler.acquire(block, BACKWARD)
-        scheduler.release(block)
-        assert sorted(scheduler.loaded) == there
-    assert scheduler.misses == 0
-
-
-def test_what_a_plan_is_unless_it_is_said():
-    plan = Plan("ring", 3, frozenset({1}), 1)
-    assert (plan.exchange, plan.batch, plan.streamed) == (1, False, [0, 2])
-    with pytest.raises(FrozenInstanceError):
-        plan.slots = 2
-    assert Scheduler(Told(), plan, [1] * 3).records.maxlen == 3 * 4 * 3, "copy, wait and compute of each block in four passes"
-    for exchange in (0, 2):
-        with pytest.raises(ValueError, match=f"exchange of {exchange} blocks with room for 1: use 1 to 1"):
-            Plan("ring", 3, frozenset(), 1, exchange)
-    assert Plan("resident", 2, frozenset({0, 1}), 0, 1).streamed == [], "nothing streams, nothing to exchange"
 
 
 def test_plans_that_cannot_be():
