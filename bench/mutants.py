@@ -60,7 +60,7 @@ OPERATORS = re.compile(
     r"|ReplaceAndWithOr|ReplaceOrWithAnd|ReplaceBreakWithContinue|ReplaceContinueWithBreak|RemoveDecorator|ExceptionReplacer|ZeroIterationForLoop)$"
 )
 
-_REPORT = "models/patchers/report.py"
+_REPORT, _SCHEDULE = "models/patchers/report.py", "models/offload/schedule.py"
 _LAST = "of the three outcomes SPARSE sorts last"
 _STRICT = "the lengths are equal by construction"
 EQUIVALENT: dict[tuple[str, str, str], str] = {
@@ -105,6 +105,16 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     (_REPORT, "pairs: int = 1  # all block pairs of all heads", "NumberReplacer"): "not read where all pairs are kept",
     (_REPORT, "@dataclass(slots=True)", "ReplaceTrueWithFalse"): "slots save memory",
     (_REPORT, "width = max(LEFT + cell * max(map(len, rows), default=0) + 8, 330)", "NumberReplacer"): "without rows the width is the least one",
+    (
+        _SCHEDULE,
+        "pairs = [(gone, come) for gone, come in zip(out, fetch, strict=False) if distance[come] < distance[gone]]",
+        "ReplaceComparisonOperator_Lt_LtE",
+    ): "no two blocks are equally far",
+    (
+        _SCHEDULE,
+        "self.records: deque[Record] = deque(maxlen=3 * history * max(plan.blocks, 1))",
+        "NumberReplacer",
+    ): "there is a block at least",
     (_REPORT, "position = min(max(density, 0.0), 1.0) * (len(stops) - 1)", "NumberReplacer"): "densities lie in 0..1",
 }
 """(module, the line as it stands, operator) -> why no test can see the fault."""

@@ -99,6 +99,7 @@ def test_a_read_block_is_copied_again_after_it_was_read():
     device.asked.clear()
     scheduler.reload(0)
     assert device.asked == [("copy", "buffer 1", 0, read)]
+    assert scheduler.acquire(1) == "buffer 2", "two that came together have a buffer each"
 
 
 def test_blocks_that_nobody_expected():
