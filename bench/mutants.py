@@ -105,6 +105,19 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     (_REPORT, "pairs: int = 1  # all block pairs of all heads", "NumberReplacer"): "not read where all pairs are kept",
     (_REPORT, "@dataclass(slots=True)", "ReplaceTrueWithFalse"): "slots save memory",
     (_REPORT, "width = max(LEFT + cell * max(map(len, rows), default=0) + 8, 330)", "NumberReplacer"): "without rows the width is the least one",
+    (_SCHEDULE, "if len(self.pending) >= self.plan.exchange:", "ReplaceComparisonOperator_GtE_Eq"): "pending grows by one and is emptied at once",
+    (_SCHEDULE, "self.position = 0", "NumberReplacer"): "acquire sets it before anybody reads it",
+    (_SCHEDULE, "self.backward = False", "ReplaceFalseWithTrue"): "set_backward follows",
+    (
+        _SCHEDULE,
+        "return [found[block] for block in range(self.plan.blocks)] if len(found) == self.plan.blocks else None",
+        "ReplaceComparisonOperator_Eq_GtE",
+    ): "no more blocks are found than there are",
+    (
+        _SCHEDULE,
+        "def superpipeline(blocks: int, k: int, k_prime: int, *, batch: bool = True) -> Plan:",
+        "ReplaceBinaryOperator_Mul_Div",
+    ): "the star is no product",
     (
         _SCHEDULE,
         "pairs = [(gone, come) for gone, come in zip(out, fetch, strict=False) if distance[come] < distance[gone]]",

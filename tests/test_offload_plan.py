@@ -102,6 +102,20 @@ def test_a_read_block_is_copied_again_after_it_was_read():
     assert scheduler.acquire(1) == "buffer 2", "two that came together have a buffer each"
 
 
+def test_compute_is_timed_from_the_latest_pass_and_copies_are_not_compute():
+    device = Told()
+    scheduler = Scheduler(device, Plan("ring", 3, frozenset(), 2), [1] * 3)
+    scheduler.start()
+    for seconds in (9, 4):
+        for block in range(3):
+            scheduler.acquire(block)
+            device.events += seconds + block
+            scheduler.release(block)
+    assert scheduler.compute_seconds() == [5.0, 6.0, 7.0], "and the event that marks the end"
+    with pytest.raises(FrozenInstanceError):
+        scheduler.records[0].block = 2
+
+
 def test_blocks_that_nobody_expected():
     """A miss takes the place of the block whose next use is furthest away, and never of one that is in use."""
     device = Told()
@@ -143,6 +157,9 @@ def test_what_a_plan_is_unless_it_is_said():
         with pytest.raises(ValueError, match=f"exchange of {exchange} blocks with room for 1: use 1 to 1"):
             Plan("ring", 3, frozenset(), 1, exchange)
     assert Plan("resident", 2, frozenset({0, 1}), 0, 1).streamed == [], "nothing streams, nothing to exchange"
+    assert resident(10, 3) == resident(10, 3, 2) != resident(10, 3, 3)
+    assert superpipeline(4, 4, 2) == Plan("superpipeline", 4, frozenset(range(4)), 0), "all of them fit"
+    assert superpipeline(5, 4, 2) == Plan("superpipeline", 5, frozenset(), 4, 2, True)
 
 
 def equal_blocks(plan: Plan, ratio: float, passes: int = 6):
