@@ -106,6 +106,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     (_REPORT, "@dataclass(slots=True)", "ReplaceTrueWithFalse"): "slots save memory",
     (_REPORT, "width = max(LEFT + cell * max(map(len, rows), default=0) + 8, 330)", "NumberReplacer"): "without rows the width is the least one",
     (_SCHEDULE, "if len(self.pending) >= self.plan.exchange:", "ReplaceComparisonOperator_GtE_Eq"): "pending grows by one and is emptied at once",
+    (
+        _SCHEDULE,
+        "out = sorted(pending, key=lambda block: -distance[block])",
+        "ReplaceUnaryOperator_USub_Invert",
+    ): "~x is -x - 1: the order is the same",
     (_SCHEDULE, "self.position = 0", "NumberReplacer"): "acquire sets it before anybody reads it",
     (_SCHEDULE, "self.backward = False", "ReplaceFalseWithTrue"): "set_backward follows",
     (

@@ -158,6 +158,8 @@ def test_what_a_plan_is_unless_it_is_said():
             Plan("ring", 3, frozenset(), 1, exchange)
     assert Plan("resident", 2, frozenset({0, 1}), 0, 1).streamed == [], "nothing streams, nothing to exchange"
     assert resident(10, 3) == resident(10, 3, 2) != resident(10, 3, 3)
+    assert resident(10, -3) == resident(10, 0) == Plan("resident", 10, frozenset(), 2)
+    assert resident(4, 2) == resident(4, 9) == Plan("resident", 4, frozenset(range(4)), 0)
     assert superpipeline(4, 4, 2) == Plan("superpipeline", 4, frozenset(range(4)), 0), "all of them fit"
     assert superpipeline(5, 4, 2) == Plan("superpipeline", 5, frozenset(), 4, 2, True)
 
