@@ -74,7 +74,9 @@ def main() -> None:
         if changed := [name for name in head if before[name] != head[name]]:
             sys.exit(f"bench/quality.py: {', '.join(changed)} differ from those of {options.out}; run all modes")
         rows = [row for row in before["runs"] if row["mode"] not in (*options.modes, None)] + rows
-    head["command"] = " ".join(["python bench/quality.py", *sys.argv[1:]])
+        head["command"] = before["command"]
+    else:
+        head["command"] = " ".join(["python bench/quality.py", *sys.argv[1:]])
     result = {"date": options.date, **head, "table": summarise(rows), "runs": rows}
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     text = markdown(result)
