@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from tessera.kernels import attention as kernel
 from tessera.kernels import reference, registry
 from tessera.kernels.block_mask import num_blocks
+from tessera.kernels.pool import block_mean, hidden_blocks
 from tessera.kernels.sparsity import RECIPES, Arrangement, Recipe, TokenGrid, describe, get, prepare, sparse_attention
 from tessera.kernels.sparsity.compensate import COMPENSATORS, compensator
-from tessera.kernels.sparsity.estimate import ESTIMATORS, block_mean, estimator, hidden_blocks
+from tessera.kernels.sparsity.estimate import ESTIMATORS, estimator
 from tessera.kernels.sparsity.permute import PERMUTERS, permuter
 from tessera.kernels.sparsity.select import SELECTORS, Forced, selector
 

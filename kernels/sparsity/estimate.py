@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import registry
 from ..block_mask import num_blocks
+from ..pool import block_mean, block_weights
 
 Scores = tuple[Tensor, "Tensor | None"]
 Estimator = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None", int, float, Mapping[str, float]], Scores]
@@ -68,41 +69,12 @@ def random(
     return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(q.device), None
 
 
-def block_mean(x: Tensor, block: int, bias: Tensor | None = None) -> Tensor:
-    """Means of blocks of tokens: `(batch, heads, tokens, head_dim)` -> float32 `(batch, heads, blocks, head_dim)`; the last may be ragged.
-
-    bias: float32 `(batch or 1, tokens)`, the logarithms of the tokens' weights. A block that is hidden as a whole has a mean of 0.
-    """
-    if bias is not None:
-        weights, _ = _weights(bias, block)
-        # Equal biases have weights of exactly 1, so that x may keep its precision.
-        return block_mean(x * weights.to(x.dtype), block) / block_mean(weights, block).clamp(min=0.5 / block)
-    whole = x.shape[2] - x.shape[2] % block
-    means: Tensor = x[:, :, :whole].unflatten(2, (-1, block)).mean(3, dtype=torch.float32)
-    if whole == x.shape[2]:
-        return means
-    return torch.cat([means, x[:, :, whole:].mean(2, keepdim=True, dtype=torch.float32)], 2)
-
-
-def hidden_blocks(key_bias: Tensor, block: int) -> Tensor:
-    """Bool `(batch, key blocks)`: every key of the block has a bias of -inf. key_bias: `(batch, tokens)`."""
-    return _weights(key_bias, block)[1][:, 0, :, 0].isneginf()
-
-
-def _weights(bias: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """exp(bias) over its largest in the block, `(batch, 1, tokens, 1)`, and the logarithm of that, `(batch, 1, blocks, 1)`."""
-    blocks = torch.nn.functional.pad(bias, (0, -bias.shape[1] % block), value=float("-inf")).unflatten(1, (-1, block))
-    peak = blocks.amax(-1, keepdim=True)
-    weights: Tensor = (blocks - peak.masked_fill(peak.isneginf(), 0.0)).exp().flatten(1)[:, : bias.shape[1]]
-    return weights[:, None, :, None], peak[:, None]
-
-
 def _pooled_logits(q: Tensor, k: Tensor, query_bias: Tensor | None, key_bias: Tensor | None, block: int, scale: float) -> Tensor:
     """Products of block means. Smoothing k by its mean would add the same number to a whole row, which a softmax does not see."""
     logits = block_mean(q, block, query_bias) @ _heads_like(block_mean(k, block, key_bias), q).transpose(-1, -2) * scale
     if key_bias is None:
         return logits
-    weights, peak = _weights(key_bias, block)
+    weights, peak = block_weights(key_bias, block)
     return logits + (peak + block_mean(weights, block).log()).transpose(-1, -2)
 
 

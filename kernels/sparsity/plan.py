@@ -11,8 +11,9 @@ from torch import Tensor
 from .. import dispatch
 from ..attention import as_bias
 from ..block_mask import BlockMask, num_blocks
+from ..pool import hidden_blocks
 from .compensate import COMPENSATORS
-from .estimate import ESTIMATORS, hidden_blocks
+from .estimate import ESTIMATORS
 from .grid import TokenGrid
 from .permute import PERMUTERS, ragged
 from .recipes import Recipe
