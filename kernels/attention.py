@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backends, dispatch, selftest
-from .block_mask import BlockMask, num_blocks
+from .block_mask import BlockMask, PooledTail, num_blocks
 from .dispatch import describe
 
 
@@ -30,6 +30,7 @@ def attention(
     scale: float | None = ...,
     return_lse: Literal[False] = ...,
     choice: dispatch.Choice | None = ...,
+    tail: PooledTail | None = ...,
 ) -> Tensor: ...
 @overload
 def attention(
@@ -43,6 +44,7 @@ def attention(
     scale: float | None = ...,
     return_lse: Literal[True],
     choice: dispatch.Choice | None = ...,
+    tail: PooledTail | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
@@ -55,6 +57,7 @@ def attention(
     scale: float | None = None,
     return_lse: bool = False,
     choice: dispatch.Choice | None = None,
+    tail: PooledTail | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(q k^T * scale + key_bias) v over the kept key blocks.
 
@@ -67,12 +70,13 @@ def attention(
     scale: defaults to head_dim ** -0.5.
     choice: what `explain` answered for exactly this call (`describe`), in place of precision: the implementation that was named is the one
         that runs.
+    tail: pooled keys in the place of the key blocks that block_mask leaves out (see `PooledTail`); None: those do not count at all.
     Returns `(batch, heads, q_len, head_dim)` in q's dtype, and with return_lse also the natural-log sum of exponentials,
     float32 `(batch, heads, q_len)`. A query that reads nothing yields zeros and an lse of -inf. With float64 operands, on the torch backend,
     bias and lse are float64. Gradients of both results flow to q, k, v and key_bias.
     Raises ValueError on malformed input or a choice made for another call, `dispatch.NoBackendError` when no implementation takes it.
     """
-    problem = describe(q, k, v, block_mask=block_mask, key_bias=key_bias)
+    problem = describe(q, k, v, block_mask=block_mask, key_bias=key_bias, tail=tail)
     if key_bias is not None:
         key_bias = as_bias(key_bias, q)
     if choice is not None and choice.problem != problem:
@@ -83,11 +87,12 @@ def attention(
         indices, counts, block_m, block_n = (
             (None, None, 0, 0) if block_mask is None else (block_mask.indices, block_mask.counts, block_mask.block_m, block_mask.block_n)
         )
+        coarse = 0 if tail is None else tail.coarse
         name = "" if choice is None else choice.taken().name
-        out, lse = _attention_op(q, k, v, indices, counts, block_m, block_n, key_bias, precision, name, scale, return_lse)
+        out, lse = _attention_op(q, k, v, indices, counts, block_m, block_n, coarse, key_bias, precision, name, scale, return_lse)
     else:
         run = _run_beside_graph if torch.compiler.is_compiling() else _run
-        out, lse = run(problem, precision, choice, q, k, v, block_mask, key_bias, scale, return_lse)
+        out, lse = run(problem, precision, choice, q, k, v, block_mask, key_bias, scale, return_lse, *([] if tail is None else [tail]))
     return (out, lse) if return_lse else out
 
 
@@ -134,6 +139,7 @@ def _attention_op(
     counts: Tensor | None,
     block_m: int,
     block_n: int,
+    coarse: int,  # of a tail, or 0
     key_bias: Tensor | None,
     precision: str,
     implementation: str,  # the name of one that was chosen before, or ""
@@ -144,8 +150,12 @@ def _attention_op(
     if indices is not None and counts is not None:
         mask = BlockMask(indices, counts, block_m, block_n, num_blocks(k.shape[2], block_n))
     key_bias = None if key_bias is None else as_bias(key_bias, q)
-    chosen = dispatch.named(implementation) if implementation else explain(describe(q, k, v, block_mask=mask, key_bias=key_bias), precision).taken()
-    out, lse = chosen.load()(q, k, v, mask, key_bias, scale, return_lse)
+    tail = PooledTail(coarse) if coarse else None
+    if implementation:
+        chosen = dispatch.named(implementation)
+    else:
+        chosen = explain(describe(q, k, v, block_mask=mask, key_bias=key_bias, tail=tail), precision).taken()
+    out, lse = chosen.load()(q, k, v, mask, key_bias, scale, return_lse, *([] if tail is None else [tail]))
     return out.contiguous(), q.new_empty(0, dtype=_bias_dtype(q)) if lse is None else lse.contiguous()
 
 

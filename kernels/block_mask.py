@@ -1,4 +1,4 @@
-"""BlockMask: which key blocks each query block reads."""
+"""BlockMask: which key blocks each query block reads. PooledTail: what stands for those that it does not."""
 
 from __future__ import annotations
 
@@ -133,3 +133,36 @@ class BlockMask:
     def density(self, k_len: int) -> Tensor:
         """Kept / all real (query block, key block) pairs, as a float32 scalar on the mask's device."""
         return self.counts.float().mean() / num_blocks(k_len, self.block_n)
+
+
+@dataclass(frozen=True)
+class PooledTail:
+    """What a query block does not read stands in its softmax as pooled keys, in the numerator and the denominator, a query at a time.
+
+    A pooled key is the mean of the keys of a block with the mean of their values; its score counts as often as the block has keys. Keys that a
+    bias weighs or hides count as much as they weigh. Inside a coarse block of which something is read, each key block that is not read has a
+    pooled key of its own; a coarse block of which nothing is read has one for all of it.
+
+    coarse: key blocks of the mask in a coarse block, from the first on; the last coarse block may be ragged. 1: every key block its own pooled key.
+    Raises ValueError on less.
+    """
+
+    coarse: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.coarse, int) or self.coarse < 1:
+            raise ValueError(f"PooledTail: coarse is {self.coarse}; use a whole number of key blocks, 1 or more")
+
+    def sizes(self, block_n: int) -> tuple[int, int]:
+        """Keys of the two kinds of blocks that are pooled."""
+        return block_n, block_n * self.coarse
+
+    def terms(self, kept: Tensor) -> Tensor:
+        """Which pooled keys a row has, of its kept key blocks: bool `(..., key blocks)` -> `(..., key blocks + coarse blocks)`."""
+        coarse = torch.nn.functional.pad(kept, (0, -kept.shape[-1] % self.coarse)).unflatten(-1, (-1, self.coarse)).any(-1)
+        fine = coarse.repeat_interleave(self.coarse, -1)[..., : kept.shape[-1]] & ~kept
+        return torch.cat([fine, ~coarse], -1)
+
+    def density(self, mask: BlockMask, k_len: int) -> Tensor:
+        """Pooled keys / all keys, the mean over the rows of a mask: what the tail adds to `BlockMask.density`. A float32 scalar."""
+        return self.terms(mask.to_dense(num_blocks(k_len, mask.block_n))).sum(-1).float().mean() / k_len

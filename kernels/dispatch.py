@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import gpu, registry
-from .block_mask import BlockMask
+from .block_mask import BlockMask, PooledTail
 
 PRECISIONS = ("native", "fp16", "bf16", "int8")
 """native: operands stay in the dtype of q. fp16, bf16: operands are cast. int8: INT8 q.k with smoothed K, p.v in fp16/bf16.
@@ -37,6 +37,7 @@ class Problem:
     blocks: tuple[int, int] | None = None  # (block_m, block_n) of the block mask, None for dense
     key_bias: bool = False
     requires_grad: bool = False
+    tail: PooledTail | None = None
 
     @property
     def gpu(self) -> gpu.GPU:
@@ -51,6 +52,7 @@ def describe(
     block_mask: BlockMask | None = None,
     blocks: tuple[int, int] | None = None,
     key_bias: Tensor | None = None,
+    tail: PooledTail | None = None,
 ) -> Problem:
     """The `Problem` of a call. Raises ValueError, naming the input, when shapes or dtypes do not fit together.
 
@@ -64,9 +66,11 @@ def describe(
             raise ValueError(f"attention: block_mask is a {type(block_mask).__name__}; make one with BlockMask.from_dense")
         block_mask.check_fit(q, k)
         blocks = (block_mask.block_m, block_mask.block_n)
+    if tail is not None and blocks is None:
+        raise ValueError("attention: a tail stands for what a block mask leaves out; pass block_mask, or no tail")
     requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, key_bias) if x is not None)
     _, heads, q_len, head_dim = q.shape
-    return Problem(q.device, q.dtype, heads, k.shape[1], q_len, k.shape[2], head_dim, blocks, key_bias is not None, requires_grad)
+    return Problem(q.device, q.dtype, heads, k.shape[1], q_len, k.shape[2], head_dim, blocks, key_bias is not None, requires_grad, tail)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -97,7 +101,9 @@ Limit = Callable[[Problem], "str | None"]
 
 
 Run = Callable[..., tuple[Tensor, "Tensor | None"]]
-"""`run(q, k, v, block_mask, key_bias, scale, return_lse) -> (out, lse or None)`, arguments as `kernels.attention.attention` checked them."""
+"""`run(q, k, v, block_mask, key_bias, scale, return_lse) -> (out, lse or None)`, arguments as `kernels.attention.attention` checked them.
+
+Those that take a `Problem` with a tail are given it as one more argument."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tessera.kernels import dispatch, reference
 from tessera.kernels.attention import attention, describe, explain
-from tessera.kernels.block_mask import BlockMask
+from tessera.kernels.block_mask import BlockMask, PooledTail
 
 
 def block(x: Tensor, indices: Tensor, counts: Tensor, key_bias: Tensor) -> Tensor:
@@ -16,6 +16,7 @@ def block(x: Tensor, indices: Tensor, counts: Tensor, key_bias: Tensor) -> Tenso
     q, k, v = (y.unflatten(-1, (2, 32)).transpose(1, 2) for y in (x, x * 0.5, x + 1))
     mask = BlockMask(indices, counts, 32, 16)
     sparse, lse = attention(q, k, v, block_mask=mask, key_bias=key_bias, return_lse=True)
+    sparse = sparse + attention(q, k, v, block_mask=mask, key_bias=key_bias, tail=PooledTail(3))
     dense = attention(q, k, v, precision="native")
     return (sparse + dense).transpose(1, 2).flatten(2) * lse.mean(1)[..., None].exp()
 
@@ -84,4 +85,4 @@ def test_with_gradients_there_is_no_whole_graph() -> None:
 def test_the_op_is_what_torch_expects_of_one(return_lse: bool) -> None:
     """Schema, fake kernel and shapes, checked by torch itself."""
     q = torch.randn(1, 2, 40, 32).transpose(1, 2).contiguous().transpose(1, 2)
-    torch.library.opcheck(torch.ops.tessera.attention.default, (q, q, q, None, None, 0, 0, None, "native", "", 0.2, return_lse))
+    torch.library.opcheck(torch.ops.tessera.attention.default, (q, q, q, None, None, 0, 0, 0, None, "native", "", 0.2, return_lse))

@@ -12,7 +12,7 @@ import tessera
 from tessera.kernels import attention as attention_module
 from tessera.kernels import backends, dispatch, gpu, reference, selftest, triton_backend
 from tessera.kernels.attention import attention, explain
-from tessera.kernels.block_mask import BlockMask
+from tessera.kernels.block_mask import BlockMask, PooledTail
 from tessera.kernels.dispatch import Implementation, Problem
 
 
@@ -143,12 +143,20 @@ def test_a_precision_asks_only_its_own(on_gpu) -> None:
         ({"dtype": torch.bfloat16}, "fp16", "overflow"),
         ({"dtype": torch.float64}, "int8", "torch.float64 is not taken"),
         ({"requires_grad": True}, "int8", "no gradients"),
+        ({"blocks": (128, 32), "tail": PooledTail(4)}, "native", "no pooled tail yet; the torch backend has it"),
     ],
 )
 def test_refusals_are_sentences(on_gpu, monkeypatch: pytest.MonkeyPatch, changes: dict, precision: str, said: str) -> None:
     monkeypatch.setattr(triton_backend, "interpreting", lambda: False)
     on_gpu((8, 9))
     assert said in refusals(problem(**changes), precision)
+
+
+def test_a_tail_goes_to_the_torch_backend(on_gpu) -> None:
+    on_gpu((9, 0))
+    asked = problem(blocks=(128, 32), tail=PooledTail(4))
+    assert explain(asked).implementation.name == explain(asked, "native").implementation.name == "torch/native"
+    assert explain(asked, "int8").implementation is None
 
 
 def test_odd_sizes_are_not_refused(on_gpu) -> None:

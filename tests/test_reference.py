@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tessera.kernels import reference
-from tessera.kernels.block_mask import BlockMask
+from tessera.kernels.block_mask import BlockMask, PooledTail
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -47,3 +47,26 @@ def test_block_mask_hides_what_it_does_not_list():
     torch.testing.assert_close(out[:, :, 8:], last)
     assert not out[:, :, 4:8].any()
     assert lse[:, :, 4:8].isneginf().all() and lse[:, :, 8:].isfinite().all()
+
+
+def test_a_pooled_key_counts_as_often_as_it_has_keys():
+    """Blocks of 2 keys, coarse ones of 4 and a ragged one: the first is read, its neighbour has its own pooled key, the others one together."""
+    q, k, v = torch.randn(1, 1, 3, 8), torch.randn(1, 1, 9, 8), torch.randn(1, 1, 9, 8)
+    mask = BlockMask.from_dense(torch.tensor([[[[True, False, False, False, False]]]]), 4, 2)
+    out, lse = reference.attention(q, k, v, block_mask=mask, tail=PooledTail(2))
+    groups = [[0], [1], [2, 3], [4, 5, 6, 7], [8]]
+    pooled_k, pooled_v = (torch.stack([x[:, :, group].mean(2) for group in groups], 2) for x in (k, v))
+    times = torch.tensor([len(group) for group in groups])
+    expected, expected_lse = reference.attention(q, pooled_k.repeat_interleave(times, 2), pooled_v.repeat_interleave(times, 2))
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(lse, expected_lse, atol=1e-6, rtol=0)
+
+
+def test_a_pooled_key_is_the_mean_of_weighed_keys():
+    q, k, v = torch.randn(1, 1, 3, 8), torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8)
+    bias = torch.tensor([[0.0, math.log(2.0), 0.0, -math.inf, -math.inf]])
+    nothing = BlockMask.from_dense(torch.zeros(1, 1, 1, 2, dtype=torch.bool), 4, 4)
+    out, lse = reference.attention(q, k, v, block_mask=nothing, key_bias=bias, tail=PooledTail(1))
+    mean_k, mean_v = (x[:, :, [0, 1, 1, 2]].double().mean(2, keepdim=True) for x in (k, v))
+    torch.testing.assert_close(out, mean_v.expand_as(out))
+    torch.testing.assert_close(lse, (q.double() @ mean_k.mT * 8**-0.5)[..., 0] + math.log(4.0))

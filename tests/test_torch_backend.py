@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tessera.kernels import dispatch, reference
 from tessera.kernels.attention import attention, describe, explain
-from tessera.kernels.block_mask import BlockMask, num_blocks
+from tessera.kernels.block_mask import BlockMask, PooledTail, num_blocks
 from tessera.kernels.torch_backend import block_sparse, dense
 
 quick = settings(deadline=None, max_examples=60)
@@ -28,16 +28,17 @@ def random_mask(q, k, block_m, block_n, density=0.4, batch=None, heads=None, see
     return BlockMask.from_dense(torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density, block_m, block_n)
 
 
-def check(q, k, v, mask=None, key_bias=None, scale=0.2, atol=1e-5):
+def check(q, k, v, mask=None, key_bias=None, scale=0.2, atol=1e-5, tail=None, lse_atol=1e-4):
     """Both ways through the backend, with and without lse, against the oracle."""
-    expected, expected_lse = reference.attention(q, k, v, block_mask=mask, key_bias=key_bias, scale=scale)
+    expected, expected_lse = reference.attention(q, k, v, block_mask=mask, key_bias=key_bias, scale=scale, tail=tail)
     run = dense.run if mask is None else block_sparse.run
-    out, nothing = run(q, k, v, mask, key_bias, scale, False)
-    again, lse = run(q, k, v, mask, key_bias, scale, True)
+    more = () if tail is None else (tail,)
+    out, nothing = run(q, k, v, mask, key_bias, scale, False, *more)
+    again, lse = run(q, k, v, mask, key_bias, scale, True, *more)
     assert nothing is None and out.dtype == again.dtype == q.dtype and lse.dtype == torch.float32
     torch.testing.assert_close(out.double(), expected, atol=atol, rtol=0)
     torch.testing.assert_close(again.double(), expected, atol=atol, rtol=0)
-    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-4, rtol=1e-6)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=lse_atol, rtol=1e-6)
 
 
 @quick
@@ -59,6 +60,61 @@ def test_any_shape(seed, batch, heads, q_len, k_len, blocks, head_dim, with_bias
     bias = torch.randn(batch, k_len) if with_bias else None
     check(q, k, v, mask, bias)
     check(q, k, v, None, bias)
+
+
+@quick
+@given(
+    st.integers(0, 999),
+    st.integers(1, 2),
+    st.sampled_from([(1, 1), (3, 3), (4, 2), (4, 1)]),
+    st.integers(1, 150),
+    st.integers(1, 150),
+    st.sampled_from([(16, 16), (32, 8), (16, 64), (128, 16), (32, 5)]),
+    st.integers(1, 5),
+    st.sampled_from([None, 0.0, 0.5, 1.0]),
+    st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    st.tuples(st.booleans(), st.booleans()),
+)
+def test_a_tail_of_any_shape(seed, batch, heads, q_len, k_len, blocks, coarse, hidden, density, broadcast):
+    """hidden: the share of the keys that the bias hides, the others it weighs; None: no bias."""
+    q, k, v = tensors(batch, *heads, q_len, k_len, 16, seed)
+    mask = random_mask(q, k, *blocks, density, 1 if broadcast[0] else None, 1 if broadcast[1] else None, seed)
+    bias = None
+    if hidden is not None:
+        bias = torch.randn(batch, k_len).masked_fill(torch.rand(batch, k_len, generator=torch.Generator().manual_seed(seed)) < hidden, -math.inf)
+    check(q, k, v, mask, bias, tail=PooledTail(coarse))
+
+
+def test_where_the_keys_of_a_block_are_alike_a_tail_makes_it_dense_attention():
+    q, k, v = tensors(2, 4, 2, 70, 96, 16)
+    k, v = (x[:, :, ::32].repeat_interleave(32, 2) for x in (k, v))
+    for coarse in (1, 2, 4):
+        out, lse = attention(q, k, v, block_mask=random_mask(q, k, 16, 8, 0.3), tail=PooledTail(coarse), return_lse=True)
+        expected, expected_lse = reference.attention(q, k, v)
+        torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=0)
+
+
+def test_the_full_mask_leaves_no_tail():
+    q, k, v = tensors(1, 2, None, 90, 90, 16)
+    full = random_mask(q, k, 32, 8, 1.1)
+    assert torch.equal(attention(q, k, v, block_mask=full, tail=PooledTail(4)), attention(q, k, v, block_mask=full, key_bias=torch.zeros(1, 90)))
+    assert PooledTail(4).density(full, 90) == 0.0
+
+
+def test_what_a_tail_adds_to_the_density():
+    """10 keys in blocks of 2, coarse ones of 4, 4 and 2: a row that reads block 1 has pooled keys of block 0, blocks 2 and 3, block 4."""
+    mask = BlockMask.from_dense(torch.tensor([[[[False, True, False, False, False], [True] * 5, [False] * 5]]]), 4, 2)
+    assert PooledTail(2).density(mask, 10).item() == pytest.approx((3 + 0 + 3) / 3 / 10)
+    assert PooledTail(1).density(mask, 10).item() == pytest.approx((4 + 0 + 5) / 3 / 10)
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
+def test_a_tail_in_half_precision(dtype, atol):
+    """Pooled keys are rounded as keys are, and so are their scores."""
+    q, k, v = tensors(2, 2, None, 100, 130, 32, dtype=dtype)
+    for bias in (None, torch.randn(2, 130)):
+        check(q, k, v, random_mask(q, k, 32, 8), bias, atol=atol, tail=PooledTail(4), lse_atol=atol)
 
 
 def test_against_torch_with_a_token_mask():
@@ -196,12 +252,19 @@ WHOLE = BlockMask.from_dense(torch.ones(1, 1, 4, 4, dtype=torch.bool), 16, 16)
         ({"block_mask": torch.ones(1, 1, 4, 4, dtype=torch.bool)}, "block_mask is a Tensor; make one with BlockMask.from_dense"),
         ({"q": torch.empty(1, 2, 0, 16)}, "non-empty"),
         ({"precision": "int3"}, "int3"),
+        ({"tail": PooledTail(2)}, "a tail stands for what a block mask leaves out"),
     ],
 )
 def test_malformed_input_is_named(change, words):
     arguments = {"q": torch.randn(1, 2, 64, 16), "k": torch.randn(1, 2, 64, 16), "v": torch.randn(1, 2, 64, 16)} | change
     with pytest.raises(ValueError, match=words):
         attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+
+
+@pytest.mark.parametrize("coarse", [0, -1, 1.5])
+def test_a_coarse_block_has_a_block(coarse):
+    with pytest.raises(ValueError, match=f"coarse is {coarse}"):
+        PooledTail(coarse)
 
 
 # the key bias
@@ -263,14 +326,14 @@ def test_a_bias_of_another_dtype(dtype, sparse):
 # float64 and gradients
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-def test_float64_stays_float64(sparse):
+@pytest.mark.parametrize("sparse, tail", [(False, None), (True, None), (True, PooledTail(2))])
+def test_float64_stays_float64(sparse, tail):
     q, k, v = tensors(2, 4, 2, 70, 90, 8, dtype=torch.float64)
     mask = random_mask(q, k, 16, 32) if sparse else None
     bias = torch.randn(2, 90, dtype=torch.float64)
-    expected, expected_lse = reference.attention(q, k, v, block_mask=mask, key_bias=bias)
+    expected, expected_lse = reference.attention(q, k, v, block_mask=mask, key_bias=bias, tail=tail)
     for return_lse in (False, True):
-        found = attention(q, k, v, block_mask=mask, key_bias=bias, return_lse=return_lse)
+        found = attention(q, k, v, block_mask=mask, key_bias=bias, tail=tail, return_lse=return_lse)
         out, lse = found if return_lse else (found, expected_lse)
         assert out.dtype == lse.dtype == torch.float64
         torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
@@ -278,9 +341,9 @@ def test_float64_stays_float64(sparse):
 
 
 @pytest.mark.parametrize("return_lse", [False, True])
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("sparse, tail", [(False, None), (True, None), (True, PooledTail(2))])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_gradients(sparse, with_bias, return_lse):
+def test_gradients(sparse, tail, with_bias, return_lse):
     """Against finite differences, through both results; with rows that read nothing, hidden keys and a ragged end."""
     q, k, v = (x.requires_grad_() for x in tensors(2, 2, 1, 9, 11, 3, dtype=torch.float64))
     hidden = torch.zeros(2, 11, dtype=torch.bool)
@@ -294,8 +357,8 @@ def test_gradients(sparse, with_bias, return_lse):
     def call(q, k, v, bias):
         key_bias = bias.masked_fill(hidden, -math.inf) if with_bias else None
         if not return_lse:
-            return attention(q, k, v, block_mask=mask, key_bias=key_bias)
-        out, lse = attention(q, k, v, block_mask=mask, key_bias=key_bias, return_lse=True)
+            return attention(q, k, v, block_mask=mask, key_bias=key_bias, tail=tail)
+        out, lse = attention(q, k, v, block_mask=mask, key_bias=key_bias, return_lse=True, tail=tail)
         return out, lse.masked_fill(lse.isneginf(), 0.0)  # a finite difference of -inf is no number
 
     assert torch.autograd.gradcheck(call, (q, k, v, bias), atol=1e-6)

@@ -53,6 +53,10 @@ def _blocks(problem: Problem) -> str | None:
     return None
 
 
+def _no_tail(problem: Problem) -> str | None:
+    return None if problem.tail is None else "no pooled tail yet; the torch backend has it"
+
+
 @cache
 def _triton_problem() -> str | None:
     if find_spec("triton") is None:
@@ -89,7 +93,7 @@ def _implementation(
     qk: str = "native",
     pv: str = "native",
 ) -> Implementation:
-    limits = (_device, _forward_only, partial(_dtype, taken=dtypes, advice=advice), _head_dim, _blocks, _triton)
+    limits = (_device, _forward_only, partial(_dtype, taken=dtypes, advice=advice), _head_dim, _blocks, _no_tail, _triton)
     # Those that cast are tested on what they cast.
     dtype = torch.bfloat16 if pv == "native" else torch.float32
     return Implementation("triton", precision, limits, partial(_load, qk, pv), tolerance, dtype, qk=qk, pv=pv)
