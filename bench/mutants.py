@@ -3,6 +3,7 @@
     make mutants                                     all modules of MODULES: hours
     python bench/mutants.py models/patchers/report.py ...   these
     python bench/mutants.py --most 200 ...           a fixed random choice of so many faults a module
+    python bench/mutants.py --again ...              those that survived the last time
 
 cosmic-ray plants the faults, in a copy of the tracked files. torch is imported once: a server forks for each fault. Tests marked
 slow take no part. Writes bench/results/mutants.json and, beside it, the table as Markdown. Survivors that cannot be killed, since they change
@@ -144,20 +145,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("modules", nargs="*", default=list(MODULES), help="paths of MODULES (default: all)")
     parser.add_argument("--most", type=int, help="faults of each module, chosen at random with a fixed seed (default: all)")
+    parser.add_argument("--again", action="store_true", help="only the faults that survived when the module was last tested")
     options = parser.parse_args()
     if unknown := [module for module in options.modules if module not in MODULES]:
         sys.exit(f"bench/mutants.py: {unknown[0]} is not in its table MODULES")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         for module in options.modules:
-            results[module] = test_module(Path(folder) / module.replace("/", "_"), module, options.most)
+            before = results[module] if options.again else None
+            results[module] = test_module(Path(folder) / module.replace("/", "_"), module, options.most, before)
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
             RESULTS.with_suffix(".md").write_text(markdown(results))
             print(markdown({module: results[module]}), flush=True)
 
 
-def test_module(copy: Path, module: str, most: int | None) -> dict:
-    """Plant the faults of one module in a copy of the checkout; its row of the table."""
+def test_module(copy: Path, module: str, most: int | None, before: dict | None) -> dict:
+    """Plant the faults of one module in a copy of the checkout; its row of the table. before: the row of which the survivors are tried again."""
     files = subprocess.run(["git", "ls-files", "-z"], cwd=PACK, capture_output=True, check=True, text=True).stdout
     for file in filter(None, files.split("\0")):
         (copy / file).parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +176,7 @@ def test_module(copy: Path, module: str, most: int | None) -> dict:
         )
         cosmic_ray = [str(Path(sys.executable).parent / "cosmic-ray")]
         subprocess.run([*cosmic_ray, "init", "mutants.toml", "mutants.sqlite"], cwd=copy, check=True)
-        choose(copy / "mutants.sqlite", (PACK / module).read_text(), most)
+        choose(copy / "mutants.sqlite", (PACK / module).read_text(), most, before)
         subprocess.run([*cosmic_ray, "exec", "mutants.toml", "mutants.sqlite"], cwd=copy, check=True)
         dump = subprocess.run([*cosmic_ray, "dump", "mutants.sqlite"], cwd=copy, capture_output=True, text=True, check=True).stdout
     finally:
@@ -190,17 +193,20 @@ def test_module(copy: Path, module: str, most: int | None) -> dict:
         added = [text[1:].strip() for text in (result["diff"] or "").splitlines() if text.startswith("+") and not text.startswith("+++")]
         reason = EQUIVALENT.get((module, line, operator))
         survivors.append({"line": number, "source": line, "operator": operator, "fault": " ".join(added), "equivalent": reason})
+    faults = killed + len(survivors) if before is None else before["faults"]
     return {
         "date": datetime.date.today().isoformat(),
         "tests": MODULES[module],
-        "faults": killed + len(survivors),
-        "killed": killed,
+        "faults": faults,
+        "killed": faults - len(survivors),
         "survivors": survivors,
     }
 
 
-def choose(session: Path, source: str, most: int | None) -> None:
-    """Leave the faults that people make and that run (an annotation does not), and of those `most`."""
+def choose(session: Path, source: str, most: int | None, before: dict | None) -> None:
+    """Leave the faults that people make and that run (an annotation does not), and of those `most`, or what is like a survivor of `before`."""
+    lines = source.splitlines()
+    wanted = None if before is None else {(survivor["source"], survivor["operator"]) for survivor in before["survivors"]}
     annotations = [
         (part.lineno, part.col_offset, part.end_col_offset or 0)
         for node in ast.walk(ast.parse(source))
@@ -213,6 +219,7 @@ def choose(session: Path, source: str, most: int | None) -> None:
             job
             for job, operator, row, column in rows
             if OPERATORS.match(operator) and not any(line == row and first <= column < last for line, first, last in annotations)
+            if wanted is None or (lines[row - 1].strip(), operator.removeprefix("core/")) in wanted
         )
         kept = sorted(random.Random(0).sample(kept, min(most or len(kept), len(kept))))
         for table in ("mutation_specs", "work_items"):
