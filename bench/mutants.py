@@ -112,6 +112,23 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "out = sorted(pending, key=lambda block: -distance[block])",
         "ReplaceUnaryOperator_USub_Invert",
     ): "~x is -x - 1: the order is the same",
+    (
+        _SCHEDULE,
+        "def __init__(self, device: Device, plan: Plan, nbytes: Sequence[int], *, history: int = 4):",
+        "ReplaceBinaryOperator_Mul_Div",
+    ): "the star is no product",
+    ("kernels/dispatch.py", "*,", "ReplaceBinaryOperator_Mul_Div"): "the star is no product",
+    (
+        _SCHEDULE,
+        "self.position = len(self.sequence) - 1 - block if direction == BACKWARD and self.backward else block",
+        "ReplaceComparisonOperator_Eq_LtE",
+    ): "of the two directions BACKWARD sorts first",
+    (
+        _SCHEDULE,
+        'if record.kind == "compute" and record.block not in found and self.device.happened(record.end):',
+        "ReplaceComparisonOperator_Eq_LtE",
+    ): "of the three kinds compute sorts first",
+    (_SCHEDULE, "residents = min(max(residents, 0), blocks)", "NumberReplacer"): "one more streamed than there are is all of them",
     (_SCHEDULE, "self.position = 0", "NumberReplacer"): "acquire sets it before anybody reads it",
     (_SCHEDULE, "self.backward = False", "ReplaceFalseWithTrue"): "set_backward follows",
     (

@@ -82,6 +82,8 @@ def test_keys_that_do_not_fit_the_queries_are_refused(shape: tuple[int, ...]) ->
         dispatch.describe(q, k, k)
     with pytest.raises(ValueError, match="do not fit"):
         dispatch.describe(q, torch.rand(2, 3, 7, 16), torch.rand(2, 3, 8, 16))
+    with pytest.raises(ValueError, match=r"k has shape \(1, 2, 3, 7, 16\); expected \(batch, heads, tokens, head_dim\)"):
+        dispatch.describe(q, torch.rand(1, 2, 3, 7, 16), torch.rand(2, 3, 7, 16))
     with pytest.raises(ValueError, match="expected non-empty floating-point tensors"):
         dispatch.describe(q, torch.rand(2, 3, 0, 16), torch.rand(2, 3, 0, 16))
 
