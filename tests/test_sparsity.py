@@ -511,6 +511,25 @@ def test_a_recipe_of_a_name_that_is_taken_is_refused():
         registry.by_name("recipe", (*RECIPES.values(), twin))
 
 
+@pytest.mark.parametrize("name", ["topk"])
+@pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
+def test_rows_with_unequal_shares_forced_choose_the_best_of_their_own_rest(name, density):
+    """By hand: row r has 3 r + 1 of 12 pairs forced, the last one all; each takes its best open ones on top."""
+    pairs = torch.arange(12) < torch.tensor([[1], [4], [7], [10], [12]])
+    forced = Forced.of(pairs, CPU)
+    scores = torch.rand(2, 3, 5, 12)
+    mask = SELECTORS[name](scores, forced, density, 16, {}).to_dense(12)
+    own = (pairs.shape[1] - pairs.sum(1)).tolist()
+    for row, open_pairs in enumerate(own):
+        chosen = (mask & ~pairs)[:, :, row]
+        counts = chosen.sum(-1)
+        assert (counts == counts[0, 0]).all() and abs(int(counts[0, 0]) - density * open_pairs) <= 1
+        best = scores[:, :, row].masked_fill(pairs[row], -1).topk(int(counts[0, 0]), -1).indices
+        assert torch.equal(chosen, torch.zeros_like(chosen).scatter_(-1, best, True))
+    assert (mask | ~pairs).all(), "what is forced is kept"
+    assert abs(int((mask & ~pairs)[0, 0].sum()) - density * sum(own)) <= 0.5
+
+
 def test_an_unknown_method_is_named_with_the_known_ones():
     with pytest.raises(ValueError, match=r"'radial'.*rainfusion2, draft, sparge") as error:
         get("radial")
