@@ -61,6 +61,7 @@ OPERATORS = re.compile(
     r"|ReplaceAndWithOr|ReplaceOrWithAnd|ReplaceBreakWithContinue|ReplaceContinueWithBreak|RemoveDecorator|ExceptionReplacer|ZeroIterationForLoop)$"
 )
 
+_SELECT = "kernels/sparsity/select.py"
 _REPORT, _SCHEDULE = "models/patchers/report.py", "models/offload/schedule.py"
 _LAST = "of the three outcomes SPARSE sorts last"
 _STRICT = "the lengths are equal by construction"
@@ -117,6 +118,12 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "def __init__(self, device: Device, plan: Plan, nbytes: Sequence[int], *, history: int = 4):",
         "ReplaceBinaryOperator_Mul_Div",
     ): "the star is no product",
+    (_SELECT, "free = counts[self.open > 0]", "ReplaceComparisonOperator_Gt_GtE"): "a wider list of the same choice: slower, and right",
+    (
+        _SELECT,
+        "return cls(pairs.to(device), dense.nonzero()[:, 0].to(device), (~dense).nonzero()[:, 0].to(device), (~pairs).sum(1), bare)",
+        "NumberReplacer",
+    ): "the last of one column is the first",
     ("kernels/dispatch.py", "*,", "ReplaceBinaryOperator_Mul_Div"): "the star is no product",
     (
         _SCHEDULE,
