@@ -118,6 +118,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "def __init__(self, device: Device, plan: Plan, nbytes: Sequence[int], *, history: int = 4):",
         "ReplaceBinaryOperator_Mul_Div",
     ): "the star is no product",
+    (_SELECT, "free = counts[self.open > 0]", "ReplaceComparisonOperator_Gt_NotEq"): "no count is negative",
+    (_SELECT, "@dataclass(frozen=True, eq=False)", "ReplaceTrueWithFalse"): "it lives inside one selection, which does not write to it",
     (_SELECT, "free = counts[self.open > 0]", "ReplaceComparisonOperator_Gt_GtE"): "a wider list of the same choice: slower, and right",
     (
         _SELECT,
