@@ -19,6 +19,7 @@ _PUBLIC = {
     "backends": "kernels.backends",
     "use_backend": "kernels.backends",
     "BlockMask": "kernels.block_mask",
+    "PooledTail": "kernels.block_mask",
     "RECIPES": "kernels.sparsity",
     "Recipe": "kernels.sparsity",
     "TokenGrid": "kernels.sparsity",

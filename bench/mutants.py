@@ -202,7 +202,7 @@ def test_module(copy: Path, module: str, most: int | None, before: dict | None) 
         )
         cosmic_ray = [str(Path(sys.executable).parent / "cosmic-ray")]
         subprocess.run([*cosmic_ray, "init", "mutants.toml", "mutants.sqlite"], cwd=copy, check=True)
-        choose(copy / "mutants.sqlite", (PACK / module).read_text(), most, before)
+        known = choose(copy / "mutants.sqlite", (PACK / module).read_text(), most, before)
         subprocess.run([*cosmic_ray, "exec", "mutants.toml", "mutants.sqlite"], cwd=copy, check=True)
         dump = subprocess.run([*cosmic_ray, "dump", "mutants.sqlite"], cwd=copy, capture_output=True, text=True, check=True).stdout
     finally:
@@ -223,14 +223,18 @@ def test_module(copy: Path, module: str, most: int | None, before: dict | None) 
     return {
         "date": datetime.date.today().isoformat(),
         "tests": MODULES[module],
+        "of": known if before is None else before["of"],
         "faults": faults,
         "killed": faults - len(survivors),
         "survivors": survivors,
     }
 
 
-def choose(session: Path, source: str, most: int | None, before: dict | None) -> None:
-    """Leave the faults that people make and that run (an annotation does not), and of those `most`, or what is like a survivor of `before`."""
+def choose(session: Path, source: str, most: int | None, before: dict | None) -> int:
+    """Leave the faults that people make and that run (an annotation does not), and of those `most`, or what is like a survivor of `before`.
+
+    Returns how many there were.
+    """
     lines = source.splitlines()
     wanted = None if before is None else {(survivor["source"], survivor["operator"]) for survivor in before["survivors"]}
     annotations = [
@@ -247,9 +251,11 @@ def choose(session: Path, source: str, most: int | None, before: dict | None) ->
             if OPERATORS.match(operator) and not any(line == row and first <= column < last for line, first, last in annotations)
             if wanted is None or (lines[row - 1].strip(), operator.removeprefix("core/")) in wanted
         )
-        kept = sorted(random.Random(0).sample(kept, min(most or len(kept), len(kept))))
+        known = len(kept)
+        kept = sorted(random.Random(0).sample(kept, min(most or known, known)))
         for table in ("mutation_specs", "work_items"):
             database.execute(f"delete from {table} where job_id not in ({','.join('?' * len(kept))})", kept)
+    return known
 
 
 def markdown(results: dict) -> str:
@@ -258,8 +264,9 @@ def markdown(results: dict) -> str:
     for module, row in results.items():
         equivalent = sum(survivor["equivalent"] is not None for survivor in row["survivors"])
         left = len(row["survivors"]) - equivalent
+        chosen = "" if row["faults"] == row["of"] else f" of {row['of']}, at random"
         lines.append(
-            f"| {module} | {row['faults']} | {row['killed']} ({row['killed'] / row['faults']:.0%}) | {equivalent} | {left} | {row['date']} |"
+            f"| {module} | {row['faults']}{chosen} | {row['killed']} ({row['killed'] / row['faults']:.0%}) | {equivalent} | {left} | {row['date']} |"
         )
     for module, row in results.items():
         if row["survivors"]:
