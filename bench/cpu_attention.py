@@ -26,7 +26,7 @@ from tessera.kernels import reference
 from tessera.kernels.attention import attention
 from tessera.kernels.block_mask import BlockMask
 from tessera.kernels.sparsity import Arrangement, TokenGrid, get, prepare, sparse_attention
-from tessera.kernels.sparsity.select import SELECTORS, Forced
+from tessera.kernels.sparsity.select import SELECTORS, Forced, Pairs
 
 HEADS, HEAD_DIM, BLOCK = 8, 64, 128
 GRID = TokenGrid(frames=32, height=16, width=16)
@@ -104,7 +104,7 @@ def main() -> None:
     calls: dict[tuple[str, float], Callable[[], tuple[Tensor, BlockMask]]] = {}
 
     def add(density: float) -> None:
-        mask = SELECTORS["topk"](torch.rand(1, HEADS, blocks, blocks), plain, asked(density, plain), BLOCK, {})
+        mask = SELECTORS["topk"](Pairs(torch.rand(1, HEADS, blocks, blocks), plain, (BLOCK, BLOCK)), asked(density, plain), {})
         calls["attention", density] = lambda: (attention(q, k, v, block_mask=mask, precision="native"), mask)
         own = asked(density, arrangement.forced)
         calls["whole call", density] = lambda: sparse_attention(recipe, arrangement, q, k, v, density=own, precision="native")

@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 
 from tessera.kernels import attention as kernel
 from tessera.kernels import reference, registry
-from tessera.kernels.block_mask import num_blocks
+from tessera.kernels.block_mask import PooledTail, num_blocks
 from tessera.kernels.pool import block_mean, hidden_blocks
 from tessera.kernels.sparsity import RECIPES, Arrangement, Recipe, TokenGrid, describe, get, prepare, sparse_attention
 from tessera.kernels.sparsity.compensate import COMPENSATORS, compensator
 from tessera.kernels.sparsity.estimate import ESTIMATORS, estimator
 from tessera.kernels.sparsity.permute import PERMUTERS, permuter
-from tessera.kernels.sparsity.select import SELECTORS, Forced, selector
+from tessera.kernels.sparsity.select import SELECTORS, Forced, Pairs, selector
+from tessera.kernels.sparsity.tokens import Tokens
 
 CPU = torch.device("cpu")
 quick = settings(deadline=None, max_examples=60)
@@ -36,6 +37,16 @@ def tensors(tokens, batch=1, heads=2, kv_heads=None, head_dim=16, seed=0):
     q = torch.randn(batch, heads, tokens, head_dim, generator=generator)
     k, v = torch.randn(2, batch, kv_heads or heads, tokens, head_dim, generator=generator)
     return q, k, v
+
+
+def look(name, q, k, query_bias, key_bias, block, scale, numbers):
+    """What an estimator says, where values have no part in it."""
+    return ESTIMATORS[name](Tokens(q, k, torch.zeros_like(k), query_bias, key_bias, block, block, scale), numbers)
+
+
+def pick(name, scores, forced, density, block, must=None, hidden=None):
+    """What a selector keeps."""
+    return SELECTORS[name](Pairs(scores, forced, (block, block), must, hidden), density, {})
 
 
 def coordinates(grid, tokens):
@@ -109,7 +120,7 @@ def test_block_mean_counts_the_real_tokens(tokens, block):
 
 def test_pooled_is_the_formula_and_ignores_a_common_key_offset():
     q, k, _ = tensors(100, heads=4, kv_heads=2)
-    scores, must = ESTIMATORS["pooled"](q, k, None, None, 16, 0.3, {})
+    scores, must = look("pooled", q, k, None, None, 16, 0.3, {})
     assert must is None
     q_mean = torch.stack([part.mean(2) for part in q.split(16, 2)], 2)
     k_smooth = (k - k.mean(2, keepdim=True)).repeat_interleave(2, 1)
@@ -117,7 +128,7 @@ def test_pooled_is_the_formula_and_ignores_a_common_key_offset():
     torch.testing.assert_close(scores, (q_mean @ k_mean.mT * 0.3).softmax(-1))
     assert scores.shape == (1, 4, 7, 7)
     torch.testing.assert_close(scores.sum(-1), torch.ones(1, 4, 7))
-    torch.testing.assert_close(ESTIMATORS["pooled"](q, k + 3.0, None, None, 16, 0.3, {})[0], scores, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(look("pooled", q, k + 3.0, None, None, 16, 0.3, {})[0], scores, atol=1e-5, rtol=1e-4)
 
 
 def test_similarity_guard():
@@ -125,10 +136,10 @@ def test_similarity_guard():
     q[:, :, :16] = torch.randn(16)  # block 0 of q: all alike
     k[:, :, 16:32] = 5 * torch.randn(16)  # blocks 1 and 2 of k: all alike, and opposite, so that the mean of k stays where it is
     k[:, :, 32:48] = -k[:, :, 16:32]
-    off, none = ESTIMATORS["pooled_similarity"](q, k, None, None, 16, 0.3, {"similarity": 0.0})
+    off, none = look("pooled_similarity", q, k, None, None, 16, 0.3, {"similarity": 0.0})
     assert none is None, "nothing may be insisted on where the guard is off: the selection would lose its even rows"
-    torch.testing.assert_close(off, ESTIMATORS["pooled"](q, k, None, None, 16, 0.3, {})[0])
-    scores, must = (x[0, 0] for x in ESTIMATORS["pooled_similarity"](q, k, None, None, 16, 0.3, {"similarity": 0.5}))
+    torch.testing.assert_close(off, look("pooled", q, k, None, None, 16, 0.3, {})[0])
+    scores, must = (x[0, 0] for x in look("pooled_similarity", q, k, None, None, 16, 0.3, {"similarity": 0.5}))
     assert must.shape == scores.shape and must[1:].all(), "query blocks that disagree are dense"
     assert must[0].tolist() == [True, False, False, True]
     assert scores[0, 1:3].sum().item() == pytest.approx(1.0), "the softmax runs over the judged columns only"
@@ -166,8 +177,8 @@ def test_block_mean_weighs_the_tokens(tokens, block, hidden, level):
 def test_a_bias_of_zero_is_none(name, similarity):
     q, k, _ = tensors(100, batch=2, heads=4, kv_heads=2)
     zero = torch.zeros(2, 100)
-    plain = ESTIMATORS[name](q, k, None, None, 16, 0.3, {"similarity": similarity})
-    biased = ESTIMATORS[name](q, k, zero[:1], zero, 16, 0.3, {"similarity": similarity})
+    plain = look(name, q, k, None, None, 16, 0.3, {"similarity": similarity})
+    biased = look(name, q, k, zero[:1], zero, 16, 0.3, {"similarity": similarity})
     torch.testing.assert_close(biased[0], plain[0])
     if plain[1] is None:
         assert biased[1] is None
@@ -182,7 +193,7 @@ def test_scores_are_the_exact_attention_where_the_tokens_of_a_block_are_alike(na
     q, k = (x[:, :, ::16].repeat_interleave(16, 2) for x in (q, k))
     bias = hide(2 * torch.randn(2, 96), 0.4)
     bias[1, 32:48] = -torch.inf
-    scores, _ = ESTIMATORS[name](q, k, None, bias, 16, 0.3, {"similarity": 0.0})
+    scores, _ = look(name, q, k, None, bias, 16, 0.3, {"similarity": 0.0})
     exact = (q @ k.repeat_interleave(2, 1).mT * 0.3 + bias[:, None, None]).softmax(-1)[:, :, ::16].unflatten(-1, (6, 16)).sum(-1)
     torch.testing.assert_close(scores, exact)
     assert hidden_blocks(bias, 16).tolist() == [[False] * 6, [False, False, True, False, False, False]]
@@ -193,10 +204,10 @@ def test_scores_are_the_exact_attention_where_the_tokens_of_a_block_are_alike(na
 def test_hidden_tokens_judge_nothing(name, similarity):
     q, k, _ = tensors(100)
     query_bias, key_bias = hide(torch.zeros(1, 100), 0.4, 1), hide(torch.randn(1, 100), 0.6, 2)
-    before = ESTIMATORS[name](q, k, query_bias, key_bias, 16, 0.3, {"similarity": similarity})
+    before = look(name, q, k, query_bias, key_bias, 16, 0.3, {"similarity": similarity})
     q = torch.where(query_bias.isneginf()[:, None, :, None], 100 * torch.randn_like(q), q)
     k = torch.where(key_bias.isneginf()[:, None, :, None], 100 * torch.randn_like(k), k)
-    after = ESTIMATORS[name](q, k, query_bias, key_bias, 16, 0.3, {"similarity": similarity})
+    after = look(name, q, k, query_bias, key_bias, 16, 0.3, {"similarity": similarity})
     torch.testing.assert_close(after[0], before[0])
     if before[1] is None:
         assert after[1] is None
@@ -206,9 +217,9 @@ def test_hidden_tokens_judge_nothing(name, similarity):
 
 def test_random_scores_are_the_same_every_time():
     q, k, _ = tensors(100)
-    scores, must = ESTIMATORS["random"](q, k, None, None, 16, 1.0, {})
+    scores, must = look("random", q, k, None, None, 16, 1.0, {})
     assert must is None and scores.shape == (1, 2, 7, 7)
-    assert torch.equal(scores, ESTIMATORS["random"](k, q, None, None, 16, 1.0, {})[0])
+    assert torch.equal(scores, look("random", k, q, None, None, 16, 1.0, {})[0])
 
 
 # select
@@ -228,14 +239,16 @@ def scores_for(layout, seed=0, batch=2, heads=3):
 def test_the_choice_is_the_density_of_what_is_open_and_forced_blocks_come_on_top(name, grid, block, density, seed):
     layout = layouts(grid, block)
     forced = layout.forced.pairs
-    mask = SELECTORS[name](scores_for(layout, seed), layout.forced, density, block, {})
+    mask = pick(name, scores_for(layout, seed), layout.forced, density, block)
     kept = mask.to_dense(forced.shape[1])
     assert kept.shape == (2, 3, *forced.shape)
     assert (kept | ~forced).all()
     own, is_open = (kept & ~forced).sum(-1), (~forced).sum(-1)
     if name == "topk":
         assert ((own - density * is_open).abs() < 1 + 1e-4).all(), "every row chooses its share of what it may choose from"
-    assert ((own.sum((1, 2)) / 3 - density * is_open.sum()).abs() <= 0.5 + 1e-4).all(), "the pairs that were asked for, to the pair"
+    wanted = density * is_open.sum() * (3 if name == "threshold" else 1)
+    found = own.sum((1, 2)) if name == "threshold" else own.sum(2)
+    assert ((found - wanted).abs() <= 0.5 + 1e-4).all(), "the pairs that were asked for, to the pair"
     assert mask.density(grid.seq_len).item() == pytest.approx((own.sum((1, 2)) + 3 * forced.sum()).float().mean().item() / 3 / forced.numel())
 
 
@@ -246,7 +259,7 @@ def test_protected_tokens_do_not_starve_the_rest(recipe, frames):
     grid = TokenGrid(frames, 8, 16, after=128)
     layout = prepare(recipe, grid, CPU, block=32)
     q, k, v = tensors(grid.seq_len)
-    kept = sparse_attention(recipe, layout, q, k, v, density=0.2, precision="native")[1].to_dense(len(layout.forced.pairs))
+    kept = sparse_attention(recipe, layout, q, k, v, density=0.2, precision="native")[1].to_dense(layout.forced.pairs.shape[1])
     is_open = ~layout.forced.pairs
     assert (kept & is_open).sum() / (2 * is_open.sum()) == pytest.approx(0.2, abs=0.06 if recipe.select == "topk" else 0.01)
 
@@ -257,7 +270,7 @@ def test_topk_gives_every_free_row_the_same_and_the_best(grid, block, density):
     layout = layouts(grid, block)
     forced = layout.forced
     scores = scores_for(layout)
-    mask = SELECTORS["topk"](scores, forced, density, block, {})
+    mask = pick("topk", scores, forced, density, block)
     free = mask.counts[:, :, forced.free_rows]
     assert not free.numel() or free.amax() - free.amin() <= 1
     assert (mask.counts[:, :, forced.dense_rows] == forced.pairs.shape[1]).all()
@@ -275,7 +288,7 @@ def test_rows_with_unequal_forced_blocks_choose_unequal_numbers():
     forced = Forced.of(pairs, CPU)
     scores = torch.rand(1, 2, 4, 8)
     for must in (None, torch.zeros(1, 2, 4, 8, dtype=torch.bool)):
-        mask = SELECTORS["topk"](scores, forced, 0.6, 16, {}, must)
+        mask = pick("topk", scores, forced, 0.6, 16, must)
         assert mask.counts.tolist() == [[[8, 7, 5, 5]] * 2] and mask.indices.amax() < 8
         kept = mask.to_dense(8)
         assert (kept | ~pairs).all()
@@ -285,7 +298,7 @@ def test_rows_with_unequal_forced_blocks_choose_unequal_numbers():
                 best = free[scores[0, head, row, free].topk(own).indices]
                 assert kept[0, head, row][best].all()
     even = Forced.of(torch.eye(4, dtype=torch.bool), CPU)
-    assert SELECTORS["topk"](torch.rand(1, 1, 4, 4), even, 2 / 3, 16, {}).indices.shape == (1, 1, 4, 3)
+    assert pick("topk", torch.rand(1, 1, 4, 4), even, 2 / 3, 16).indices.shape == (1, 1, 4, 3)
 
 
 def test_topk_reads_nothing_from_the_device(monkeypatch):
@@ -302,16 +315,16 @@ def test_topk_reads_nothing_from_the_device(monkeypatch):
     text_free.forced.row_counts(0.4)
     for name in ("item", "tolist", "cpu", "__int__", "__float__", "__bool__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, read)
-    SELECTORS["topk"](scores, layout.forced, 0.4, 32, {})
-    SELECTORS["topk"](scores, layout.forced, 0.4, 32, {}, None, hidden)
-    SELECTORS["topk"](scores[..., :24, :24], text_free.forced, 0.4, 32, {}, None, hidden[:, :24])
+    pick("topk", scores, layout.forced, 0.4, 32)
+    pick("topk", scores, layout.forced, 0.4, 32, None, hidden)
+    pick("topk", scores[..., :24, :24], text_free.forced, 0.4, 32, None, hidden[:, :24])
 
 
 def test_equal_scores_do_not_raise_the_density():
     """Sharp attention underflows to scores of exactly 0; a comparison with a threshold would then keep everything."""
     layout = layouts(TokenGrid(1, 32, 32), 32)
-    for name, select in SELECTORS.items():
-        mask = select(torch.eye(32).expand(1, 1, 32, 32), layout.forced, 8 / 31, 32, {})
+    for name in SELECTORS:
+        mask = pick(name, torch.eye(32).expand(1, 1, 32, 32), layout.forced, 8 / 31, 32)
         assert mask.density(1024).item() == 9 / 32, name
 
 
@@ -319,7 +332,7 @@ def test_global_quantile_gives_more_to_the_rows_that_score_more():
     layout = prepare(get("draft"), TokenGrid(1, 16, 32), CPU, block=64)
     scores = torch.rand(1, 1, 8, 8)
     scores[0, 0, 2] += 1.0
-    mask = SELECTORS["global_quantile"](scores, layout.forced, 0.25, 64, {})
+    mask = pick("global_quantile", scores, layout.forced, 0.25, 64)
     assert mask.counts[0, 0, 2] == 8 and mask.counts.sum() == 8 + 14
 
 
@@ -327,7 +340,7 @@ def test_top_p_gives_more_to_rows_that_are_spread_out():
     layout = prepare(get("sparge"), TokenGrid(1, 16, 32), CPU, block=64)
     scores = torch.randn(1, 1, 8, 8).mul(8).softmax(-1)
     scores[0, 0, 2] = 1 / 8
-    mask = SELECTORS["top_p"](scores, layout.forced, 0.4, 64, {})
+    mask = pick("top_p", scores, layout.forced, 0.4, 64)
     assert mask.counts[0, 0, 2] == mask.counts.amax() and mask.counts.float().var() > 0
 
 
@@ -341,8 +354,8 @@ def test_what_the_estimator_insists_on_comes_on_top(name, method):
     scores[:, 0, :, 3] = 2.0  # the best of every row, if it were open to choice
     must = torch.zeros(scores.shape, dtype=torch.bool)
     must[:, 0, :, 3] = must[:, 1, 4] = True
-    own = SELECTORS[name](scores, layout.forced, 0.3, 16, {}).to_dense(columns) & ~layout.forced.pairs
-    kept = SELECTORS[name](scores, layout.forced, 0.3, 16, {}, must).to_dense(columns)
+    own = pick(name, scores, layout.forced, 0.3, 16).to_dense(columns) & ~layout.forced.pairs
+    kept = pick(name, scores, layout.forced, 0.3, 16, must).to_dense(columns)
     assert (kept | ~must).all() and (kept | ~layout.forced.pairs).all()
     chosen = kept & ~must & ~layout.forced.pairs
     if name == "topk":
@@ -350,10 +363,11 @@ def test_what_the_estimator_insists_on_comes_on_top(name, method):
         others = torch.arange(rows) != 4
         assert torch.equal(chosen[0, 1, others], own[0, 1, others]) and not chosen[0, 1, 4].any()
     else:
-        assert torch.equal(chosen.sum((2, 3)), own.sum((2, 3)))
+        over = (1, 2, 3) if name == "threshold" else (2, 3)
+        assert torch.equal(chosen.sum(over), own.sum(over))
     worst = scores.masked_fill(~chosen, 2.0).amin(-1)
     best = scores.masked_fill(kept, -1.0).amax(-1)
-    assert name == "global_quantile" or (worst >= best).all(), "within a row, what is chosen is better than what is left"
+    assert name in ("global_quantile", "threshold") or (worst >= best).all(), "within a row, what is chosen is better than what is left"
 
 
 @quick
@@ -364,7 +378,7 @@ def test_hidden_blocks_are_never_kept_and_take_no_budget(name, grid, block, dens
     scores = scores_for(layout, seed)
     hidden = hide(torch.zeros(2, columns), share, seed).isneginf()
     must = torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed)) < 0.1 if insists else None
-    kept = SELECTORS[name](scores, layout.forced, density, block, {}, must, hidden).to_dense(columns)
+    kept = pick(name, scores, layout.forced, density, block, must, hidden).to_dense(columns)
     visible = ~hidden[:, None, None]
     anyway = layout.forced.pairs.expand(scores.shape) if must is None else layout.forced.pairs | must
     assert not (kept & ~visible).any()
@@ -377,8 +391,9 @@ def test_hidden_blocks_are_never_kept_and_take_no_budget(name, grid, block, dens
         wanted = (density * (~layout.forced.pairs).sum(-1)).expand(own.shape)
         assert ((own - torch.minimum(wanted, is_open.sum(-1).float())).abs() < 1 + 1e-4)[~starved].all()
     elif not starved.any():
-        wanted = torch.full((2, 3), round(density * int((~layout.forced.pairs).sum())))
-        assert torch.equal(own.sum(-1), torch.minimum(wanted, is_open.sum((2, 3))))
+        every, over = (3, (1, 2, 3)) if name == "threshold" else (1, (2, 3))
+        wanted = torch.tensor(round(density * int((~layout.forced.pairs).sum()) * every))
+        assert torch.equal((kept & is_open).sum(over), torch.minimum(wanted, is_open.sum(over)))
     if name == "topk" and columns > 1:
         chosen, left = scores.masked_fill(~(kept & is_open), 2.0).amin(-1), scores.masked_fill(kept | ~is_open, -1.0).amax(-1)
         assert (chosen >= left).all()
@@ -389,13 +404,13 @@ def test_a_row_with_nothing_forced_reads_its_best_block(name):
     forced = Forced.of(torch.zeros(6, 6, dtype=torch.bool), CPU)
     scores = torch.rand(1, 2, 6, 6)
     scores[0, 0, 1, 4] = 2.0
-    kept = SELECTORS[name](scores, forced, 0.01, 16, {}).to_dense(6)
+    kept = pick(name, scores, forced, 0.01, 16).to_dense(6)
     assert (kept.sum(-1) == 1).all() and torch.equal(kept.long().argmax(-1), scores.argmax(-1))
     for must in (None, torch.zeros(1, 2, 6, 6, dtype=torch.bool)):
         hidden = torch.tensor([[False] * 4 + [True] * 2])
-        kept = SELECTORS[name](scores, forced, 0.01, 16, {}, must, hidden).to_dense(6)
+        kept = pick(name, scores, forced, 0.01, 16, must, hidden).to_dense(6)
         assert (kept.sum(-1) == 1).all() and torch.equal(kept.long().argmax(-1), scores[..., :4].argmax(-1))
-    nothing = SELECTORS[name](scores, forced, 0.5, 16, {}, None, torch.ones(1, 6, dtype=torch.bool))
+    nothing = pick(name, scores, forced, 0.5, 16, None, torch.ones(1, 6, dtype=torch.bool))
     assert not nothing.counts.any()
 
 
@@ -403,7 +418,7 @@ def test_a_row_with_nothing_forced_reads_its_best_block(name):
 def test_insisting_on_everything_is_dense(name):
     layout = layouts(TokenGrid(1, 16, 16), 16, "sparge")
     scores = torch.full((1, 1, 16, 16), float("nan"))  # a softmax over no column
-    kept = SELECTORS[name](scores, layout.forced, 0.3, 16, {}, torch.ones(1, 1, 16, 16, dtype=torch.bool)).to_dense(16)
+    kept = pick(name, scores, layout.forced, 0.3, 16, torch.ones(1, 1, 16, 16, dtype=torch.bool)).to_dense(16)
     assert kept.all()
 
 
@@ -418,21 +433,26 @@ def test_layout_protects_text_first_frame_and_the_own_block(name, grid, block):
     order = layout.order
     assert torch.equal(order[layout.inverse], torch.arange(grid.seq_len))
     assert torch.equal(layout.inverse[order], torch.arange(grid.seq_len))
-    pairs = layout.forced.pairs
-    assert pairs.shape == (num_blocks(grid.seq_len, block),) * 2
-    assert pairs.diagonal().all() and torch.equal(pairs, pairs.T)
+    granule = max(block // recipe.granules, 8)
+    assert layout.granule == granule
+    rows, columns = layout.forced.pairs.shape
+    assert (rows, columns) == (num_blocks(grid.seq_len, block), num_blocks(grid.seq_len, granule))
     protected = (order < grid.before) | (order >= grid.seq_len - grid.after)
     if recipe.protect_first_frame and grid.frames > 1:
         protected |= (order >= grid.before) & (order < grid.before + grid.height * grid.width)
-    blocks_with = {int(position) // block for position in protected.nonzero()}
-    expected = torch.eye(len(pairs), dtype=torch.bool)
+    blocks_with, granules_with = ({int(position) // size for position in protected.nonzero()} for size in (block, granule))
+    expected = torch.zeros(rows, columns, dtype=torch.bool)
+    for token in range(0, grid.seq_len, granule):
+        expected[token // block, token // granule] = True
     for index in blocks_with:
-        expected[index] = expected[:, index] = True
-    assert torch.equal(pairs, expected)
+        expected[index] = True
+    for index in granules_with:
+        expected[:, index] = True
+    assert torch.equal(layout.forced.pairs, expected)
     dense = [index for index, row in enumerate(expected.tolist()) if all(row)]
     assert set(blocks_with) <= set(dense)
     assert layout.forced.dense_rows.tolist() == dense
-    assert layout.forced.free_rows.tolist() == [index for index in range(len(pairs)) if index not in dense]
+    assert layout.forced.free_rows.tolist() == [index for index in range(rows) if index not in dense]
 
 
 def test_layout_without_a_grid():
@@ -452,7 +472,12 @@ def kept_blocks_alone(q, k, v, mask, key_bias):
     return reference.attention(q, k, v, block_mask=mask, key_bias=key_bias)[0]
 
 
-EXACT = {"drop": kept_blocks_alone}
+def kept_blocks_and_pooled_keys(q, k, v, mask, key_bias):
+    tail = PooledTail(mask.block_m // mask.block_n)
+    return reference.attention(q, k, v, block_mask=mask, key_bias=key_bias, tail=tail)[0]
+
+
+EXACT = {"drop": kept_blocks_alone, "pooled_tail": kept_blocks_and_pooled_keys}
 """What a compensator computes, in float64 with every score in memory: (q, k, v, mask, key_bias) -> out, all in the order of the blocks."""
 
 
@@ -518,7 +543,7 @@ def test_rows_with_unequal_shares_forced_choose_the_best_of_their_own_rest(name,
     pairs = torch.arange(12) < torch.tensor([[1], [4], [7], [10], [12]])
     forced = Forced.of(pairs, CPU)
     scores = torch.rand(2, 3, 5, 12)
-    mask = SELECTORS[name](scores, forced, density, 16, {}).to_dense(12)
+    mask = pick(name, scores, forced, density, 16).to_dense(12)
     own = (pairs.shape[1] - pairs.sum(1)).tolist()
     for row, open_pairs in enumerate(own):
         chosen = (mask & ~pairs)[:, :, row]
@@ -581,10 +606,10 @@ def test_the_choice_sees_what_is_hidden(name, similarity, bias):
     key_bias = BIASES[bias](grid.seq_len)
     exact = reference.attention(q, k, v, key_bias=key_bias)[0]
     plain = reference.attention(q, k, v)[0]
-    hidden = hidden_blocks(key_bias.index_select(1, layout.order), 32)
+    hidden = hidden_blocks(key_bias.index_select(1, layout.order), layout.granule)
     for density in (0.01, 0.3):
         out, mask = sparse_attention(recipe, layout, q, k, v, density=density, precision="native", key_bias=key_bias, settings=settings)
-        assert not (mask.to_dense(24) & hidden[:, None, None]).any()
+        assert not (mask.to_dense(hidden.shape[1]) & hidden[:, None, None]).any()
         assert (out != 0).any(-1).all(), "a row of zeros although there are visible keys"
     without = sparse_attention(recipe, layout, q, k, v, density=0.3, precision="native", settings=settings)[0]
     error, usual = ((x - y).norm() / y.norm() for x, y in ((out, exact), (without, plain)))
@@ -633,9 +658,9 @@ def test_a_compensator_is_told_what_the_choice_knew():
     bias = torch.randn(1, 261)
     seen = []
 
-    def note(q, k, v, mask, block, scores, settings, *call):
-        seen.append((mask, block, scores, settings, call))
-        return drop(q, k, v, mask, block, scores, settings, *call)
+    def note(tokens, mask, *others):
+        seen.append((tokens, mask, others))
+        return drop(tokens, mask, *others)
 
     drop = COMPENSATORS["drop"]
     with pytest.MonkeyPatch.context() as patch:
@@ -643,12 +668,13 @@ def test_a_compensator_is_told_what_the_choice_knew():
         keywords = dict(density=0.3, precision="native", key_bias=bias, settings={"similarity": 0.2})
         _, mask = sparse_attention(recipe, layout, q, k, v, **keywords)
         sparse_attention(recipe, layout, q, k, v, mask=mask, **keywords)
-    for used, block, _, numbers, (key_bias, scale, precision, choice) in seen:
-        assert used is mask and block == 32 and numbers == {"similarity": 0.2}
-        assert torch.equal(key_bias, bias[:, layout.order]) and (scale, precision, choice) == (0.25, "native", None)
-    ordered = (x.index_select(2, layout.order) for x in (q, k))
-    expected = ESTIMATORS["pooled_similarity"](*ordered, None, bias[:, layout.order], 32, 0.25, {"similarity": 0.2})[0]
-    assert torch.equal(seen[0][2], expected) and seen[1][2] is None
+    for tokens, used, (_, numbers, precision, choice) in seen:
+        assert used is mask and (tokens.block, tokens.granule, tokens.scale) == (32, 32, 0.25) and numbers == {"similarity": 0.2}
+        for source, permuted in ((q, tokens.q), (k, tokens.k), (v, tokens.v)):
+            assert torch.equal(permuted, source.index_select(2, layout.order))
+        assert torch.equal(tokens.key_bias, bias[:, layout.order]) and (precision, choice) == ("native", None)
+    expected = ESTIMATORS["pooled_similarity"](seen[0][0], {"similarity": 0.2})[0]
+    assert torch.equal(seen[0][2][0], expected) and seen[1][2][0] is None
 
 
 @quick

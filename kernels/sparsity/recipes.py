@@ -6,7 +6,7 @@ Each part is a small function on tensors, registered by name in the module of it
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .. import registry
 
@@ -26,9 +26,11 @@ class Setting:
 class Recipe:
     """One sparse method. permute, estimate, select and compensate are keys of the registries in the modules of those names.
 
-    protect_text, protect_first_frame: rows and columns of blocks with such tokens are dense. protect_own_block: each query block
-    reads itself. needs_grid: False where the method still makes sense on tokens in their given order. control: for measurements
-    only, not offered to users.
+    granules: key blocks in a query block, where each has 8 keys or more. protect_text, protect_first_frame: rows and columns of blocks with such
+    tokens are dense. protect_own_block: each query block reads itself. needs_grid: False where the method still makes sense on tokens in their
+    given order. by_error: its scores are squared errors that add up, so an error may be asked for in place of a density. quick: the
+    estimator for a run in which looking once with `estimate` does not pay; None where `estimate` is cheap enough for every call.
+    control: for measurements only, not offered to users.
     """
 
     name: str
@@ -38,10 +40,13 @@ class Recipe:
     select: str
     permute: str | None = None
     compensate: str = "drop"
+    granules: int = 1
     protect_text: bool = True
     protect_first_frame: bool = False
     protect_own_block: bool = True
     needs_grid: bool = True
+    by_error: bool = False
+    quick: str | None = None
     control: bool = False
     settings: Mapping[str, Setting] = field(default_factory=dict)
 
@@ -95,6 +100,20 @@ _ALL = (  # the first is the default: of the two that lead bench/results/quality
         settings=_SIMILARITY,
     ),
     Recipe(
+        name="tessera",
+        title="measures once what it costs to leave out a block, keeps the blocks where that is most, and pools the rest",
+        source="ours: docs/method.md",
+        permute="window3d",
+        estimate="tail_error",
+        select="threshold",
+        compensate="pooled_tail",
+        granules=4,
+        needs_grid=False,
+        by_error=True,
+        quick="pooled",
+        control=True,
+    ),
+    Recipe(
         name="random",
         title="random blocks",
         source="control for measurements",
@@ -103,9 +122,27 @@ _ALL = (  # the first is the default: of the two that lead bench/results/quality
         select="topk",
         control=True,
     ),
+    Recipe(
+        name="oracle",
+        title="the blocks that exact attention looks at most, found anew for every call",
+        source="control for measurements: what every cheap score stands for",
+        permute="window3d",
+        estimate="exact_mass",
+        select="topk",
+        control=True,
+    ),
 )
 
 RECIPES = registry.by_name("recipe", _ALL)
+
+
+LEAST_GRANULE = 8
+"""Keys. Finer ones would make the tail as long as what it replaces."""
+
+
+def with_tail(recipe: Recipe) -> Recipe:
+    """The recipe with finer key blocks and the pooled tail for what it drops."""
+    return replace(recipe, granules=4, compensate="pooled_tail")
 
 
 def get(name: str) -> Recipe:

@@ -1,9 +1,7 @@
 """select: which blocks to keep.
 
-A selector is `f(scores, forced, density, block, settings, must, hidden) -> BlockMask`, written as `f(pairs, density, settings)`: scores
-`(batch, heads, query blocks, key blocks)`; forced, the pairs that the recipe always keeps; must, bool like scores, the pairs that the
-estimator insists on, or None where it never does; hidden, bool `(batch, key blocks)`, the blocks without a visible key, or None where there
-are none; density, the share of the pairs outside `forced` to choose, best first.
+A selector is `f(pairs, density, settings) -> BlockMask`: pairs, the block pairs of a call with their scores; density, the share of the pairs that
+the recipe does not keep anyway to choose, best first; settings, the method's numbers.
 
 What is forced or insisted on comes on top of that choice and never takes its place, as in the authors' codes (RainFusion2.0, DraftAttention,
 SpargeAttn), so that more is kept than `density` of all pairs. A hidden block is never kept, forced or not; and a row is never empty where
@@ -14,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import wraps
 
 import torch
 from torch import Tensor
@@ -76,13 +73,18 @@ class Forced:
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """The block pairs of one call: their scores, and which of them are kept in any case, never, or by choice. Fields: a selector's arguments."""
+    """The block pairs of one call.
+
+    scores: `(batch, heads, query blocks, key blocks)`. forced: the pairs that the recipe always keeps. blocks: tokens in a query block and in a
+    key block. must: bool like scores, the pairs that the estimator insists on, or None where it never does. hidden: bool
+    `(batch, key blocks)`, the blocks without a visible key, or None where there are none.
+    """
 
     scores: Tensor
     forced: Forced
-    block: int
-    must: Tensor | None
-    hidden: Tensor | None
+    blocks: tuple[int, int]
+    must: Tensor | None = None
+    hidden: Tensor | None = None
 
     def ranked(self, rank: Tensor) -> Tensor:
         """rank where there is a choice, elsewhere -inf."""
@@ -91,10 +93,10 @@ class Pairs:
             rank.masked_fill_(self.must, float("-inf"))
         return self._without_hidden(rank)
 
-    def best_of_heads(self, rank: Tensor, density: float) -> Tensor:
-        """Bool like rank: per head the open pairs of highest rank, as many as the density asks for."""
-        flat = self.ranked(rank).flatten(2)
-        keep = round(density * int(self.forced.open.sum()))
+    def best(self, rank: Tensor, density: float, of: int) -> Tensor:
+        """Bool like rank: the open pairs of highest rank, as many as the density asks for. of: the dimension from which on they are compared."""
+        flat = self.ranked(rank).flatten(of)
+        keep = round(density * int(self.forced.open.sum()) * (rank.shape[1] if of == 1 else 1))
         # By index and not by comparison with a threshold: equal scores (many are 0 where attention is sharp) would all pass it.
         return torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, flat.topk(keep, -1).indices, True).view_as(rank)
 
@@ -112,33 +114,19 @@ class Pairs:
         if self.hidden is not None or self.forced.bare:
             best, where = self._without_hidden(self.scores).max(-1, keepdim=True)
             kept |= torch.zeros_like(kept).scatter_(-1, where, True) & ~kept.any(-1, keepdim=True) & ~best.isneginf()
-        return BlockMask.from_dense(kept, self.block, self.block, width=kept.shape[-1] if len(self.forced.dense_rows) else width)
+        return BlockMask.from_dense(kept, *self.blocks, width=kept.shape[-1] if len(self.forced.dense_rows) else width)
 
     def _without_hidden(self, scores: Tensor) -> Tensor:
         return scores if self.hidden is None else scores.masked_fill(self.hidden[:, None, None], float("-inf"))
 
 
-Selector = Callable[[Tensor, Forced, float, int, Mapping[str, float], "Tensor | None", "Tensor | None"], BlockMask]
+Selector = Callable[[Pairs, float, Mapping[str, float]], BlockMask]
 SELECTORS: dict[str, Selector] = {}
 
 
-def selector(choose: Callable[[Pairs, float, Mapping[str, float]], BlockMask]) -> Selector:
-    """Register `choose(pairs, density, settings)` as the selector of its name."""
-
-    def select(
-        scores: Tensor,
-        forced: Forced,
-        density: float,
-        block: int,
-        settings: Mapping[str, float],
-        must: Tensor | None = None,
-        hidden: Tensor | None = None,
-    ) -> BlockMask:
-        return choose(Pairs(scores, forced, block, must, hidden), density, settings)
-
-    named: Selector = wraps(choose)(select)
-    registry.add(SELECTORS, "selector", choose.__name__, named)
-    return named
+def selector(function: Selector) -> Selector:
+    registry.add(SELECTORS, "selector", function.__name__, function)
+    return function
 
 
 @selector
@@ -162,13 +150,13 @@ def topk(pairs: Pairs, density: float, settings: Mapping[str, float]) -> BlockMa
         indices = torch.arange(key_blocks, dtype=torch.int32, device=scores.device).repeat(batch, heads, query_blocks, 1)
         indices[:, :, forced.free_rows, : rows.width] = best
         best = indices
-    return BlockMask(best, counts, pairs.block, pairs.block, key_blocks, trusted=True)
+    return BlockMask(best, counts, *pairs.blocks, key_blocks, trusted=True)
 
 
 @selector
 def global_quantile(pairs: Pairs, density: float, settings: Mapping[str, float]) -> BlockMask:
     """One threshold a head over all its pairs: rows that need more get more (DraftAttention)."""
-    return pairs.mask(pairs.best_of_heads(pairs.scores, density))
+    return pairs.mask(pairs.best(pairs.scores, density, 2))
 
 
 @selector
@@ -179,4 +167,17 @@ def top_p(pairs: Pairs, density: float, settings: Mapping[str, float]) -> BlockM
     """
     ordered, ids = pairs.scores.sort(-1, descending=True)
     before = torch.empty_like(pairs.scores).scatter_(-1, ids, ordered.cumsum(-1) - ordered)
-    return pairs.mask(pairs.best_of_heads(-before, density))
+    return pairs.mask(pairs.best(-before, density, 2))
+
+
+@selector
+def threshold(pairs: Pairs, density: float, settings: Mapping[str, float]) -> BlockMask:
+    """One threshold a sample, over the rows of all heads: every pair costs the same, so the best ones are kept wherever they are. Ours."""
+    return pairs.mask(pairs.best(pairs.scores, density, 1))
+
+
+def within_error(pairs: Pairs, error: float) -> BlockMask:
+    """The threshold that an error allows: the scores of what is dropped, which are squared relative errors, add up to error^2 at most. Ours."""
+    order = (-pairs.ranked(-pairs.scores)).flatten(1).sort(-1)
+    dropped = order.values.cumsum(-1, dtype=torch.float64) <= error**2
+    return pairs.mask(torch.ones_like(dropped).scatter_(-1, order.indices, ~dropped).view_as(pairs.scores))
