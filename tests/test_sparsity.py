@@ -92,6 +92,15 @@ def test_full_tiles_come_first_and_fill_whole_blocks(name, grid, block, protect)
         assert [int(axis.min()) % size for axis, size in zip(coordinates(grid, tokens)[1:], extents[1:], strict=True)] == [0, 0]
 
 
+@pytest.mark.parametrize("frames, shape", [(2, {32: (2, 4, 4), 16: (2, 2, 4), 8: (2, 2, 2)}), (1, {32: (1, 4, 8), 16: (1, 4, 4), 8: (1, 2, 4)})])
+def test_granules_of_windows_are_compact(frames, shape):
+    grid = TokenGrid(frames, 16, 16)
+    order = PERMUTERS["window3d"](grid, 128, False)
+    for granule, extents in shape.items():
+        for tokens in order.split(granule):
+            assert tuple(int(axis.max() - axis.min()) + 1 for axis in coordinates(grid, tokens)) == extents
+
+
 def test_spatial_tiles_are_the_formula_of_draft_attention():
     grid = TokenGrid(3, 16, 48, before=5, after=7)
     order = PERMUTERS["spatial_tiles"](grid, 128, False)

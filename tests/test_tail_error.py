@@ -179,7 +179,7 @@ def test_the_prediction_is_near_the_error(budget):
     assert same is mask and predicted.shape == (1,)
     if "error" in budget:
         assert predicted.item() <= budget["error"]
-    assert 0.4 * measured < predicted.item() < 1.5 * measured
+    assert 0.25 * measured < predicted.item() < measured, "errors of blocks add up worse than independent ones"
 
 
 def test_it_beats_the_others_at_equal_work():
