@@ -124,6 +124,18 @@ class BlockMask:
         mask = torch.zeros((*self.counts.shape, key_blocks + 1), dtype=torch.bool, device=self.indices.device)
         return mask.scatter_(-1, target, True)[..., :key_blocks]
 
+    def to_bits(self, key_blocks: int) -> Tensor:
+        """uint8 `(batch, heads, query blocks, ceil(key_blocks / 8))`, key block j in bit j % 8 of byte j // 8: small enough to keep for a run."""
+        dense = torch.nn.functional.pad(self.to_dense(key_blocks), (0, -key_blocks % 8)).unflatten(-1, (-1, 8))
+        bits: Tensor = (dense << torch.arange(8, dtype=torch.uint8, device=dense.device)).sum(-1, dtype=torch.uint8)
+        return bits
+
+    @classmethod
+    def from_bits(cls, bits: Tensor, block_m: int, block_n: int, key_blocks: int, width: int) -> BlockMask:
+        """The inverse of `to_bits`, for the width that the mask had. Never reads the device."""
+        dense = (bits[..., None] >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1).flatten(-2)[..., :key_blocks]
+        return cls.from_dense(dense.bool(), block_m, block_n, width=width)
+
     def token_mask(self, q_len: int, k_len: int) -> Tensor:
         """Boolean `(batch, heads, q_len, k_len)`: the mask token by token, for references and small tests."""
         dense = self.to_dense(num_blocks(k_len, self.block_n))

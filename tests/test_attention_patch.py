@@ -326,7 +326,7 @@ def test_masks_of_windows_that_are_gone_are_forgotten():
         call = ModelCall(LAYOUT, sigma, ("cond", number))
         patch.begin(call)
         attend(patch, call, *qkv())
-    assert len(patch._masks) == 2
+    assert len(patch.masks) == 2
 
 
 def test_dense_quantized_where_the_gpu_has_it(monkeypatch):

@@ -46,6 +46,16 @@ def sparse(**changes):
     return record(SPARSE, **{"kept": 30, "pairs": 100, **changes})
 
 
+def looked(call):
+    call.search = (20.0, 21.5)
+    return call
+
+
+def guarded(call, load, predicted, error):
+    call.load, call.predicted, call.error = torch.tensor(load), predicted, error
+    return call
+
+
 def model_call(seconds, *calls):
     return ModelCallRecord(10.0, 10.0 + seconds, list(calls))
 
@@ -62,14 +72,24 @@ def test_every_figure_of_a_run():
     report = report_of(
         *records,
         density=0.3,
+        error=0.07,
+        mask_bytes={"device": 5, "host": 6},
         family="Wan",
         refusals={"triton/fp16": "no GPU"},
         notes=Counter({"4 steps": 1}),
         repeated=2,
         other=Counter({"cross-attention": 6}),
     )
+    records[0].search = (20.0, 21.5)
+    records[2].predicted, records[2].error = 0.06, 0.08
+    records[3].load, records[3].predicted, records[3].error = torch.tensor(0.375), 0.1, 0.05
     work = [2 * 100**2, 2 * 100**2, 2 * 100**2, 4 * 200**2, 2 * 20**2, 2 * 50**2]  # batch x heads x tokens squared
     densities = [1, 1, 0.3, 0.25, 1, 1]
+    loads = [1, 1, 0.3, 0.375, 1, 1]
+
+    def root_mean_square(first, second):
+        return pytest.approx(((first**2 * work[2] + second**2 * work[3]) / (work[2] + work[3])) ** 0.5)
+
     assert report.as_dict() == {
         "method": "sparge",
         "family": "Wan",
@@ -81,6 +101,15 @@ def test_every_figure_of_a_run():
         "sparse_share_in_window": pytest.approx(2 / 3),
         "density": pytest.approx((0.3 * work[2] + 0.25 * work[3]) / (work[2] + work[3])),
         "overall_density": pytest.approx(sum(d * w for d, w in zip(densities, work, strict=True)) / sum(work)),
+        "work": pytest.approx((0.3 * work[2] + 0.375 * work[3]) / (work[2] + work[3])),
+        "overall_work": pytest.approx(sum(d * w for d, w in zip(loads, work, strict=True)) / sum(work)),
+        "asked_error": 0.07,
+        "error": root_mean_square(0.08, 0.05),
+        "predicted_error": root_mean_square(0.06, 0.1),
+        "errors": [[1, 0, 0.06, 0.08], [1, 1, 0.1, 0.05]],
+        "searches": 1,
+        "search_seconds": 1.5,
+        "mask_bytes": {"device": 5, "host": 6},
         "backends": {"torch/native": 1, "triton/int8": 2},
         "refusals": {"triton/fp16": "no GPU"},
         "reasons": {"outside the sparse steps": 1, "dense block": 1, "only 20 tokens": 1, "another length than the video's": 1, "cross-attention": 6},
@@ -116,6 +145,20 @@ def test_an_empty_run_has_no_shares():
 
 WARM_UP = model_call(100.0, dense(seconds=50.0))
 LINES = {
+    "a search and its errors": (
+        report_of(
+            looked(dense(reason="outside the sparse steps")),
+            guarded(sparse(kept=20, step=1), 0.3, 0.07, 0.06),
+            method="tessera",
+            mask_bytes={"device": 2_300_000, "host": 40_000_000},
+        ),
+        "tessera on torch/native · 1 of 2 self-attention calls sparse · density 0.20, work 0.30 with its tail (overall 0.65) · "
+        "error 6.0%, predicted 7.0% · 1 calls looked at in 1.50 s, masks 2.3 MB and 40.0 MB in host memory · outside the sparse steps (1)",
+    ),
+    "an error that was asked for": (
+        report_of(guarded(sparse(kept=20), 0.3, 0.07, 0.061), method="tessera", error=0.08),
+        "tessera on torch/native · 1 of 1 self-attention calls sparse · density 0.20, work 0.30 with its tail (overall 0.30) · error 6.1%, asked 8%",
+    ),
     "nothing reached the patch": (
         report_of(other=Counter({"cross-attention": 9, "attention: v has shape (1, 2)": 2})),
         "sparge: not accelerated, no self-attention call reached the patch: cross-attention (9)",

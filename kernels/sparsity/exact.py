@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..attention import as_bias
 from .tokens import Tokens
 
 PIECE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
@@ -52,6 +53,19 @@ def error(tokens: Tokens) -> tuple[Tensor, Tensor]:
             piece.store(found, slope.mul_(p).sum(1).add_(over.square_().mul_(far)).clamp_(min=0.0))
             energy[head.sample] += (length * piece.shown).sum()
     return found, energy
+
+
+def sampled_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, key_bias: Tensor | None, scale: float | None) -> Tensor:
+    """|out - exact| / |exact| of some queries, rows int64 `(rows,)`, over all samples and heads: a float32 scalar.
+
+    out, q `(batch, heads, tokens, head_dim)`; k, v with as many heads or fewer; key_bias `(batch, tokens)` or None.
+    """
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x if groups == 1 else x.repeat_interleave(groups, 1) for x in (k, v))
+    mask = None if key_bias is None else as_bias(key_bias, q).to(q.dtype)[:, None, None]
+    exact = F.scaled_dot_product_attention(q.index_select(2, rows), k, v, attn_mask=mask, scale=scale).float()
+    error: Tensor = (out.index_select(2, rows).float() - exact).norm() / exact.norm()
+    return error
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from ...kernels import attention as kernel
 from ...kernels import dispatch
-from ...kernels.block_mask import BlockMask, num_blocks
-from ...kernels.sparsity import Arrangement, TokenGrid, describe, get, prepare, sparse_attention
+from ...kernels.block_mask import num_blocks
+from ...kernels.sparsity import Arrangement, TokenGrid, describe, prepare, sampled_error, sparse_attention
 from ..families import TokenSpans
 from .report import HOST, QUANTIZED, SPARSE, AttentionReport, CallRecord, ModelCallRecord, clock
+from .search import LOOK, Key, Masks, Search, guard_rows
 from .settings import BLOCK_SIZES, FEW_STEPS, AttentionSettings
 
 
@@ -44,6 +45,8 @@ def percent_of(sigma: float, percent_to_sigma: Callable[[float], float]) -> floa
 
 CPU = torch.device("cpu")
 
+OUTSIDE = "outside the sparse steps"
+
 
 @dataclass(eq=False)
 class ModelCall:
@@ -65,6 +68,7 @@ class ModelCall:
     start: Any = None
     before: tuple[int, Counter[str]] = (0, Counter())  # the report when this call began
     checks: list[tuple[int | None, str, Tensor]] = field(default_factory=list)
+    guards: list[tuple[CallRecord, Key, Tensor]] = field(default_factory=list)  # measured errors
 
 
 class AttentionPatch:
@@ -74,7 +78,7 @@ class AttentionPatch:
         """keep: entered around the creation of tensors that outlive an attention call (ComfyUI's compiler must know them)."""
         settings.validate()
         self.settings = settings
-        self.recipe = get(settings.method)
+        self.recipe = settings.recipe
         self._keep = keep
         self.start()
 
@@ -94,7 +98,7 @@ class AttentionPatch:
         self._sigma: float | None = None
         self._places: Counter[Hashable] = Counter()
         self._arrangements: dict[Hashable, Arrangement] = {}
-        self._masks: dict[Hashable, tuple[int, BlockMask]] = {}
+        self.masks = Masks(settings.mask_bytes)
         self._choices: dict[Hashable, dispatch.Choice] = {}
         self._disabled: set[tuple[int | None, str]] = set()
         if percent_to_sigma is not None:
@@ -109,7 +113,10 @@ class AttentionPatch:
                     self.density = max(self.density, 0.5)
                     self.report.notes[f"{whole} steps: one dense step, density at least 0.5"] += 1
             self._sigma_window = (percent_to_sigma(settings.end_percent), percent_to_sigma(start) if start > 0.0 else math.inf)
-        self.report.density = self.density
+        self.report.density, self.report.error, self.report.mask_bytes = self.density, settings.error, self.masks.peak
+        self._search: Search | None = None
+        if self.recipe.quick is not None:
+            self._search = Search(settings, self.masks, self.density, sigmas, self._sigma_window, self._dense_steps)
 
     @property
     def knows_its_schedule(self) -> bool:
@@ -121,7 +128,7 @@ class AttentionPatch:
     def release(self) -> None:
         """Drop the tensors; the report stays."""
         self._arrangements.clear()
-        self._masks.clear()
+        self.masks.clear()
 
     def begin(self, call: ModelCall) -> None:
         """Announce a model call. Steps are counted by distinct sigma, so that any sampler and any split of CFG counts alike."""
@@ -129,11 +136,12 @@ class AttentionPatch:
             self._sigmas.append(call.sigma)
         if call.sigma != self._sigma:
             if self._sigma is not None and call.sigma > self._sigma:
-                self._masks.clear()  # noise was added again: what was chosen for less of it is stale
+                self.masks.clear()  # noise was added again: what was chosen for less of it is stale
             self._sigma = call.sigma
             self._turn += 1
             self._places.clear()
-            self._masks = {key: kept for key, kept in self._masks.items() if self._turn - kept[0] < self.settings.mask_refresh}
+            if self.recipe.quick is None:
+                self.masks.keep_since(self._turn - self.settings.mask_refresh + 1)
         call.step, call.turn = self._sigmas.index(call.sigma), self._turn
         # Guidance passes may share a conditioning: they are told apart by their order in the step.
         call.place = (call.branch, self._places[call.branch])
@@ -148,7 +156,7 @@ class AttentionPatch:
         """The call that repeats `call` dense. What `call` recorded is struck from the report."""
         first, self.report.other = call.before
         del self.report.records[first:]
-        repeat = replace(call, layer=0, force_dense=True, checks=[])
+        repeat = replace(call, layer=0, force_dense=True, checks=[], guards=[])
         self._open(repeat)
         return repeat
 
@@ -159,14 +167,18 @@ class AttentionPatch:
         """
         if call.checks:
             # A sum is finite exactly where all its terms are, at a tenth of the cost of looking at each.
-            finite = torch.stack([total for _, _, total in call.checks]).isfinite().tolist()
-            bad = [(layer, precision) for (layer, precision, _), ok in zip(call.checks, finite, strict=True) if not ok]
+            numbers = torch.stack([*(total for _, _, total in call.checks), *(measured for _, _, measured in call.guards)]).tolist()
+            bad = [(layer, precision) for (layer, precision, _), total in zip(call.checks, numbers, strict=False) if not math.isfinite(total)]
             if bad:
                 self._disabled.update(bad)
                 layer, precision = bad[0]
                 self.report.repeated += 1
                 self.report.notes[f"non-finite output at layer {layer} ({precision}): the model call was done again dense"] += 1
                 return True
+            for (record, key, _), measured in zip(call.guards, numbers[len(call.checks) :], strict=True):
+                record.error = measured
+                if self._search is not None:
+                    self._search.observe(key, measured)
         self.report.model_calls.append(ModelCallRecord(call.start, clock(call.device), self.report.records[call.before[0] :]))
         return False
 
@@ -200,61 +212,68 @@ class AttentionPatch:
             self.report.other["cross-attention"] += 1
             return dense()
 
-        grid = None if call.spans is None else call.spans.grid(problem.q_len, problem.k_len)
-        layer = None
-        if call.spans is None or grid is not None:
-            layer = call.layer
-            call.layer += 1
-        else:
+        grid, layer = _place(call, problem)
+        if layer is None:
             unsupported = "another length than the video's"
-        outcome, reason, in_window = self._decide(call, layer, problem.q_len, grid, unsupported)
+        key = (layer, call.place, grid, q.shape)
+        outcome, reason, in_window = self._decide(call, key, problem.q_len, grid, unsupported)
         shape = (q.shape[0], problem.num_heads, problem.num_kv_heads, problem.q_len, problem.head_dim)
-        choice = arrangement = None
+        arrangement = self._arrangement(grid, q) if outcome in (SPARSE, LOOK) else None
+        choice = None
         if outcome != HOST:
-            if outcome == SPARSE:
-                arrangement = self._arrangement(grid, q)
+            if arrangement is not None:
                 problem = describe(arrangement, q, k, v, key_bias=key_bias)
             choice, refusal = self._choice(problem, quantize, layer)
             if choice is None:
-                reason = refusal if outcome == SPARSE else reason
+                reason = refusal if in_window else reason
                 outcome = HOST
 
-        kept, pairs = None, 1
         start = clock(q.device)
-        if choice is None:
+        record = CallRecord(call.step, layer, shape, HOST if outcome == LOOK else outcome, start, start, in_window=in_window, reason=reason)
+        if outcome in (HOST, LOOK) or choice is None:
             out = dense()
         else:
             if arrangement is not None:
-                result, kept, pairs = self._sparse(call, layer, grid, arrangement, q, k, v, choice, key_bias, scale)
+                result = self._sparse(call, record, key, arrangement, q, k, v, choice, key_bias, scale)
             else:
                 result = kernel.attention(q, k, v, key_bias=key_bias, choice=choice, scale=scale)
             with self._keep():
                 call.checks.append((layer, choice.taken().precision, result.detach().sum(dtype=torch.float32)))
             out = to_host(result)
-        name = None if choice is None else choice.taken().name
-        self.report.records.append(CallRecord(call.step, layer, shape, outcome, start, clock(q.device), kept, pairs, in_window, reason, name))
+            record.backend = choice.taken().name
+        record.end = clock(q.device)
+        if outcome == LOOK:
+            self._look(record, key, call.turn, arrangement, q, k, v, key_bias, scale)
+        self.report.records.append(record)
         return out
 
-    def _decide(self, call: ModelCall, layer: int | None, tokens: int, grid: TokenGrid | None, refusal: str | None) -> tuple[str, str | None, bool]:
+    def _decide(self, call: ModelCall, key: Key, tokens: int, grid: TokenGrid | None, refusal: str | None) -> tuple[str, str | None, bool]:
         """(outcome, why it is not sparse, whether it could have been: long enough, and in a step and block that may be)."""
-        settings = self.settings
+        settings, layer = self.settings, key[0]
         if call.force_dense:
             return HOST, "repeated after non-finite output", False
-        alternative = QUANTIZED if refusal is None else HOST
-        if tokens < settings.min_tokens:
-            return alternative, refusal or f"{tokens} tokens, fewer than min_tokens {settings.min_tokens}", False
-        if tokens < 2 * self._block(tokens):
-            return alternative, refusal or f"only {tokens} tokens", False
-        if self.density >= 1.0:
-            return alternative, refusal or "density 1", False
-        lowest, highest = self._sigma_window
-        if not lowest <= call.sigma <= highest or call.step < self._dense_steps:
-            return HOST, "outside the sparse steps", False
-        if layer in settings.dense_blocks:
-            return HOST, "dense block", False
+        if dense := self._dense_anyway(tokens):
+            return QUANTIZED if refusal is None else HOST, refusal or dense, False
         if refusal is None and grid is None and self.recipe.needs_grid:
             refusal = f"unknown model family: {self.recipe.name} needs the token grid, sparge does not"
-        return (SPARSE, None, True) if refusal is None else (HOST, refusal, True)
+        lowest, highest = self._sigma_window
+        search = self._search if refusal is None and layer not in settings.dense_blocks else None
+        if not lowest <= call.sigma <= highest or call.step < self._dense_steps:
+            return LOOK if search is not None and search.ahead(call.sigma, call.step) else HOST, OUTSIDE, False
+        if layer in settings.dense_blocks:
+            return HOST, "dense block", False
+        if refusal is not None:
+            return HOST, refusal, True
+        return (SPARSE, None, True) if search is None else (*search.decide(key, call.sigma, call.turn), True)
+
+    def _dense_anyway(self, tokens: int) -> str | None:
+        """Why no call of this length is sparse."""
+        settings = self.settings
+        if tokens < settings.min_tokens:
+            return f"{tokens} tokens, fewer than min_tokens {settings.min_tokens}"
+        if tokens < 2 * self._block(tokens):
+            return f"only {tokens} tokens"
+        return "density 1" if self.density >= 1.0 and settings.error is None else None
 
     def _block(self, tokens: int) -> int:
         return self.settings.block or auto_block(tokens)
@@ -284,11 +303,19 @@ class AttentionPatch:
         self.report.refusals.update(choice.refusals)
         return choice
 
+    def _look(self, record: CallRecord, key: Key, *call: Any) -> None:
+        """call: the arguments of `Search.look` behind the key."""
+        with self._keep():
+            finite = _look_beside_graph(self._search, key, *call)
+        if not finite:
+            self.report.notes[f"non-finite scores at layer {record.layer}: they are looked at again at the next step"] += 1
+        record.search = record.end, clock(call[2].device)
+
     def _sparse(
         self,
         call: ModelCall,
-        layer: int | None,
-        grid: TokenGrid | None,
+        record: CallRecord,
+        key: Key,
         arrangement: Arrangement,
         q: Tensor,
         k: Tensor,
@@ -296,12 +323,16 @@ class AttentionPatch:
         choice: dispatch.Choice,
         key_bias: Tensor | None,
         scale: float | None,
-    ) -> tuple[Tensor, Tensor, int]:
-        """(output, number of kept block pairs, of all): with the mask of an earlier step where one is kept."""
-        key = (layer, call.place, grid, q.shape)
-        mask = self._masks[key][1] if key in self._masks else None
+    ) -> Tensor:
+        """The output: with the mask of an earlier step where one was found. What was kept goes into the record."""
+        found, recipe = self.masks.get(key), self.recipe
+        if found is None and recipe.quick is not None:
+            recipe = replace(recipe, estimate=recipe.quick)
+            self.report.notes["too few sparse steps to look exactly: blocks are chosen by their means"] += 1
+        mask = None if found is None else found.mask(q.device)
+        settings = self.settings
         out, used = sparse_attention(
-            self.recipe,
+            recipe,
             arrangement,
             q,
             k,
@@ -311,13 +342,23 @@ class AttentionPatch:
             scale=scale,
             mask=mask,
             key_bias=key_bias,
-            settings=self.settings.method_settings,
+            settings=settings.method_settings,
         )
+        if found is None and settings.mask_refresh > 1 and self._search is None:
+            with self._keep():
+                found = self.masks.put(key, used, arrangement, call.turn)
+        record.pairs = q.shape[0] * q.shape[1] * used.counts.shape[2] * num_blocks(arrangement.positions, used.block_n)
         with self._keep():
-            if self.settings.mask_refresh > 1 and mask is None:
-                self._masks[key] = (call.turn, replace(used, indices=used.indices.clone(), counts=used.counts.clone()))
-            pairs = q.shape[0] * q.shape[1] * used.counts.shape[2] * num_blocks(k.shape[2], used.block_n)
-            return out, used.counts.expand(*q.shape[:2], -1).sum(), pairs
+            if found is not None:
+                record.kept, record.load = found.kept, found.work
+            else:
+                record.kept = used.counts.expand(*q.shape[:2], -1).sum()
+                record.load = None if arrangement.tail is None else arrangement.work(used)
+            if found is not None and found.predicted is not None and self._search is not None:
+                record.predicted = self._search.expected(key)
+                rows = guard_rows(q.shape[2], call.turn, q.device)
+                call.guards.append((record, key, sampled_error(out, q, k, v, rows, key_bias, scale)))
+        return out
 
     def _arrangement(self, grid: TokenGrid | None, q: Tensor) -> Arrangement:
         block = self._block(q.shape[2])
@@ -327,6 +368,18 @@ class AttentionPatch:
             with self._keep():
                 arrangement = self._arrangements[key] = prepare(self.recipe, grid, q.device, block=block, seq_len=q.shape[2])
         return arrangement
+
+
+def _place(call: ModelCall, problem: dispatch.Problem) -> tuple[TokenGrid | None, int | None]:
+    """(grid of a self-attention call, number of its layer): None where its family is unknown, and where its length is not the video's."""
+    grid = None if call.spans is None else call.spans.grid(problem.q_len, problem.k_len)
+    if call.spans is not None and grid is None:
+        return None, None
+    call.layer += 1
+    return grid, call.layer - 1
+
+
+_look_beside_graph = torch.compiler.disable(Search.look)
 
 
 def _first_reason(choice: dispatch.Choice) -> str:

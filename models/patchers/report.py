@@ -6,7 +6,7 @@ import math
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -42,6 +42,10 @@ class CallRecord:
     in_window: bool = False  # long enough, and in a step and block that may be sparse
     reason: str | None = None  # why it is not sparse
     backend: str | None = None  # name of the implementation; None: the host's attention
+    load: Tensor | None = None  # pairs that it computes, its tail's included, of all; 0-dim; None: those that it keeps
+    predicted: float | None = None  # error |out - exact| / |exact|
+    error: float | None = None  # measured, on a few queries
+    search: tuple[Any, Any] | None = None  # begin and end of an exact look for the blocks that later calls keep
 
     @property
     def work(self) -> float:
@@ -87,6 +91,8 @@ class AttentionReport:
     method: str
     precision: str
     density: float = 1.0  # asked for
+    error: float | None = None  # asked for
+    mask_bytes: Mapping[str, int] = field(default_factory=dict)  # most that masks took, on the "device" and, pinned, on the "host"
     family: str | None = None
     refusals: dict[str, str] = field(default_factory=dict)  # implementation name -> why it was not used
     notes: Counter[str] = field(default_factory=Counter)  # what else a user should know -> times
@@ -111,7 +117,7 @@ class AttentionReport:
         for end in [part.end for part in records[-1:]] + [part.end for part in self.model_calls[-1:]]:
             if not isinstance(end, float):
                 end.synchronize()
-        densities = _densities(records)
+        densities, loads = _densities(records)
         sparse = [record.outcome == SPARSE for record in records]
         work = [record.work for record in records]
         counts = Counter(record.outcome for record in records)
@@ -128,6 +134,15 @@ class AttentionReport:
             "sparse_share_in_window": counts[SPARSE] / in_window if in_window else None,
             "density": _mean(densities, work, sparse),
             "overall_density": _mean(densities, work, [True] * len(records)),
+            "work": _mean(loads, work, sparse),
+            "overall_work": _mean(loads, work, [True] * len(records)),
+            "asked_error": self.error,
+            "error": _root_mean_square([(record.error, record.work) for record in records if record.error is not None]),
+            "predicted_error": _root_mean_square([(record.predicted, record.work) for record in records if record.predicted is not None]),
+            "errors": [[record.step, record.layer, record.predicted, record.error] for record in records if record.error is not None],
+            "searches": sum(record.search is not None for record in records),
+            "search_seconds": sum(_seconds(*record.search) for record in records if record.search is not None),
+            "mask_bytes": dict(self.mask_bytes),
             "backends": dict(self.backends),
             "refusals": self.refusals,
             "reasons": dict(self.reasons),
@@ -168,8 +183,7 @@ def summary(report: dict[str, Any]) -> str:
     calls = report["calls"]
     parts = [f"{report['method']} on {', '.join(report['backends'])}" if report["backends"] else f"{report['method']}: not accelerated"]
     parts.append(f"{calls.get(SPARSE, 0)} of {total} self-attention calls sparse")
-    if report["density"] is not None:
-        parts.append(f"density {report['density']:.2f} (overall {report['overall_density']:.2f})")
+    parts.extend(_cost_and_error(report))
     if calls.get(QUANTIZED):
         parts.append(f"{calls[QUANTIZED]} dense quantized")
     call, model_call = report["speedup_per_call"], report["speedup_per_model_call"]
@@ -181,6 +195,19 @@ def summary(report: dict[str, Any]) -> str:
     if reason is not None:
         parts.append(reason)
     return " · ".join(parts)
+
+
+def _cost_and_error(report: dict[str, Any]) -> Iterator[str]:
+    if report["density"] is not None:
+        with_tail = f", work {report['work']:.2f} with its tail" if report["work"] > report["density"] else ""
+        yield f"density {report['density']:.2f}{with_tail} (overall {report['overall_work']:.2f})"
+    if report["error"] is not None:
+        goal = f"predicted {report['predicted_error']:.1%}" if report["asked_error"] is None else f"asked {report['asked_error']:.0%}"
+        yield f"error {report['error']:.1%}, {goal}"
+    if report["searches"]:
+        sizes = {where: f"{size / 1e6:.1f} MB" for where, size in report["mask_bytes"].items()}
+        spilled = f" and {sizes['host']} in host memory" if report["mask_bytes"]["host"] else ""
+        yield f"{report['searches']} calls looked at in {report['search_seconds']:.2f} s, masks {sizes['device']}{spilled}"
 
 
 def heat_map(report: dict[str, Any], cell: int = 14) -> Tensor:
@@ -226,10 +253,20 @@ def _colour(density: float | None) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _densities(records: list[CallRecord]) -> list[float]:
-    """Kept / all block pairs of every call, read from the device in one transfer."""
-    kept = iter(torch.stack(tensors).tolist() if (tensors := [record.kept for record in records if record.kept is not None]) else ())
-    return [1.0 if record.kept is None else next(kept) / record.pairs for record in records]
+def _densities(records: list[CallRecord]) -> tuple[list[float], list[float]]:
+    """(kept / all block pairs, computed / all pairs) of every call, read from the device in one transfer."""
+    tensors = [tensor.float() for record in records for tensor in (record.kept, record.load) if tensor is not None]
+    numbers = iter(torch.stack(tensors).tolist() if tensors else ())
+    densities, loads = [], []
+    for record in records:
+        densities.append(1.0 if record.kept is None else next(numbers) / record.pairs)
+        loads.append(densities[-1] if record.load is None else next(numbers))
+    return densities, loads
+
+
+def _root_mean_square(weighted: list[tuple[float, float]]) -> float | None:
+    mean = _mean([value**2 for value, _ in weighted], [weight for _, weight in weighted], [True] * len(weighted))
+    return None if mean is None else math.sqrt(mean)
 
 
 def _mean(values: list[float], weights: list[float], use: list[bool]) -> float | None:
@@ -242,11 +279,14 @@ def _mean(values: list[float], weights: list[float], use: list[bool]) -> float |
 def _speedups(model_calls: list[ModelCallRecord]) -> tuple[float | None, float | None]:
     """How many times as fast as a dense one a sparse attention call and a model call with sparse calls were: medians, of equal shapes only.
 
-    The run's first model call, which loads and compiles, is left out. None where the run had not both kinds.
+    The run's first model call, which loads and compiles, is left out, and those that looked for blocks, too: they are neither kind. None where
+    the run had not both kinds.
     """
     calls: dict[Hashable, dict[bool, list[float]]] = {}
     models: dict[Hashable, dict[bool, list[float]]] = {}
     for model_call in model_calls[1:]:
+        if any(record.search is not None for record in model_call.calls):
+            continue
         outcomes = {record.outcome for record in model_call.calls}
         for record in model_call.calls:
             if record.outcome != QUANTIZED:
