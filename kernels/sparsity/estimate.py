@@ -74,10 +74,10 @@ def exact_mass(tokens: Tokens, settings: Mapping[str, float]) -> Scores:
 def tail_error(tokens: Tokens, settings: Mapping[str, float]) -> Scores:
     """What it costs to leave a key block to the pooled tail: the squared relative error |out - exact|^2 / |exact|^2 of a sample, to first order.
 
-    Ours; the formula is at `exact.error`. Costs three products of q.k's size, and one pass of exponentials.
+    Ours; the formulas are at `exact.error` and `exact.two_level`. Costs three products of q.k's size, and one pass of exponentials.
     """
-    found, energy = exact.error(tokens)
-    return found / energy.clamp(min=torch.finfo(torch.float32).tiny)[:, None, None, None], None
+    fine, coarse, energy = exact.error(tokens)
+    return exact.two_level(fine, coarse) / energy.clamp(min=torch.finfo(torch.float32).tiny)[:, None, None, None], None
 
 
 def _pooled_logits(tokens: Tokens) -> Tensor:

@@ -24,35 +24,79 @@ def mass(tokens: Tokens) -> Tensor:
     found = torch.empty(tokens.shape, dtype=torch.float32, device=tokens.q.device)
     for head in _heads(tokens):
         for piece in head.pieces():
-            piece.store(found, piece.p.unflatten(0, (-1, tokens.granule)).sum(1))
+            piece.store(found, piece.p.unflatten(0, (-1, tokens.granule)).sum(1)[: found.shape[-1]])
     return found
 
 
-def error(tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """(what it costs to leave a key block to its pooled key, |o|^2 of all queries): float32 `(batch, heads, query blocks, key blocks)`, `(batch,)`.
+def error(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+    """What it costs to leave key blocks to a pooled key, those of a granule and those of a block's size, and |o|^2 of all queries.
 
-    The cost is the sum over the queries of |r|^2, r the change of a query's output o to first order: r = N - T w - (D - T) o, with N = sum p v
-    and D = sum p over the block, p the exact weights, w the mean of its values and T the weight of its pooled key. About the mean N is
-    D w + sum p (v - w), so that r = sum p (v - w) + (D - T) (w - o): |r|^2 needs a small product with the Gram matrix of v - w, and no N.
+    float32 `(batch, heads, query blocks, granules)`, `(batch, heads, query blocks, coarse blocks)` and `(batch,)`. A cost is the sum over the
+    queries of |r|^2, r the change of a query's output o to first order: r = N - T w - (D - T) o, with N = sum p v and D = sum p over the key
+    block, p the exact weights, w the mean of its values and T the weight of its pooled key. About the mean N is D w + sum p (v - w), so that
+    r = sum p (v - w) + (D - T) (w - o): |r|^2 needs a small product with the Gram matrix of v - w, and no N.
     """
-    found = torch.empty(tokens.shape, dtype=torch.float32, device=tokens.q.device)
-    energy = torch.zeros(tokens.q.shape[0], device=tokens.q.device)
+    pooled = {size: tokens.pooled_keys(size) for size in (tokens.granule, tokens.block)}
+    rows, device = tokens.shape[:3], tokens.q.device
+    found = [torch.empty(*rows, keys.shape[2], dtype=torch.float32, device=device) for keys, _, _ in pooled.values()]
+    energy = torch.zeros(rows[0], device=device)
     for head in _heads(tokens):
-        means = head.pooled_values
-        around = head.values.unflatten(0, (-1, tokens.granule)) - means[:, None]  # (blocks, keys, head_dim)
-        gram = around @ around.mT
-        lean = around @ means[..., None]  # (blocks, keys, 1)
+        levels = [_Level.of(head, size, *means) for size, means in pooled.items()]
         for piece in head.pieces():
             out = head.values.T @ piece.p  # (head_dim, rows)
             length = out.square().sum(0, keepdim=True)
-            p = piece.p.unflatten(0, (-1, tokens.granule))
-            pooled = torch.addmm(head.pooled_bias - piece.lse, head.pooled_keys, piece.queries).exp_()
-            over = p.sum(1).sub_(pooled)
-            far = torch.addmm(means.square().sum(1, keepdim=True) + length, means, out, alpha=-2)
-            slope = (around.flatten(0, 1) @ out).view_as(p).neg_().add_(lean).mul_(2 * over[:, None]).baddbmm_(gram, p)
-            piece.store(found, slope.mul_(p).sum(1).add_(over.square_().mul_(far)).clamp_(min=0.0))
+            for costs, level in zip(found, levels, strict=True):
+                piece.store(costs, level.costs(piece, out, length))
             energy[head.sample] += (length * piece.shown).sum()
-    return found, energy
+    return found[0], found[-1], energy
+
+
+def two_level(fine: Tensor, coarse: Tensor) -> Tensor:
+    """What each granule adds to the error when it is dropped, where all of its coarse block dropped has one pooled key in place of its own each.
+
+    fine `(..., granules)`, coarse `(..., coarse blocks)`, as `error` gives them; the result is like fine. Of a coarse block one may drop all,
+    at its coarse cost, or all but the dearest, at their fine costs. The first to be kept is worth what it takes off the coarse cost; where the
+    next ones are worth more, they can only come together, and each counts as their mean. So costs of what is dropped add up, and a threshold
+    over them is the best choice at every level of it (the lower convex hull of cost over pairs).
+    """
+    ratio = -(-fine.shape[-1] // coarse.shape[-1])
+    groups = F.pad(fine, (0, coarse.shape[-1] * ratio - fine.shape[-1])).unflatten(-1, (-1, ratio))
+    costs, order = groups.sort(-1, descending=True)
+    worth = torch.cat([(coarse[..., None] - costs[..., 1:].sum(-1, keepdim=True)), costs[..., 1:]], -1)
+    means = worth.cumsum(-1) / torch.arange(1, ratio + 1, device=fine.device)
+    best, length = means.max(-1, keepdim=True)
+    worth = torch.where(torch.arange(ratio, device=fine.device) <= length, best, worth)
+    return torch.empty_like(worth).scatter_(-1, order, worth).flatten(-2)[..., : fine.shape[-1]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Level:
+    """Key blocks of one size of a head, the ragged last one filled up."""
+
+    means: Tensor  # (blocks, head_dim), of values
+    pooled_keys: Tensor
+    pooled_bias: Tensor  # (blocks, 1)
+    around: Tensor  # values about their means, (blocks, keys, head_dim)
+    gram: Tensor  # (blocks, keys, keys)
+    lean: Tensor  # (blocks, keys, 1)
+
+    @classmethod
+    def of(cls, head: _Head, size: int, keys: Tensor, values: Tensor, bias: Tensor) -> _Level:
+        """keys, values, bias: `Tokens.pooled_keys` of this size."""
+        means = values[head.sample, head.kv_head]
+        around = head.values[: len(means) * size].unflatten(0, (-1, size)) - means[:, None]
+        own = bias[min(head.sample, len(bias) - 1), :, None]
+        return cls(means, keys[head.sample, head.kv_head], own, around, around @ around.mT, around @ means[..., None])
+
+    def costs(self, piece: _Piece, out: Tensor, length: Tensor) -> Tensor:
+        """|r|^2 of every block and row. out `(head_dim, rows)`, length `(1, rows)` its squared norms."""
+        blocks, keys, head_dim = self.around.shape
+        p = piece.p[: blocks * keys].view(blocks, keys, -1)
+        pooled = torch.addmm(self.pooled_bias - piece.lse, self.pooled_keys, piece.queries).exp_()
+        over = p.sum(1).sub_(pooled)
+        far = torch.addmm(self.means.square().sum(1, keepdim=True) + length, self.means, out, alpha=-2)
+        slope = (self.around.view(-1, head_dim) @ out).view_as(p).neg_().add_(self.lean).mul_(2 * over[:, None]).baddbmm_(self.gram, p)
+        return slope.mul_(p).sum(1).add_(over.square_().mul_(far)).clamp_(min=0.0)
 
 
 def sampled_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, key_bias: Tensor | None, scale: float | None) -> Tensor:
@@ -89,14 +133,12 @@ class _Head:
     """Keys and values of one head, float32, the ragged last block filled up with hidden keys, and the queries that read them."""
 
     sample: int
+    kv_head: int
     heads: range
     tokens: Tokens
     keys: Tensor  # (tokens, head_dim)
     values: Tensor
     bias: Tensor  # (tokens, 1)
-    pooled_keys: Tensor  # (key blocks, head_dim)
-    pooled_values: Tensor
-    pooled_bias: Tensor  # (key blocks, 1)
 
     def pieces(self) -> Iterator[_Piece]:
         tokens, block = self.tokens, self.tokens.block
@@ -116,14 +158,11 @@ class _Head:
 
 
 def _heads(tokens: Tokens) -> Iterator[_Head]:
-    spare = -tokens.k.shape[2] % tokens.granule
+    spare = -tokens.k.shape[2] % tokens.block
     groups = tokens.q.shape[1] // tokens.k.shape[1]
-    means, mean_values, weights = tokens.pooled_keys()
     bias = torch.zeros(1, tokens.k.shape[2], device=tokens.k.device) if tokens.key_bias is None else tokens.key_bias
     bias = F.pad(bias, (0, spare), value=float("-inf"))
     for sample in range(tokens.k.shape[0]):
-        own = min(sample, len(bias) - 1)
         for head in range(tokens.k.shape[1]):
             k, v = (F.pad(x[sample, head].float(), (0, 0, 0, spare)) for x in (tokens.k, tokens.v))
-            heads = range(head * groups, (head + 1) * groups)
-            yield _Head(sample, heads, tokens, k, v, bias[own, :, None], means[sample, head], mean_values[sample, head], weights[own, :, None])
+            yield _Head(sample, head, range(head * groups, (head + 1) * groups), tokens, k, v, bias[min(sample, len(bias) - 1), :, None])

@@ -108,6 +108,7 @@ _ALL = (  # the first is the default: of the two that lead bench/results/quality
         select="threshold",
         compensate="pooled_tail",
         granules=4,
+        protect_own_block=False,
         needs_grid=False,
         by_error=True,
         quick="pooled",

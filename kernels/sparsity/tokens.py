@@ -34,8 +34,8 @@ class Tokens:
         """Of scores: (batch, heads, query blocks, key blocks)."""
         return (*self.q.shape[:2], num_blocks(self.q.shape[2], self.block), num_blocks(self.k.shape[2], self.granule))
 
-    def pooled_keys(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(means of keys, of values, the logarithm of what the keys weigh together): float32, the last `(batch or 1, key blocks)`."""
+    def pooled_keys(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(means of keys, of values, log of what the keys weigh together) of blocks of that size: float32, the last `(batch or 1, blocks)`."""
         bias = torch.zeros(1, self.k.shape[2], device=self.k.device) if self.key_bias is None else self.key_bias
-        keys, values = (block_mean(x, self.granule, self.key_bias) for x in (self.k, self.v))
-        return keys, values, block_bias(bias, self.granule)
+        keys, values = (block_mean(x, size, self.key_bias) for x in (self.k, self.v))
+        return keys, values, block_bias(bias, size)

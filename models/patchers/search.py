@@ -24,9 +24,9 @@ LOOK = "look"
 Key = tuple[int | None, Hashable, TokenGrid | None, tuple[int, ...]]
 """(layer, place in the step, grid, shape of q): all that tells a call from others whose queries and keys mean something else."""
 
-FACTOR = 2.0
+FACTOR = 1.6
 """Measured / predicted error before anything is measured: blocks' errors add up worse than the prediction takes them to. On the default
-model's recorded heads 1.6 to 2.9 (5 and 95 %, density 0.15 and more); on smooth planted ones up to 3. What a run measures takes its place."""
+model's recorded heads 1.2 to 2.5 (5 and 95 %, density 0.15 and more, 1 to 9 steps after the look). What a run measures takes its place."""
 
 SEARCH_PAYS = 3
 """Sparse steps that a search must serve: it costs about as much as a dense call."""
@@ -34,8 +34,11 @@ SEARCH_PAYS = 3
 MOST_WORK = 0.9
 """Of a dense call, beyond which a sparse one gains nothing."""
 
-GUARD_ROWS = (8, 64)
+GUARD_ROWS = (32, 64)
 """Fewest and most queries of a call that are computed exactly, too; between them one in 1024, which costs a thousandth of a dense call."""
+
+LEARNING = 0.3
+"""How far one measurement, of so few queries, moves the factor, on the scale of logarithms."""
 
 
 @dataclass(eq=False)
@@ -160,7 +163,8 @@ class Search:
         found = self._masks.get(key)
         if found is None or not found.predicted or not 0.0 < measured < math.inf:
             return
-        self._factors[key] = math.sqrt(self._factors.get(key, FACTOR) * measured / found.predicted)
+        factor = self._factors.get(key, FACTOR)
+        self._factors[key] = factor * (measured / found.predicted / factor) ** LEARNING
         if measured > 2 * found.target:
             self._off_target.add(key)
 
@@ -170,4 +174,6 @@ def guard_rows(tokens: int, turn: int, device: torch.device) -> Tensor:
     fewest, most = GUARD_ROWS
     count = min(tokens, max(fewest, min(most, tokens // 1024)))
     stride = tokens // count
-    return torch.arange(count, device=device) * stride + turn * max(1, stride // 3) % stride
+    row = torch.arange(count, device=device)
+    # One in every stride, where in it as good as at random: a fixed place would be one column of the picture.
+    return row * stride + (row * row * 31 + row * 7919 + turn * 104729) % stride
