@@ -33,22 +33,27 @@ def error(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
 
     float32 `(batch, heads, query blocks, granules)`, `(batch, heads, query blocks, coarse blocks)` and `(batch,)`. A cost is the sum over the
     queries of |r|^2, r the change of a query's output o to first order: r = N - T w - (D - T) o, with N = sum p v and D = sum p over the key
-    block, p the exact weights, w the mean of its values and T the weight of its pooled key. About the mean N is D w + sum p (v - w), so that
-    r = sum p (v - w) + (D - T) (w - o): |r|^2 needs a small product with the Gram matrix of v - w, and no N.
+    block, p the exact weights, w the mean of its values and T the weight of its pooled key.
     """
-    pooled = {size: tokens.pooled_keys(size) for size in (tokens.granule, tokens.block)}
-    rows, device = tokens.shape[:3], tokens.q.device
-    found = [torch.empty(*rows, keys.shape[2], dtype=torch.float32, device=device) for keys, _, _ in pooled.values()]
-    energy = torch.zeros(rows[0], device=device)
+    shape, device = tokens.shape, tokens.q.device
+    fine_means, coarse_means = tokens.pooled_keys(tokens.granule), tokens.pooled_keys(tokens.block)
+    fine = torch.empty(shape, dtype=torch.float32, device=device)
+    coarse = torch.empty(*shape[:3], coarse_means[0].shape[2], dtype=torch.float32, device=device)
+    energy = torch.zeros(shape[0], device=device)
     for head in _heads(tokens):
-        levels = [_Level.of(head, size, *means) for size, means in pooled.items()]
+        small, large = _Pooled.of(head, *fine_means), _Pooled.of(head, *coarse_means)
+        around = _Around.of(head, small)
+        values = head.values.unflatten(0, (-1, tokens.block)).mT
         for piece in head.pieces():
-            out = head.values.T @ piece.p  # (head_dim, rows)
+            sums = values @ piece.p.unflatten(0, (-1, tokens.block))  # N: (blocks, head_dim, rows)
+            out = sums.sum(0)
             length = out.square().sum(0, keepdim=True)
-            for costs, level in zip(found, levels, strict=True):
-                piece.store(costs, level.costs(piece, out, length))
             energy[head.sample] += (length * piece.shown).sum()
-    return found[0], found[-1], energy
+            piece.store(fine, around.costs(piece, small, out, length))
+            pooled = large.weights(piece)
+            over = piece.p.unflatten(0, (-1, tokens.block)).sum(1).sub_(pooled)
+            piece.store(coarse, sums.sub_(large.values[..., None] * pooled[:, None]).sub_(over[:, None] * out).square_().sum(1))
+    return fine, coarse, energy
 
 
 def two_level(fine: Tensor, coarse: Tensor) -> Tensor:
@@ -70,32 +75,47 @@ def two_level(fine: Tensor, coarse: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _Level:
-    """Key blocks of one size of a head, the ragged last one filled up."""
+class _Pooled:
+    """The pooled keys of one size of a head."""
 
-    means: Tensor  # (blocks, head_dim), of values
-    pooled_keys: Tensor
-    pooled_bias: Tensor  # (blocks, 1)
-    around: Tensor  # values about their means, (blocks, keys, head_dim)
-    gram: Tensor  # (blocks, keys, keys)
-    lean: Tensor  # (blocks, keys, 1)
+    keys: Tensor  # (blocks, head_dim)
+    values: Tensor
+    bias: Tensor  # (blocks, 1)
 
     @classmethod
-    def of(cls, head: _Head, size: int, keys: Tensor, values: Tensor, bias: Tensor) -> _Level:
-        """keys, values, bias: `Tokens.pooled_keys` of this size."""
-        means = values[head.sample, head.kv_head]
-        around = head.values[: len(means) * size].unflatten(0, (-1, size)) - means[:, None]
+    def of(cls, head: _Head, keys: Tensor, values: Tensor, bias: Tensor) -> _Pooled:
         own = bias[min(head.sample, len(bias) - 1), :, None]
-        return cls(means, keys[head.sample, head.kv_head], own, around, around @ around.mT, around @ means[..., None])
+        return cls(keys[head.sample, head.kv_head], values[head.sample, head.kv_head], own)
 
-    def costs(self, piece: _Piece, out: Tensor, length: Tensor) -> Tensor:
-        """|r|^2 of every block and row. out `(head_dim, rows)`, length `(1, rows)` its squared norms."""
-        blocks, keys, head_dim = self.around.shape
-        p = piece.p[: blocks * keys].view(blocks, keys, -1)
-        pooled = torch.addmm(self.pooled_bias - piece.lse, self.pooled_keys, piece.queries).exp_()
-        over = p.sum(1).sub_(pooled)
-        far = torch.addmm(self.means.square().sum(1, keepdim=True) + length, self.means, out, alpha=-2)
-        slope = (self.around.view(-1, head_dim) @ out).view_as(p).neg_().add_(self.lean).mul_(2 * over[:, None]).baddbmm_(self.gram, p)
+    def weights(self, piece: _Piece) -> Tensor:
+        """T, `(blocks, rows)`."""
+        return torch.addmm(self.bias - piece.lse, self.keys, piece.queries).exp_()
+
+
+@dataclass(frozen=True, eq=False)
+class _Around:
+    """Values of a head about the means of their granules: N would be as long as the values there are, of so few keys.
+
+    N is D w + sum p (v - w), so that r = sum p (v - w) + (D - T) (w - o), and |r|^2 takes small products with the Gram matrix of v - w.
+    """
+
+    values: Tensor  # v - w, (granules, keys, head_dim)
+    gram: Tensor  # (granules, keys, keys)
+    lean: Tensor  # (v - w) w, (granules, keys, 1)
+
+    @classmethod
+    def of(cls, head: _Head, pooled: _Pooled) -> _Around:
+        granule = head.tokens.granule
+        values = head.values[: len(pooled.values) * granule].unflatten(0, (-1, granule)) - pooled.values[:, None]
+        return cls(values, values @ values.mT, values @ pooled.values[..., None])
+
+    def costs(self, piece: _Piece, pooled: _Pooled, out: Tensor, length: Tensor) -> Tensor:
+        """|r|^2 `(granules, rows)`. out `(head_dim, rows)`, length `(1, rows)` its squared norms."""
+        granules, keys, head_dim = self.values.shape
+        p = piece.p[: granules * keys].view(granules, keys, -1)
+        over = p.sum(1).sub_(pooled.weights(piece))
+        far = torch.addmm(pooled.values.square().sum(1, keepdim=True) + length, pooled.values, out, alpha=-2)
+        slope = (self.values.view(-1, head_dim) @ out).view_as(p).neg_().add_(self.lean).mul_(2 * over[:, None]).baddbmm_(self.gram, p)
         return slope.mul_(p).sum(1).add_(over.square_().mul_(far)).clamp_(min=0.0)
 
 
