@@ -189,8 +189,9 @@ LAYOUT = {"layers": Link("layers"), "fit": "contain"}
 BASES = {
     "Accelerate": [{"model": Link("model"), "mode": "fast", "min_tokens": 0}],
     "SparseAttention": [
-        {"model": Link("model"), "method": "rainfusion2", "density": 0.5, "precision": "native", "start_percent": 0.1, "end_percent": 0.9}
-        | {"dense_blocks": "0", "min_tokens": 0, "block": "auto", "mask_refresh": 1}
+        {"model": Link("model"), **method, "density": 0.5, "precision": "native", "start_percent": 0.1, "end_percent": 0.9}
+        | {"dense_blocks": "0", "min_tokens": 0, "block": "auto", "mask_refresh": 1, "tail": tail}
+        for method, tail in (({"method": "rainfusion2"}, True), ({"method": "tessera", "method.error": 0.08, "method.search_every": 2}, False))
     ],
     "AttentionReport": [{"model": Link("model"), "samples": Link("latent")}],
     "LayerOffload": [{"model": Link("model"), "limit": "use at most", "gb": 4.0, "policy": "superpipeline", "k": 2, "k_prime": 1}],
@@ -475,6 +476,9 @@ KNOWN = {
     "blocks": ("SparseAttention", {"dense_blocks": "1-x"}),
     "method": ("SparseAttention", {"method": "magic"}),
     "density": ("SparseAttention", {"density": math.nan}),
+    "error": ("SparseAttention", {"method": "tessera", "method.error": 1.5}),
+    "error of a method without": ("SparseAttention", {"method": "sparge", "method.similarity": 0.0, "method.error": 0.08}),
+    "search": ("SparseAttention", {"method": "tessera", "method.search_every": -1}),
     "range": ("Accelerate", {"min_tokens": -1}),
     "choice": ("Accelerate", {"mode": "reckless"}),
     "window": ("LayerOffload", {"k": 1}),
@@ -503,6 +507,10 @@ KNOWN = {
 KNOWN_LINKED = {
     "percents": ("SparseAttention", {"start_percent": Link("nearly 1")}),
     "density": ("SparseAttention", {"density": Link("constant 6")}),
+    "error": ("SparseAttention", {"method": "tessera", "method.error": Link("constant 6")}),
+    "error of a method without": ("SparseAttention", {"method": "draft", "method.error": Link("nearly 1")}),
+    "no error of a method without": ("SparseAttention", {"method": "draft", "method.error": 0.0, "method.search_every": 3}),
+    "old": ("SparseAttention", {"method": "tessera", "tail": MISSING, "block": MISSING, "mask_refresh": MISSING}),
     "overlap": ("PatchUpscale", {"tile": Link("100"), "overlap": Link("nearly 100")}),
     "mode": ("Accelerate", {"mode": Link("text")}),
     "boxes": ("RegionLayers", {"boxes": Link("text")}),

@@ -414,7 +414,7 @@ def test_auto_block_leaves_sixteen_blocks(tokens, block):
 
 @pytest.mark.parametrize("method", [name for name, recipe in RECIPES.items() if not recipe.control])
 def test_key_bias_hides_keys_in_every_method(method):
-    """Keys behind a -inf bias must not matter: the result is that of other values there."""
+    """Keys behind a -inf bias must not matter: the result is that of other values there, also where blocks were looked for before."""
     q, k, v = qkv()
     bias = torch.zeros(1, 320)
     bias[:, 40:60] = float("-inf")
@@ -423,7 +423,10 @@ def test_key_bias_hides_keys_in_every_method(method):
     outs = []
     for values in (v, changed):
         patch = AttentionPatch(settings(method=method))
-        call = ModelCall(LAYOUT, 0.5)
-        patch.begin(call)
-        outs.append(attend(patch, call, q, k, values, key_bias=bias)[0])
+        for sigma in (0.6, 0.5):
+            call = ModelCall(LAYOUT, sigma)
+            patch.begin(call)
+            out, host = attend(patch, call, q, k, values, key_bias=bias)
+        assert not host
+        outs.append(out)
     assert torch.equal(*outs)

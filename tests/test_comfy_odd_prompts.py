@@ -25,7 +25,10 @@ PROMPTS = int(os.environ.get("TESSERA_ODD_PROMPTS", "500"))
 QUEUED = {
     "percents": ("start_percent", "start_percent is 0.95, end_percent 0.9; use 0 <= start_percent <= end_percent <= 1"),
     "blocks": ("dense_blocks", "dense_blocks is '1-x'; use block numbers and ranges such as 0,1 or 0-3, below 10000"),
-    "method": ("model", f"method is not known; use {', '.join(METHODS)} or {LAST_METHOD}"),
+    "method": ("method", f"method is not known; use {', '.join(METHODS)} or {LAST_METHOD}"),
+    "error": ("method.error", "method.error is 1.5; use a number from 0 to 1"),
+    "error of a method without": ("method.error", "method.error is 0.08, but sparge cannot predict one; use tessera, or 0 and a density"),
+    "search": ("method.search_every", "method.search_every is -1; use a whole number from 0 to 100"),
     "density": ("density", "density is nan; use a number from 0.01 to 1"),
     "range": ("min_tokens", "min_tokens is -1; use a whole number from 0 to 16777216"),
     "choice": ("mode", "mode is 'reckless'; use quality, balanced or fast"),
@@ -54,6 +57,8 @@ QUEUED = {
 LINKED = {
     "percents": "start_percent is 0.95, end_percent 0.9; use 0 <= start_percent <= end_percent <= 1",
     "density": "density is nan; use a number from 0.01 to 1",
+    "error": "method.error is nan; use a number from 0 to 1",
+    "error of a method without": "method.error is 0.95, but draft cannot predict one; use tessera, or 0 and a density",
     "overlap": "overlap is 90 and tile 100; use at most 50, half the tile",
     "mode": "mode is 'a text'; use quality, balanced or fast",
     "boxes": "boxes has 'a text' in line 1",
@@ -100,6 +105,6 @@ def test_what_links_bring_is_refused_in_the_same_words(answers, case):
     assert line["kind"] == "error" and line["wrong"] is None and line["text"].startswith(LINKED[case])
 
 
-@pytest.mark.parametrize("case", ["nothing", "number as text", "whole number of NumPy", "flat mask"])
+@pytest.mark.parametrize("case", ["nothing", "number as text", "whole number of NumPy", "flat mask", "no error of a method without", "old"])
 def test_nothing_where_it_is_optional_numbers_as_texts_and_single_masks_are_taken(answers, case):
     assert next(line for line in answers if line["case"] == f"linked {case}")["kind"] == "result"

@@ -452,7 +452,7 @@ def test_a_bypassed_patch_node_leaves_the_workflow_running(any_comfy: ComfyServe
 
 
 BAD_INPUTS = {
-    "unknown method": ("3", "method", "magic", "method is not known; use sparge, rainfusion2"),
+    "unknown method": ("3", "method", "magic", "method is not known; use tessera, sparge"),
     "density 0": ("3", "density", 0, "density is 0.0; use a number from 0.01 to 1"),
     "density above 1": ("3", "density", 1.5, "density is 1.5; use a number from 0.01 to 1"),
     "dense_blocks not a number": ("3", "dense_blocks", "x", "dense_blocks is 'x'; use block numbers and ranges such as 0,1 or 0-3"),

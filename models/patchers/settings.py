@@ -35,7 +35,7 @@ class AttentionSettings:
     mask_bytes: memory on the device for masks that are kept; what is beyond it waits in pinned host memory.
     """
 
-    method: str = "sparge"
+    method: str = "tessera"
     density: float = 0.3
     error: float | None = None
     tail: bool = False

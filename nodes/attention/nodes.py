@@ -8,19 +8,25 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ...kernels.dispatch import PRECISIONS
-from ...kernels.sparsity import RECIPES
+from ...kernels.sparsity import RECIPES, Recipe, get
 from ...models.patchers.report import AttentionReport as Report
 from ...models.patchers.report import heat_map, summary
+from ...models.patchers.search import SEARCH_PAYS
 from ...models.patchers.settings import BLOCK_SIZES, MIN_TOKENS, AttentionSettings, parse_layers
+from ..comfy import described
 from .host import last_report, patch_attention
 
 CATEGORY = "Tessera/attention"
-MODES = {"quality": 0.5, "balanced": 0.3, "fast": 0.2}
+MODES = {"quality": (0.03, 0.5), "balanced": (0.08, 0.3), "fast": (0.15, 0.2)}
+"""Mode -> (error of a call, density of runs that are too short to look for what keeps it)."""
 
 
 def accelerate_settings(mode: str, min_tokens: int, **changes: Any) -> AttentionSettings:
-    """What *Accelerate* does in a mode; `bench/quality.py` measures it. changes: of other fields, to measure what else there could be."""
-    return AttentionSettings(**{"density": MODES[mode], "gentle_few_steps": True, "min_tokens": min_tokens, **changes})
+    """What *Accelerate* does in a mode; `bench/quality.py` measures it. changes: of other fields, to measure what else there could be. A method
+    that cannot predict an error gets the density."""
+    error, density = MODES[mode]
+    settings = {"method": "tessera", "density": density, "gentle_few_steps": True, "min_tokens": min_tokens, **changes}
+    return AttentionSettings(**{"error": error if get(settings["method"]).by_error else None, **settings})
 
 
 _MODEL_TIP = "Any diffusion model. It is cloned: the model that you connect stays as it was, and bypassing this node removes the patch."
@@ -36,8 +42,9 @@ class Accelerate(io.ComfyNode):
             node_id="TesseraAccelerate",
             display_name="Accelerate",
             category=CATEGORY,
-            description="Makes the attention of a video or image model sparse and quantized, with settings chosen for you. "
-            "Put it between the model loader and the sampler. After a run the node shows what ran and why.",
+            description="Makes the attention of a video or image model sparse and quantized, with settings chosen for you: it looks once what "
+            "can be left out, and keeps what the mode's error needs. Put it between the model loader and the sampler. After a run the node shows "
+            "what ran, with which error, and why.",
             search_aliases=["sparse attention", "sage attention", "speed up", "fast video"],
             inputs=[
                 io.Model.Input("model", tooltip=_MODEL_TIP),
@@ -45,9 +52,11 @@ class Accelerate(io.ComfyNode):
                     "mode",
                     options=list(MODES),
                     default="balanced",
-                    tooltip="Share of the blocks that is chosen after the dense first steps: quality 50 %, balanced 30 %, fast 20 %. "
-                    "Text and first frame are kept in any case and come on top. "
-                    "Models that sample in 8 steps or fewer keep one dense step and at least 50 %.",
+                    tooltip="Error that the attention may have after the dense first steps: "
+                    + ", ".join(f"{mode} {error:.0%}" for mode, (error, _) in MODES.items())
+                    + ". It is the predicted difference from dense attention in what attention passes on, not in pixels. How much is computed "
+                    "for it, and the error that was measured, stand on the node after a run. "
+                    f"Models that sample in 8 steps or fewer keep one dense step; runs with fewer than {SEARCH_PAYS} sparse steps go by a density.",
                 ),
                 io.Int.Input("min_tokens", default=MIN_TOKENS, min=0, max=1 << 24, tooltip=_MIN_TOKENS_TIP, advanced=True),
             ],
@@ -60,8 +69,23 @@ class Accelerate(io.ComfyNode):
         return io.NodeOutput(patch_attention(model, accelerate_settings(mode, min_tokens), cls.hidden.unique_id))
 
 
-def _setting_widget(name: str, setting: Any) -> io.Input:
-    return io.Float.Input(name, default=setting.default, min=setting.minimum, max=setting.maximum, step=setting.step, tooltip=setting.tooltip)
+def _option(recipe: Recipe) -> io.DynamicCombo.Option:
+    """A method with the widgets that are its own."""
+    widgets: list[io.Input] = [
+        io.Float.Input(name, default=own.default, min=own.minimum, max=own.maximum, step=own.step, tooltip=own.tooltip)
+        for name, own in recipe.settings.items()
+    ]
+    if recipe.by_error:
+        tip = (
+            "Error that the attention of a call may have: 0.08 is a predicted difference of 8 % from dense attention, in what attention passes "
+            "on, not in pixels. As many blocks are kept as that takes: density is then a result, on the node's line, and the widget serves only "
+            f"runs that are too short to look (fewer than {SEARCH_PAYS} sparse steps). 0: the density counts."
+        )
+        widgets.append(io.Float.Input("error", default=0.0, min=0.0, max=1.0, step=0.01, optional=True, tooltip=tip))
+    if recipe.quick is not None:
+        tip = "Steps after which it looks again for the blocks to keep; looking costs about as much as a dense step. 0: once a run."
+        widgets.append(io.Int.Input("search_every", default=0, min=0, max=100, optional=True, tooltip=tip))
+    return io.DynamicCombo.Option(recipe.name, widgets)
 
 
 def _check_percents(start_percent: float, end_percent: float) -> None:
@@ -72,16 +96,19 @@ def _check_blocks(dense_blocks: str) -> None:
     parse_layers(dense_blocks)
 
 
+def _check_error(method: dict[str, Any], beside: dict[str, Any]) -> None:
+    """ComfyUI would pass over an error that an API prompt gives to another method."""
+    error = beside.get("method.error")
+    if error:
+        raise ValueError(f"method.error is {described(error)}, but {method['method']} cannot predict one; use tessera, or 0 and a density")
+
+
 class SparseAttention(io.ComfyNode):
-    checks = (_check_percents, _check_blocks)
+    checks = (_check_percents, _check_blocks, _check_error)
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        methods = [
-            io.DynamicCombo.Option(name, [_setting_widget(key, setting) for key, setting in recipe.settings.items()])
-            for name, recipe in RECIPES.items()
-            if not recipe.control
-        ]
+        methods = [recipe for recipe in RECIPES.values() if not recipe.control]
         return io.Schema(
             node_id="TesseraSparseAttention",
             display_name="Sparse Attention",
@@ -92,9 +119,8 @@ class SparseAttention(io.ComfyNode):
                 io.Model.Input("model", tooltip=_MODEL_TIP),
                 io.DynamicCombo.Input(
                     "method",
-                    options=methods,
-                    tooltip="How the kept blocks are found. "
-                    + " ".join(f"{name}: {recipe.title}." for name, recipe in RECIPES.items() if not recipe.control),
+                    options=[_option(recipe) for recipe in methods],
+                    tooltip="How the kept blocks are found. " + " ".join(f"{recipe.name}: {recipe.title}." for recipe in methods),
                 ),
                 io.Float.Input(
                     "density",
@@ -145,9 +171,18 @@ class SparseAttention(io.ComfyNode):
                     max=100,
                     optional=True,
                     advanced=True,
-                    tooltip="Sampling steps that share one selection of blocks. 1: chosen anew at every step.",
+                    tooltip="Sampling steps that share one selection of blocks, of methods that choose at every step. 1: chosen anew at every step.",
+                ),
+                io.Boolean.Input(
+                    "tail",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="What is left out is pooled instead of dropped: a block of keys that is left out counts as one mean key. Key blocks are "
+                    "finer. A little more work, a smaller error. tessera always has it.",
                 ),
             ],
+            accept_all_inputs=True,  # for _check_error
             outputs=[io.Model.Output(display_name="model", tooltip="The patched clone.")],
             hidden=[io.Hidden.unique_id],
         )
@@ -165,11 +200,15 @@ class SparseAttention(io.ComfyNode):
         min_tokens: int,
         block: str = "auto",
         mask_refresh: int = 1,
+        tail: bool = False,
     ) -> io.NodeOutput:
+        recipe = get(method["method"])
         settings = AttentionSettings(
-            method=method["method"],
-            method_settings={name: value for name, value in method.items() if name != "method"},
+            method=recipe.name,
+            method_settings={name: value for name, value in method.items() if name in recipe.settings},
             density=density,
+            error=method.get("error") or None,
+            tail=tail,
             precision=precision,
             start_percent=start_percent,
             end_percent=end_percent,
@@ -177,6 +216,7 @@ class SparseAttention(io.ComfyNode):
             min_tokens=min_tokens,
             block=None if block == "auto" else int(block),
             mask_refresh=mask_refresh,
+            search_every=method.get("search_every", 0),
         )
         return io.NodeOutput(patch_attention(model, settings, cls.hidden.unique_id))
 

@@ -1,6 +1,6 @@
 """ComfyUI itself: what every capability needs of it, and the only place where its versions differ."""
 
-from .inputs import Kind, custom, guarded, some
+from .inputs import Kind, custom, described, guarded, some
 from .patching import BOXES, OVERRIDE, Overrides, Wrapper, attached, last_result, network_in
 from .paths import check_prefix, existing, input_path, numbered
 from .reporting import progress, said, saved_file, say
@@ -27,6 +27,7 @@ __all__ = [
     "call_vbar",
     "check_prefix",
     "custom",
+    "described",
     "existing",
     "guarded",
     "input_path",

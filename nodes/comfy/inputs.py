@@ -49,16 +49,18 @@ def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     """`node` with its inputs guarded: what is known when a prompt is queued is checked then, and the values of links when the node runs.
 
     A node may have `checks`: functions whose arguments are named as inputs of it, which raise ValueError with a sentence that begins with one
-    of these names. Each is called when all of its inputs are known.
+    of these names. Each is called when all of its inputs are known. `beside` as an argument: what a prompt gives besides the inputs, by its
+    name there, where the schema accepts all inputs; the node itself is not given it.
     """
     execute, checks = node.execute.__func__, getattr(node, "checks", ())
 
     def admitted(given: dict[str, Any], queued: bool) -> dict[str, Any]:
         inputs = {entry.id: entry for entry in node.define_schema().inputs}
         files = {names[0] for names in map(_arguments, checks) if len(names) == 1}  # a check knows more files than a list does
-        out = _admitted(inputs.values(), given, queued, files, "")
+        out = _admitted(inputs.values(), {name: value for name, value in given.items() if name in inputs}, queued, files, "")
+        beside = {name: value for name, value in given.items() if name not in inputs}
         for check in checks:
-            known = {name: out.get(name, getattr(inputs[name], "default", None)) for name in _arguments(check)}
+            known = {name: beside if name == "beside" else out.get(name, getattr(inputs[name], "default", None)) for name in _arguments(check)}
             if _is_known(known):
                 _call(check, known)
         return out
@@ -86,7 +88,7 @@ def _arguments(check: Callable[..., Any]) -> list[str]:
 
 def _call(check: Callable[..., Any], known: dict[str, Any]) -> None:
     names = {inner: f"{name}.{inner}" for name, value in known.items() if isinstance(value, Mapping) for inner in value}
-    names |= {name: name for name in known}
+    names |= {name: name for name in (*known, *known.get("beside", ()))}
     try:
         check(**known)
     except ValueError as error:
