@@ -32,8 +32,12 @@ def passed(call: Callable[[], object]) -> list[tuple[str, str]]:
     return entered
 
 
+SIGMAS = (0.9, 0.5, 0.4)
+"""Noise levels of three steps: in the first a call is looked at, in the next one loads what computes it, the last is like all that follow."""
+
+
 def from_comfyui() -> list[list[tuple[str, str]]]:
-    """Two self-attention calls of one kind, from where ComfyUI hands them to an attention override."""
+    """A self-attention call in each of three steps, from where ComfyUI hands it to an attention override."""
     import torch
 
     from tessera.kernels import backends
@@ -45,11 +49,18 @@ def from_comfyui() -> list[list[tuple[str, str]]]:
     backends.register_all()
     host = _AttentionHost(AttentionSettings(min_tokens=0, start_percent=0.0), None)
     host.patch.start()
-    call = ModelCall(TokenSpans(5, 8, 8), 0.5)
-    host.patch.begin(call)
     override = host.overrides[None]
     q = torch.randn(1, 320, 32)
-    return [passed(lambda: override(None, q, q, q, 2, transformer_options={KEY: call})) for _ in range(2)]
+
+    def comfys_own(q, *arguments, **keywords):
+        return q
+
+    ways = []
+    for sigma in SIGMAS:
+        call = ModelCall(TokenSpans(5, 8, 8), sigma)
+        host.patch.begin(call)
+        ways.append(passed(lambda call=call: override(comfys_own, q, q, q, 2, transformer_options={KEY: call})))
+    return ways
 
 
 if __name__ == "__main__":

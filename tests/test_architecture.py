@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from comfy_attention_way import passed
+from comfy_attention_way import SIGMAS, passed
 from conftest import _installed
 
 import tessera
@@ -21,6 +21,7 @@ from tessera.models.patchers.diffusers import _Intercept
 from tessera.models.patchers.settings import AttentionSettings
 
 COMFYUI, DIFFUSERS = "nodes/attention/host.py", "models/patchers/diffusers.py"
+UNTOUCHED = "nodes/comfy/patching.py"  # on the way to ComfyUI's own attention
 CHOOSE = ("kernels/dispatch.py", "choose")
 
 
@@ -61,28 +62,45 @@ def files(way: list[tuple[str, str]]) -> list[str]:
     return list(dict.fromkeys(file for file, _ in way))
 
 
-def check(text: str, first: list[tuple[str, str]], next_one: list[tuple[str, str]], host: str) -> None:
+def check(text: str, look: list[tuple[str, str]], next_one: list[tuple[str, str]], host: str) -> None:
     expected = [host if room == COMFYUI else room for room in rooms(text)]
     every, once = asked(text, "Every call asks"), asked(text, "The first of a kind asks")
-    assert len(expected) <= 9
+    search, last = asked(text, "A call that is looked at"), "kernels/torch_backend/block_sparse.py"
+    assert len(expected) <= 9 and expected[-1] == last
     assert [file for file in files(next_one) if file not in every] == expected
     assert set(files(next_one)) == {*expected, *every}
-    assert set(files(first)) == {*expected, *every, *once}
-    assert first.count(CHOOSE) == 1 and CHOOSE not in next_one
+    assert set(files(look)) == {*expected, *every, *search, *once, *([UNTOUCHED] if host == COMFYUI else [])} - {last}
+    assert f"`{UNTOUCHED}`" in text
+    assert look.count(CHOOSE) == 1 and CHOOSE not in next_one
     named = {(file, name) for file, name in functions(text) if file != COMFYUI}
-    assert {file for file, _ in named} >= {"kernels/dispatch.py", "kernels/sparsity/plan.py", "kernels/attention.py"}
-    assert named <= set(first), "a function is named that the call does not pass"
+    assert {file for file, _ in named} >= {"kernels/dispatch.py", "models/patchers/search.py", "kernels/sparsity/plan.py", "kernels/attention.py"}
+    assert named <= {*look, *next_one}, "a function is named that the call does not pass"
+
+
+def ways_of(method: str) -> list[list[tuple[str, str]]]:
+    """A call in each of three steps, from diffusers."""
+    backends.register_all()
+    patch = AttentionPatch(AttentionSettings(method=method, min_tokens=0, start_percent=0.0))
+    q = torch.randn(1, 2, 320, 16)
+    ways = []
+    for sigma in SIGMAS:
+        call = ModelCall(TokenSpans(5, 8, 8), sigma)
+        patch.begin(call)
+        with _Intercept(patch, call):
+            ways.append(passed(lambda: F.scaled_dot_product_attention(q, q, q)))
+    return ways
 
 
 def test_an_attention_call_of_diffusers_takes_the_way_of_the_text(text: str) -> None:
-    backends.register_all()
-    patch = AttentionPatch(AttentionSettings(min_tokens=0, start_percent=0.0))
-    call = ModelCall(TokenSpans(5, 8, 8), 0.5)
-    patch.begin(call)
-    q = torch.randn(1, 2, 320, 16)
-    with _Intercept(patch, call):
-        ways = [passed(lambda: F.scaled_dot_product_attention(q, q, q)) for _ in range(2)]
-    check(text, *ways, DIFFUSERS)
+    look, _, next_one = ways_of(AttentionSettings().method)
+    check(text, look, next_one, DIFFUSERS)
+
+
+def test_a_method_with_cheap_scores_chooses_in_every_call(text: str) -> None:
+    way = ways_of("sparge")[-1]
+    rest = {*rooms(text), *asked(text, "Every call asks"), *asked(text, "Methods with cheap scores"), DIFFUSERS}
+    assert set(files(way)) == rest - {COMFYUI, "kernels/sparsity/exact.py"}
+    assert ("models/patchers/search.py", "decide") not in way
 
 
 @pytest.mark.comfy
@@ -93,9 +111,9 @@ def test_an_attention_call_of_comfyui_takes_the_way_of_the_text(text: str, old: 
     done = subprocess.run([install.python, script, install.path, package_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("WAY "))
-    first, next_one = ([(file, name) for file, name in way] for way in json.loads(line.removeprefix("WAY ")))
-    assert first[0] == (COMFYUI, "override")
-    check(text, first, next_one, COMFYUI)
+    look, _, next_one = ([(file, name) for file, name in way] for way in json.loads(line.removeprefix("WAY ")))
+    assert look[0] == next_one[0] == (COMFYUI, "override")
+    check(text, look, next_one, COMFYUI)
 
 
 def test_a_call_of_the_op_alone_chooses_once() -> None:
