@@ -77,7 +77,27 @@ def test_patch_replaces_an_earlier_one(result):
 
 
 def test_few_steps_are_noticed(result):
-    assert any("one dense step" in note for note in result["accelerate_notes"])
+    assert any("one dense step" in note for note in result["accelerate"]["notes"])
+
+
+def test_accelerate_asks_for_the_error_of_its_mode(result):
+    report = result["accelerate"]
+    assert (report["method"], report["asked_error"]) == ("tessera", 0.15)
+    assert report["asked_density"] == 0.5, "the density of runs that are too short to look, as gentle with few steps"
+
+
+def test_a_run_looks_once_in_its_first_step_and_keeps_the_error(result):
+    report = result["looked"]["report"]
+    assert result["looked"]["finite"]
+    steps = 4
+    assert report["searches"] * steps == report["calls_in_window"] > 0
+    assert report["calls"]["sparse"] == report["searches"] * (steps - 1)
+    assert report["asked_error"] == 0.3
+    assert 0.1 < report["error"] < 0.4
+
+
+def test_the_tail_of_another_method_takes_error_away(result):
+    assert 1e-4 < result["tail_error"] < 0.9 * result["rainfusion2"]["error"]
 
 
 def test_non_finite_output_is_repeated_dense(result):
