@@ -183,7 +183,7 @@ def sample(
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=[1.0 - step / steps for step in range(steps)], device=model.device)
     if patch is not None:
-        patch.start(percent_to_sigma(shift), scheduler.sigmas.tolist())
+        patch.start(percent_to_sigma(shift), _schedule(scheduler.timesteps)[1])
     positive, negative = positive.to(model.device, model.dtype), negative.to(model.device, model.dtype)
     shape = (1, model.transformer.config.in_channels, (frames - 1) // 4 + 1, height // 8, width // 8)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
