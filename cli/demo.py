@@ -88,9 +88,8 @@ def run_demo(output: Path, models: Path | None = None) -> None:
     (output / "report.json").write_text(json.dumps({name: run.report for name, run in runs.items()}, indent=1) + "\n")
     dense, sparse = runs["dense"], runs["accelerated"]
     side_by_side = output / "side_by_side.png"
-    pictures.comparison(dense.clip, sparse.clip, ("dense", f"{sparse.report['method']}, density {_number(sparse.report['density'])}")).save(
-        side_by_side
-    )
+    title = f"{sparse.report['method']}, work {_number(sparse.report['work'])}"
+    pictures.comparison(dense.clip, sparse.clip, ("dense", title)).save(side_by_side)
     print("\n".join(_lines(job, dense, sparse)))
     print(f"side by side     {side_by_side}")
     _check(job, runs)
@@ -128,7 +127,7 @@ def with_savers(workflow: Workflow) -> Workflow:
 def variants(workflow: Workflow) -> Iterator[tuple[str, Workflow]]:
     """("dense", ...) with every attention call left to ComfyUI but timed, and ("accelerated", ...), the workflow as it is."""
     dense = copy.deepcopy(workflow)
-    _inputs(dense, "TesseraSparseAttention").update(density=1.0, precision="native")
+    _inputs(dense, "TesseraSparseAttention").update({"density": 1.0, "precision": "native", "method.error": 0.0})
     yield "dense", dense
     yield "accelerated", workflow
 
@@ -217,8 +216,15 @@ def _lines(job: Job, dense: Run, sparse: Run) -> Iterator[str]:
     yield f"{'':17}{'dense':>10}{'accelerated':>13}"
     yield f"{'sampling time':17}{dense.seconds:>8.2f} s{sparse.seconds:>11.2f} s"
     yield f"{'attention time':17}{dense.report['attention_seconds']:>8.2f} s{report['attention_seconds']:>11.2f} s   self-attention only"
-    yield f"method           {report['method']}, asked for density {job.attention['density']}"
+    asked = f"density {report['asked_density']}" if report["asked_error"] is None else f"an error of {report['asked_error']:.0%}"
+    yield f"method           {report['method']}, asked for {asked}"
+    if report["error"] is not None:
+        yield f"error            {report['error']:.1%} measured on a few queries of every sparse call, {report['predicted_error']:.1%} predicted"
     yield f"density          {_number(report['density'])} of the sparse calls, {_number(report['overall_density'])} overall (dense steps included)"
+    yield f"work             {_number(report['work'])} of the sparse calls with what is pooled, {_number(report['overall_work'])} overall"
+    if report["searches"]:
+        sizes = report["mask_bytes"]
+        yield f"looked           {report['searches']} calls, {report['search_seconds']:.2f} s; masks of {sum(sizes.values()) / 1e6:.2f} MB"
     yield f"sparse calls     {calls} of {total} self-attention calls ({_share(calls, total)})"
     yield f"                 {_share_in_window(report)} of those in the sparse steps and blocks"
     yield f"PSNR             {pictures.psnr(dense.clip, sparse.clip):.1f} dB between the two videos"
@@ -249,12 +255,15 @@ def _share_in_window(report: dict[str, Any]) -> str:
 
 def attention_settings(widgets: dict[str, Any], dense: bool) -> Any:
     """The Sparse Attention node's inputs in API form, as AttentionSettings."""
+    from ..kernels.sparsity import get
     from ..models.patchers.settings import AttentionSettings, parse_layers
 
+    recipe = get(widgets["method"])
     return AttentionSettings(
-        method=widgets["method"],
-        method_settings={name.removeprefix("method."): value for name, value in widgets.items() if name.startswith("method.")},
+        method=recipe.name,
+        method_settings={name: widgets[f"method.{name}"] for name in recipe.settings},
         density=1.0 if dense else widgets["density"],
+        error=None if dense else widgets.get("method.error") or None,
         precision="native" if dense else widgets["precision"],
         start_percent=widgets["start_percent"],
         end_percent=widgets["end_percent"],
@@ -262,6 +271,8 @@ def attention_settings(widgets: dict[str, Any], dense: bool) -> Any:
         min_tokens=widgets["min_tokens"],
         block=None if widgets["block"] == "auto" else int(widgets["block"]),
         mask_refresh=widgets["mask_refresh"],
+        search_every=widgets.get("method.search_every", 0),
+        tail=widgets["tail"],
     )
 
 

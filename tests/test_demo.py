@@ -20,21 +20,21 @@ def workflow():
 def quick(workflow, tmp_path, monkeypatch):
     """A smaller job through the same code."""
     workflow[demo._node(workflow, "EmptyHunyuanLatentVideo")]["inputs"].update(width=64, height=64, length=9)
-    workflow[demo._node(workflow, "KSampler")]["inputs"].update(steps=4)
-    workflow[demo._node(workflow, "TesseraSparseAttention")]["inputs"].update(block="16", density=0.5)
+    workflow[demo._node(workflow, "KSampler")]["inputs"].update(steps=6)
+    workflow[demo._node(workflow, "TesseraSparseAttention")]["inputs"].update({"block": "16", "method.error": 0.3})
     file = tmp_path / "quick.json"
     file.write_text(json.dumps(workflow))
     monkeypatch.setattr(demo, "WORKFLOW", file)
     return workflow
 
 
-def test_variants_differ_in_density_only(workflow):
+def test_variants_differ_in_what_is_asked_for_only(workflow):
     variants = dict(demo.variants(workflow))
     assert variants["accelerated"] == workflow
     dense = variants["dense"]
     node = demo._node(workflow, "TesseraSparseAttention")
-    assert dense[node]["inputs"]["density"] == 1.0
-    dense[node]["inputs"].update(density=workflow[node]["inputs"]["density"], precision=workflow[node]["inputs"]["precision"])
+    assert dense[node]["inputs"]["density"] == 1.0 and dense[node]["inputs"]["method.error"] == 0.0
+    dense[node]["inputs"].update({name: workflow[node]["inputs"][name] for name in ("density", "precision", "method.error")})
     assert dense == workflow
 
 
@@ -55,7 +55,13 @@ def test_attention_settings_follow_the_widgets(workflow):
     settings = demo.attention_settings(job.attention, dense=False)
     settings.validate()
     assert settings.density == job.attention["density"] and settings.method == job.attention["method"]
-    assert demo.attention_settings(job.attention, dense=True).density == 1.0
+    assert settings.error == job.attention["method.error"] > 0
+    dense = demo.attention_settings(job.attention, dense=True)
+    assert (dense.density, dense.error) == (1.0, None)
+    others = {"method": "sparge", "method.similarity": 0.3, "method.error": 0.0, "tail": True}
+    settings = demo.attention_settings(job.attention | others, dense=False)
+    settings.validate()
+    assert settings.method_settings == {"similarity": 0.3} and settings.error is None and settings.tail
 
 
 def test_psnr():
@@ -92,7 +98,8 @@ def test_change_a_workflow(workflow):
 
 def check_output(folder, capsys):
     printed = capsys.readouterr().out
-    for word in ("sampling time", "attention time", "density", "sparse calls", "PSNR", "latent error", "backend", "side by side", "heat map"):
+    words = ["sampling time", "attention time", "an error of 30%", "measured", "density", "work", "looked", "sparse calls"]
+    for word in (*words, "PSNR", "latent error", "backend", "side by side", "heat map"):
         assert word in printed
     for file in ("dense.mp4", "accelerated.mp4", "side_by_side.png", "heat_map_accelerated.png"):
         assert (folder / file).stat().st_size > 0
@@ -100,6 +107,8 @@ def check_output(folder, capsys):
     assert report["dense"]["calls"].get("sparse", 0) == 0
     assert report["accelerated"]["calls"]["sparse"] > 0
     assert report["accelerated"]["sparse_share_in_window"] == 1.0
+    assert report["accelerated"]["asked_error"] == 0.3 and 0.0 < report["accelerated"]["error"] < 0.6
+    assert report["accelerated"]["searches"] > 0
 
 
 @pytest.mark.slow
