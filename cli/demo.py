@@ -224,7 +224,7 @@ def _lines(job: Job, dense: Run, sparse: Run) -> Iterator[str]:
     yield f"work             {_number(report['work'])} of the sparse calls with what is pooled, {_number(report['overall_work'])} overall"
     if report["searches"]:
         sizes = report["mask_bytes"]
-        yield f"looked           {report['searches']} calls, {report['search_seconds']:.2f} s; masks of {sum(sizes.values()) / 1e6:.2f} MB"
+        yield f"looked           {report['searches']} calls, {report['search_seconds']:.2f} s; masks of {sum(sizes.values()) / 1e6:.2g} MB"
     yield f"sparse calls     {calls} of {total} self-attention calls ({_share(calls, total)})"
     yield f"                 {_share_in_window(report)} of those in the sparse steps and blocks"
     yield f"PSNR             {pictures.psnr(dense.clip, sparse.clip):.1f} dB between the two videos"
