@@ -1,11 +1,15 @@
-"""What sparsity costs in quality: every recipe against the dense run of the same seed, in real ComfyUI, on the default weights.
+"""What sparsity costs in quality, on the default weights: single attention calls, and whole clips in real ComfyUI.
 
-    python bench/quality.py [--prompts 8] [--seeds 2] [--steps 20] [--workers 2] [--out FILE]
-    python bench/quality.py --start-percent 0.3 --dense-blocks 0 3 --out FILE    with other guards than the node's
+    python bench/quality.py heads         one attention call, every method, on recorded and planted heads (bench/heads.py); minutes, one thread
+    python bench/quality.py clips         whole clips, settings of *Sparse Attention*, three densities; `--prompts 2 --seeds 1` for a short run
+    python bench/quality.py accelerate    whole clips, settings of *Accelerate* in each of its modes, each method in the place of its own
 
-Needs ComfyUI (COMFYUI_PATH, else ~/comfy/ComfyUI). The settings are those of *Accelerate* in each of its modes, with each method in the
-place of its own. PSNR between decoded videos, latent error relative to the dense latent's norm. Only prompts and seeds whose dense clip
-shows what was asked for are used. Writes JSON and, beside it, the same table as Markdown.
+The first two write truth_heads.json, truth_clips.json and the page that shows both, truth.md with truth.png; the last one quality.json and
+quality.md. A method may be spelled with a tail, sparge+tail, wherever one may be named.
+
+Clips need ComfyUI (COMFYUI_PATH, else ~/comfy/ComfyUI). Each clip is compared with the dense clip of its prompt and seed, as decoded: PSNR over
+the clip, SSIM (Wang et al. 2004, a mean over frames); latent error is relative to the dense latent's norm. Only prompts and seeds whose dense
+clip shows what was asked for are used.
 """
 
 from __future__ import annotations
@@ -14,10 +18,12 @@ import argparse
 import datetime
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,102 +47,201 @@ PROMPTS = (
 SIZE, FRAMES = 128, 33  # what the weights were trained for: 9 x 8 x 8 = 576 tokens
 SCHEDULE = dict(cfg=3.0, sampler_name="euler", scheduler="simple")
 SHIFT = 5.0
+SPARSE = {"start_percent": 0.3, "dense_blocks": [0, 3]}
+DENSITIES = {True: (0.25, 0.15, 0.1), False: (0.3, 0.2, 0.1)}
+"""Of *Sparse Attention*: methods with a tail, which costs work, too, and methods without."""
+MEANS = ("density", "overall_density", "work", "psnr", "ssim", "latent_error", "sparse_share")
 
 
 def main() -> None:
-    from tessera.kernels.sparsity import RECIPES
+    options = arguments()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.what == "accelerate":
+        result = clips_result(options)
+        (options.out / "quality.json").write_text(json.dumps(result, indent=1) + "\n")
+        text = "\n".join(["# Sparse against dense on the default weights", "", *clips_table(result)]) + "\n"
+        (options.out / "quality.md").write_text(text)
+    else:
+        result = heads_result(options) if options.what == "heads" else clips_result(options)
+        (options.out / f"truth_{options.what}.json").write_text(json.dumps(result, indent=1) + "\n")
+        text = page(options.out)
+    print(text)
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--first-seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--methods", nargs="+", default=list(RECIPES))
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="those not named stay in the file as they are")
-    parser.add_argument("--start-percent", type=float, help="default: the node's")
-    parser.add_argument("--dense-blocks", type=int, nargs="*", help="default: the node's")
-    parser.add_argument("--workers", type=int, default=2, help="processes, each with a share of the prompts")
-    parser.add_argument("--date", default=datetime.date.today().isoformat())
-    parser.add_argument("--out", type=Path, default=PACK / "bench" / "results" / "quality.json")
-    options = parser.parse_args()
 
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="what", required=True)
+    heads, clips, accelerate = (parts.add_parser(name) for name in ("heads", "clips", "accelerate"))
+    heads.add_argument("--clips", type=int, default=4, help="to record")
+    heads.add_argument("--layers", type=int, default=2, help="to plant")
+    heads.add_argument("--threads", type=int, default=1)
+    for part, steps in ((clips, 12), (accelerate, 20)):
+        part.add_argument("--prompts", type=int, default=8)
+        part.add_argument("--seeds", type=int, default=2)
+        part.add_argument("--first-seed", type=int, default=1)
+        part.add_argument("--steps", type=int, default=steps)
+        part.add_argument("--methods", nargs="+", help="default: all recipes; for clips each with the tail, too")
+        part.add_argument("--workers", type=int, default=2, help="processes, each with a share of the prompts")
+    accelerate.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="those not named stay in the file as they are")
+    accelerate.add_argument("--start-percent", type=float, help="default: the node's")
+    accelerate.add_argument("--dense-blocks", type=int, nargs="*", help="default: the node's")
+    for part in (heads, clips, accelerate):
+        part.add_argument("--date", default=datetime.date.today().isoformat())
+        part.add_argument("--out", type=Path, default=PACK / "bench" / "results", help="a folder")
+    return parser.parse_args()
+
+
+def heads_result(options: argparse.Namespace) -> dict[str, Any]:
+    import heads
+    import torch
+
+    torch.set_num_threads(options.threads)
+    with torch.inference_mode():
+        recorded = heads.recorded(PROMPTS[: options.clips], SIZE, FRAMES, SCHEDULE["cfg"], SHIFT)
+        groups = {"recorded": recorded, "planted": map(heads.planted, range(1, options.layers + 1))}
+        tables = {name: heads.summarise(row for layer in layers for row in heads.measure(layer)) for name, layers in groups.items()}
+    facts = dict(date=options.date, command=command(), torch=torch.__version__, threads=options.threads, clips=options.clips, layers=options.layers)
+    return {**facts, **tables}
+
+
+def command() -> str:
+    return " ".join(["python bench/quality.py", *sys.argv[1:]])
+
+
+def clips_result(options: argparse.Namespace) -> dict[str, Any]:
     from tessera.cli.comfy_server import HOW_TO_GET, find_comfy
 
     comfy = find_comfy()
     if comfy is None:
         sys.exit(f"bench/quality.py needs ComfyUI: {HOW_TO_GET}")
+    cases = accelerate_cases(options) if options.what == "accelerate" else sparse_cases(options)
     with ThreadPoolExecutor(options.workers) as pool:
-        parts = list(pool.map(lambda worker: run_worker(comfy, options, worker), range(options.workers)))
+        parts = list(pool.map(lambda worker: run_worker(comfy, options, cases, worker), range(options.workers)))
     heads, rows = [part[0] for part in parts], [row for part in parts for row in part[1:]]
-    head = {**heads[0], **{name: sum(part[name] for part in heads) for name in ("clips", "tried")}}
-    if options.modes != MODES:
-        before = json.loads(options.out.read_text())
+    head = {**heads[0], **{name: sum(part[name] for part in heads) for name in ("clips", "tried")}, "command": command()}
+    if options.what == "accelerate" and options.modes != MODES:
+        before = json.loads((options.out / "quality.json").read_text())
+        head["command"] = before["command"]
         if changed := [name for name in head if before[name] != head[name]]:
             sys.exit(f"bench/quality.py: {', '.join(changed)} differ from those of {options.out}; run all modes")
         rows = [row for row in before["runs"] if row["mode"] not in (*options.modes, None)] + rows
-        head["command"] = before["command"]
-    else:
-        head["command"] = " ".join(["python bench/quality.py", *sys.argv[1:]])
-    result = {"date": options.date, **head, "table": summarise(rows), "runs": rows}
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    text = markdown(result)
-    options.out.with_suffix(".md").write_text(text)
-    print(text)
+    return {"date": options.date, **head, "table": summarise(rows), "runs": rows}
 
 
-def run_worker(comfy: Any, options: argparse.Namespace, worker: int) -> list[dict[str, Any]]:
+def accelerate_cases(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What to run: a method, a mode, and how the settings of *Accelerate* are changed."""
+    from tessera.kernels.sparsity import RECIPES
+
+    guards = {name: value for name in ("start_percent", "dense_blocks") if (value := getattr(options, name)) is not None}
+    methods = options.methods or list(RECIPES)
+    return [{"method": method, "mode": mode, "changes": {**spelled(method), **guards}} for mode in options.modes for method in methods]
+
+
+def sparse_cases(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What to run: a method, the density that is asked for, and the settings of *Sparse Attention*."""
+    import heads
+
+    cases = []
+    methods = heads.methods()
+    for method in options.methods or methods:
+        for density in DENSITIES[methods[method].compensate == "pooled_tail"]:
+            cases.append({"method": method, "mode": density, "changes": {**spelled(method), **SPARSE, "density": density}})
+    return cases
+
+
+def spelled(method: str) -> dict[str, Any]:
+    """The settings that a spelling such as sparge+tail stands for."""
+    name, plus, _ = method.partition("+")
+    return {"method": name, **({"tail": True} if plus else {})}
+
+
+def run_worker(comfy: Any, options: argparse.Namespace, cases: list[dict[str, Any]], worker: int) -> list[dict[str, Any]]:
     """One process with its share of the prompts. Small models use two cores better as two processes than as two threads."""
-    job = {"prompts": options.prompts // options.workers, "seeds": options.seeds, "steps": options.steps}
-    job |= {"methods": list(options.methods), "modes": list(options.modes), "first_seed": options.first_seed}
-    job["guards"] = {name: value for name in ("start_percent", "dense_blocks") if (value := getattr(options, name)) is not None}
-    job |= {"worker": worker, "workers": options.workers}
-    command = [str(comfy.python), __file__, "--inside", str(comfy.path), str(PACK / ".pkg"), json.dumps(job)]
+    job = {"prompts": options.prompts // options.workers, "seeds": options.seeds, "steps": options.steps, "first_seed": options.first_seed}
+    job |= {"cases": cases, "accelerate": options.what == "accelerate", "worker": worker, "workers": options.workers}
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     lines = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("RESULT "):
-                lines.append(json.loads(line.removeprefix("RESULT ")))
-                print(lines[-1], flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        job["folder"] = folder
+        inside = [str(comfy.python), __file__, "--inside", str(comfy.path), str(PACK / ".pkg"), json.dumps(job)]
+        with subprocess.Popen(inside, stdout=subprocess.PIPE, text=True, env=environment) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("RESULT "):
+                    lines.append(json.loads(line.removeprefix("RESULT ")))
+                    if len(lines) > 1:
+                        lines[-1] |= compared(Path(lines[-1].pop("clip")), Path(lines[-1].pop("dense")))
+                    print(lines[-1], flush=True)
     if process.returncode:
         raise SystemExit(process.returncode)
     return lines
 
 
+def compared(clip: Path, dense: Path) -> dict[str, float]:
+    """PSNR and SSIM of two clips `(frames, height, width, 3)` in 0..1, saved by `Sampler.keep`; the first one's file is removed."""
+    import numpy as np
+    from skimage.metrics import structural_similarity
+
+    run, base = np.load(clip), np.load(dense)
+    clip.unlink()
+    error = max(float(np.square(run - base, dtype=np.float64).mean()), 1e-12)
+    as_published = dict(channel_axis=-1, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+    frames = [float(structural_similarity(one, other, **as_published)) for one, other in zip(run, base, strict=True)]
+    return {"psnr": -10 * math.log10(error), "ssim": statistics.fmean(frames)}
+
+
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over prompts and seeds, one row for each (method, density)."""
+    """Means over prompts and seeds, one row for each (method, mode or density)."""
     table = []
     keys = list(dict.fromkeys((row["method"], row["mode"]) for row in rows))
     for method, mode in keys:
         group = [row for row in rows if (row["method"], row["mode"]) == (method, mode)]
-        mean = {name: statistics.fmean(row[name] for row in group) for name in ("density", "overall_density", "psnr", "latent_error", "sparse_share")}
-        table.append({"method": method, "mode": mode, "runs": len(group), "psnr_min": min(row["psnr"] for row in group), **mean})
+        mean = {name: statistics.fmean(row[name] for row in group) for name in MEANS}
+        worst = {f"{name}_min": min(row[name] for row in group) for name in ("psnr", "ssim")}
+        table.append({"method": method, "mode": mode, "runs": len(group), **worst, **mean})
     return table
 
 
-def markdown(result: dict[str, Any]) -> str:
+def clips_table(result: dict[str, Any]) -> list[str]:
     dense = " ".join(map(str, result["dense_blocks"])) or "none"
     lines = [
-        "# Sparse against dense on the default weights",
-        "",
         f"`{result['command']}`, {result['date']}: ComfyUI {result['comfyui']}, torch {result['torch']}, CPU. "
         f"{result['clips']} clips of {FRAMES} frames, {SIZE} x {SIZE} ({result['tokens']} tokens, blocks of {result['block']}), {result['steps']} "
-        f"steps. The settings of *Accelerate*: the first {result['start_percent']:.0%} of the schedule dense, dense blocks (of 6): {dense}.",
-        f"Mean over prompts and seeds whose dense clip shows its caption ({result['clips']} of {result['tried']} tried). Density is of the sparse "
-        "calls, with the blocks that are kept in any case; *overall* counts the dense calls. *random* keeps random blocks; *another seed* "
+        f"steps, the first {result['start_percent']:.0%} of the schedule dense, dense blocks (of 6): {dense}.",
+        f"Mean over prompts and seeds whose dense clip shows its caption ({result['clips']} of {result['tried']} tried), each against its own dense "
+        "clip. Density is what the sparse calls keep of all block pairs, with what is kept in any case; work counts the tail, too; *overall* is "
+        "the density with the dense calls. *random* keeps random blocks, *oracle* those that exact attention looks at most; *another seed* "
         "compares two dense runs.",
         "",
-        "| method | mode | density | overall | PSNR dB (worst) | latent error | sparse calls in the window |",
-        "|---|---|---|---|---|---|---|",
+        "| method | asked | density | overall | work | PSNR dB (worst) | SSIM (worst) | latent error | sparse calls in the window |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["table"]:
         lines.append(
-            f"| {row['method']} | {row['mode'] or ''} | {row['density']:.2f} | {row['overall_density']:.2f} "
-            f"| {row['psnr']:.1f} ({row['psnr_min']:.1f}) "
+            f"| {row['method']} | {row['mode'] or ''} | {row['density']:.2f} | {row['overall_density']:.2f} | {row['work']:.3f} "
+            f"| {row['psnr']:.1f} ({row['psnr_min']:.1f}) | {row['ssim']:.3f} ({row['ssim_min']:.3f}) "
             f"| {row['latent_error']:.3f} | {row['sparse_share']:.0%} |"
         )
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def page(folder: Path) -> str:
+    """truth.md, and its picture, of the results that lie in the folder."""
+    import chart
+    import heads
+
+    lines = ["# What sparsity costs in quality"]
+    found = folder / "truth_clips.json"
+    if found.exists():
+        result = json.loads(found.read_text())
+        chart.draw(result["table"], folder / "truth.png")
+        lines += ["", "## Whole clips", "", "![PSNR against work, a line a method](truth.png)", "", *clips_table(result)]
+    found = folder / "truth_heads.json"
+    if found.exists():
+        lines += ["", *heads.markdown(json.loads(found.read_text()))]
+    text = "\n".join(lines) + "\n"
+    (folder / "truth.md").write_text(text)
+    return text
 
 
 def inside(comfyui: str, package_parent: str, job: dict[str, Any]) -> None:
@@ -153,49 +258,48 @@ def inside(comfyui: str, package_parent: str, job: dict[str, Any]) -> None:
     import comfyui_version
     import utils.extra_config  # noqa: F401  (first, as main.py does: nodes.py puts a folder with another `utils` before it)
 
-    from tessera.nodes.attention import accelerate_settings, last_report, patch_attention
+    from tessera.nodes.attention import AttentionSettings, accelerate_settings, last_report, patch_attention
 
-    guards = dict(job["guards"])
-    if "dense_blocks" in guards:
-        guards["dense_blocks"] = frozenset(guards["dense_blocks"])
-    plain = accelerate_settings("quality", 0, **guards)
+    def settings(mode: str | float, **changes: Any) -> AttentionSettings:
+        if "dense_blocks" in changes:
+            changes["dense_blocks"] = frozenset(changes["dense_blocks"])
+        return accelerate_settings(mode, 0, **changes) if job["accelerate"] else AttentionSettings(min_tokens=0, **changes)
+
+    first = job["cases"][0]
+    plain = settings(first["mode"], **first["changes"])
     if job["workers"] > 1:
         torch.set_num_threads(1)
     with torch.inference_mode():
-        host = Sampler(job["steps"])
+        host = Sampler(job["steps"], Path(job["folder"]))
         dense, tried = host.good_clips(job)
         versions = dict(comfyui=comfyui_version.__version__, torch=torch.__version__)
-        blocks = sorted(plain.dense_blocks)
-        emit(
-            **versions,
-            clips=len(dense),
-            tried=tried,
-            steps=job["steps"],
-            tokens=576,
-            block=32,
-            start_percent=plain.start_percent,
-            dense_blocks=blocks,
-        )
-        for mode in job["modes"]:
-            for method in job["methods"]:
-                patched = patch_attention(host.model, accelerate_settings(mode, 0, method=method, **guards), None)
-                for (prompt, seed), base in dense.items():
-                    run = host.sample(patched, prompt, seed)
-                    report = last_report(patched)
-                    figures = dict(
-                        density=report["density"], overall_density=report["overall_density"], sparse_share=report["sparse_share_in_window"]
-                    )
-                    emit(method=method, mode=mode, prompt=prompt, seed=seed, **figures, **compared(run, base))
-        for (prompt, seed), base in dense.items():
+        guards = dict(start_percent=plain.start_percent, dense_blocks=sorted(plain.dense_blocks))
+        emit(**versions, clips=len(dense), tried=tried, steps=job["steps"], tokens=576, block=32, **guards)
+        bases = {key: host.keep(run) for key, run in dense.items()}
+
+        def result(case: dict[str, Any], key: tuple[str, int], run: tuple[Any, Any], figures: dict[str, float]) -> None:
+            base = dense[key][0]
+            files = dict(clip=str(host.keep(run)), dense=str(bases[key]))
+            latent_error = float((run[0] - base).norm() / base.norm())
+            emit(method=case["method"], mode=case["mode"], prompt=key[0], seed=key[1], **figures, latent_error=latent_error, **files)
+
+        for case in job["cases"]:
+            patched = patch_attention(host.model, settings(case["mode"], **case["changes"]), None)
+            for key in dense:
+                run = host.sample(patched, *key)
+                report = last_report(patched)
+                figures = {name: report[name] for name in ("density", "overall_density", "work")}
+                result(case, key, run, {**figures, "sparse_share": report["sparse_share_in_window"]})
+        for prompt, seed in dense:
             other = host.sample(host.model, prompt, seed + 1000)
-            figures = dict(density=1.0, overall_density=1.0, sparse_share=0.0)
-            emit(method="another seed (dense)", mode=None, prompt=prompt, seed=seed, **figures, **compared(other, base))
+            figures = dict(density=1.0, overall_density=1.0, work=1.0, sparse_share=0.0)
+            result({"method": "another seed (dense)", "mode": None}, (prompt, seed), other, figures)
 
 
 class Sampler:
     """The default weights in ComfyUI, by its stock nodes. A clip is (latents, frames `(frames, height, width, 3)` in 0..1)."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, clips: Path) -> None:
         import folder_paths
         import torch
         from comfy_extras.nodes_model_advanced import ModelSamplingSD3
@@ -207,6 +311,7 @@ class Sampler:
         for folder in ("diffusion_models", "vae"):
             folder_paths.add_model_folder_path(folder, str(DEFAULT_WEIGHTS / folder))
         self.nodes, self.encode, self.steps = nodes, vocabulary.encode, steps
+        self.files = (clips / f"{number}.npy" for number in itertools.count())
         self.model = ModelSamplingSD3().patch(nodes.UNETLoader().load_unet("tessera_shapes_t2v.safetensors", "default")[0], SHIFT)[0]
         self.vae = nodes.VAELoader().load_vae("tessera_shapes_vae.safetensors")[0]
         self.empty = {"samples": torch.zeros(1, 16, (FRAMES - 1) // 4 + 1, SIZE // 8, SIZE // 8)}
@@ -215,6 +320,14 @@ class Sampler:
         positive, negative = ([[self.encode(text), {}]] for text in (prompt, ""))
         latent = self.nodes.common_ksampler(patched, seed, self.steps, positive=positive, negative=negative, latent=self.empty, **SCHEDULE)[0]
         return latent["samples"], self.nodes.VAEDecode().decode(self.vae, latent)[0].clamp(0, 1).reshape(FRAMES, SIZE, SIZE, 3)
+
+    def keep(self, run: tuple[Any, Any]) -> Path:
+        """The file with the clip: what compares clips need not be in ComfyUI's environment."""
+        import numpy as np
+
+        file = next(self.files)
+        np.save(file, run[1].numpy())
+        return file
 
     def good_clips(self, job: dict[str, Any]) -> tuple[dict[tuple[str, int], tuple[Any, Any]], int]:
         """(dense clips that show their caption, `seeds` of each of this worker's prompts, by (prompt, seed); how many were tried)."""
@@ -240,11 +353,6 @@ class Sampler:
 
 def emit(**row: Any) -> None:
     print("RESULT " + json.dumps(row), flush=True)
-
-
-def compared(run: tuple[Any, Any], base: tuple[Any, Any]) -> dict[str, float]:
-    psnr = float(-10 * (run[1] - base[1]).square().mean().clamp_min(1e-12).log10())
-    return {"psnr": psnr, "latent_error": float((run[0] - base[0]).norm() / base[0].norm())}
 
 
 if __name__ == "__main__":
