@@ -1,4 +1,4 @@
-"""The picture of the truth table: PSNR against work, a line a method."""
+"""The picture of the truth table: PSNR against the work in the window, a line a method."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ FINE = 3  # drawn larger, then reduced: lines are smooth
 
 def draw(table: list[dict[str, Any]], file: Path) -> None:
     """A line for each method of `quality.summarise`, best at its most work first. Hollow points: the same recipe with the tail."""
-    rows = sorted((row for row in table if row["mode"] is not None), key=lambda row: row["work"])
+    rows = sorted((row for row in table if row["mode"] is not None), key=lambda row: row["window_work"])
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        lines.setdefault(row["method"], []).append((row["work"], row["psnr"]))
+        lines.setdefault(row["method"], []).append((row["window_work"], row["psnr"]))
     recipes = sorted({method.partition("+")[0] for method in lines})
-    most = math.ceil(20 * rows[-1]["work"])  # twentieths
+    most = math.ceil(20 * rows[-1]["window_work"])  # twentieths
     low, high = 2 * math.floor(min(row["psnr"] for row in rows) / 2), 2 * math.ceil(max(row["psnr"] for row in rows) / 2)
 
     picture = Image.new("RGB", (WIDTH * FINE, HEIGHT * FINE), "white")
@@ -43,7 +43,7 @@ def draw(table: list[dict[str, Any]], file: Path) -> None:
     for tick in range(most + 1):
         line([place(tick / 20, low), place(tick / 20, high)], "#e0e0e0", 1)
         text(place(tick / 20, low)[0], BOTTOM + 14, f"{tick / 20:.2f}", "mm")
-    text((LEFT + RIGHT) / 2, HEIGHT - 16, "work: kept and pooled pairs, of all", "mm")
+    text((LEFT + RIGHT) / 2, HEIGHT - 16, "work in steps and blocks that may be sparse, of dense", "mm")
     text(LEFT + 8, TOP + 12, "PSNR against the dense clip, dB", "lm")
     for number, (method, found) in enumerate(sorted(lines.items(), key=lambda item: -item[1][-1][1])):
         recipe, plus, _ = method.partition("+")

@@ -104,7 +104,7 @@ def test_clips_are_compared_frame_by_frame(bench, tmp_path):
 
 def test_a_table_of_clips_has_means_and_the_worst(bench, tmp_path):
     quality, _, chart = bench
-    same = dict(density=0.3, overall_density=0.5, work=0.35, latent_error=0.1, sparse_share=1.0)
+    same = dict(density=0.3, work=0.35, window_work=0.4, overall_work=0.5, searches=3, latent_error=0.1, sparse_share=1.0)
     rows = [dict(method="a", mode=0.3, psnr=psnr, ssim=ssim, **same) for psnr, ssim in ((30.0, 0.9), (34.0, 0.8))]
     rows.append(dict(method="a+tail", mode=0.25, psnr=35.0, ssim=0.95, **same))
     table = quality.summarise(rows)
