@@ -119,7 +119,7 @@ def clips_result(options: argparse.Namespace) -> dict[str, Any]:
         parts = list(pool.map(lambda worker: run_worker(comfy, options, cases, worker), range(options.workers)))
     heads, rows = [part[0] for part in parts], [row for part in parts for row in part[1:]]
     head = {**heads[0], **{name: sum(part[name] for part in heads) for name in ("clips", "tried")}, "command": command()}
-    if options.what == "accelerate" and options.modes != MODES:
+    if options.what == "accelerate" and tuple(options.modes) != MODES:
         before = json.loads((options.out / "quality.json").read_text())
         head["command"] = before["command"]
         if changed := [name for name in head if before[name] != head[name]]:
