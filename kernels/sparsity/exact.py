@@ -24,7 +24,7 @@ def mass(tokens: Tokens) -> Tensor:
     found = torch.empty(tokens.shape, dtype=torch.float32, device=tokens.q.device)
     for head in _heads(tokens):
         for piece in head.pieces():
-            piece.store(found, piece.p.unflatten(0, (-1, tokens.granule)).sum(1)[: found.shape[-1]])
+            piece.store(found, piece.p.unflatten(0, (-1, tokens.granule)).sum(1)[: found.shape[-1]] / piece.total)
     return found
 
 
@@ -46,13 +46,14 @@ def error(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         values = head.values.unflatten(0, (-1, tokens.block)).mT
         for piece in head.pieces():
             sums = values @ piece.p.unflatten(0, (-1, tokens.block))  # N: (blocks, head_dim, rows)
-            out = sums.sum(0)
+            out = sums.sum(0) / piece.total
             length = out.square().sum(0, keepdim=True)
             energy[head.sample] += (length * piece.shown).sum()
-            piece.store(fine, around.costs(piece, small, out, length))
+            share = piece.total.square().reciprocal_()
+            piece.store(fine, around.costs(piece, small, out, length) * share)
             pooled = large.weights(piece)
             over = piece.p.unflatten(0, (-1, tokens.block)).sum(1).sub_(pooled)
-            piece.store(coarse, sums.sub_(large.values[..., None] * pooled[:, None]).sub_(over[:, None] * out).square_().sum(1))
+            piece.store(coarse, sums.sub_(large.values[..., None] * pooled[:, None]).sub_(over[:, None] * out).square_().sum(1) * share)
     return fine, coarse, energy
 
 
@@ -88,8 +89,8 @@ class _Pooled:
         return cls(keys[head.sample, head.kv_head], values[head.sample, head.kv_head], own)
 
     def weights(self, piece: _Piece) -> Tensor:
-        """T, `(blocks, rows)`."""
-        return torch.addmm(self.bias - piece.lse, self.keys, piece.queries).exp_()
+        """T in units of p, `(blocks, rows)`."""
+        return torch.addmm(self.bias - piece.peak, self.keys, piece.queries).exp_()
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +111,7 @@ class _Around:
         return cls(values, values @ values.mT, values @ pooled.values[..., None])
 
     def costs(self, piece: _Piece, pooled: _Pooled, out: Tensor, length: Tensor) -> Tensor:
-        """|r|^2 `(granules, rows)`. out `(head_dim, rows)`, length `(1, rows)` its squared norms."""
+        """|r|^2 in units of p squared, `(granules, rows)`. out `(head_dim, rows)`, length `(1, rows)` its squared norms."""
         granules, keys, head_dim = self.values.shape
         p = piece.p[: granules * keys].view(granules, keys, -1)
         over = p.sum(1).sub_(pooled.weights(piece))
@@ -134,12 +135,13 @@ def sampled_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, ke
 
 @dataclass(frozen=True, eq=False)
 class _Piece:
-    """Some queries of one head. Keys come first, so that the sums over a block's keys run along memory."""
+    """Some queries of one head. Keys come first, so that the sums over a block's keys run along memory. p is yet to be divided by its total."""
 
     where: tuple[int, int, slice]  # sample, head, query blocks
     queries: Tensor  # (head_dim, rows), scaled
-    p: Tensor  # (tokens, rows), exact
-    lse: Tensor  # (1, rows)
+    p: Tensor  # exp(score - peak), (tokens, rows)
+    peak: Tensor  # (1, rows)
+    total: Tensor  # (1, rows)
     shown: Tensor  # (1, rows): 1, or 0 for what only fills a block
     block: int
 
@@ -171,10 +173,12 @@ class _Head:
             for first in range(0, queries.shape[1], rows):
                 part = queries[:, first : first + rows]
                 p = torch.addmm(self.bias, self.keys, part)
-                lse = p.logsumexp(0, keepdim=True)
-                lse.masked_fill_(lse.isneginf(), 0.0)  # every key is hidden: p is 0
+                peak = p.amax(0, keepdim=True)
+                peak.masked_fill_(peak.isneginf(), 0.0)  # every key is hidden: p is 0
+                p.sub_(peak).exp_()
+                total = p.sum(0, keepdim=True).clamp_(min=torch.finfo(p.dtype).tiny)
                 where = self.sample, number, slice(first // block, (first + part.shape[1]) // block)
-                yield _Piece(where, part, p.sub_(lse).exp_(), lse, shown[:, first : first + rows], block)
+                yield _Piece(where, part, p, peak, total, shown[:, first : first + rows], block)
 
 
 def _heads(tokens: Tokens) -> Iterator[_Head]:
