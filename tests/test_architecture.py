@@ -43,6 +43,19 @@ def test_what_the_text_names_is_there(root: Path) -> None:
     assert len(re.findall(r"^## (An attention call|A weight|A frame|A layer)$", whole, re.MULTILINE)) == 4
 
 
+def test_the_page_on_the_method_names_what_is_there(root: Path) -> None:
+    """In its table, code by its name in the file that is linked last; and all links."""
+    page = (root / "docs" / "method.md").read_text()
+    for link in re.findall(r"\]\(([^)#]+)\)", page):
+        assert (root / "docs" / link).exists(), link
+    rows = re.findall(r"^\| .+ \| (`\w+`.*) \|$", page, re.MULTILINE)
+    cells = [cell for row in rows for cell in re.findall(r"((?:`\w+`,? ?)+) in \[`[^`]+`\]\(([^)]+)\)", row)]
+    named = [(name, link) for names, link in cells for name in re.findall(r"\w+", names)]
+    assert len(named) >= 10
+    for name, link in named:
+        assert re.search(rf"(def |class |^|name=\"){name}\b", (root / "docs" / link).read_text(), re.MULTILINE), (name, link)
+
+
 def rooms(text: str) -> list[str]:
     return re.findall(r"^\d+\. `(\S+\.py)`: ", text, re.MULTILINE)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -200,6 +201,16 @@ def test_every_node_has_a_help_page():
     assert {file.stem for file in HELP.glob("*.md")} == OWN_NODES
     for file in HELP.glob("*.md"):
         assert "## Limits" in file.read_text()
+
+
+def pictures_of(page: Path) -> list[str]:
+    return re.findall(r"!\[[^]]+\]\(([^)]+)\)", page.read_text())
+
+
+def test_pictures_of_help_pages_are_beside_them_and_small():
+    shown = {picture for page in HELP.glob("*.md") for picture in pictures_of(page)}
+    assert shown == {file.name for file in HELP.iterdir() if file.suffix != ".md"}
+    assert all((HELP / picture).stat().st_size < 200_000 for picture in shown)
 
 
 @pytest.mark.comfy
@@ -505,6 +516,8 @@ def test_templates_and_help_are_served(any_comfy: ComfyServer):
         assert download(f"{any_comfy.url}/api/workflow_templates/{pack}/{name}.jpg") == (FOLDER / f"{name}.jpg").read_bytes()
     for node in OWN_NODES:
         assert any_comfy.get(f"/extensions/{pack}/docs/{node}.md") == (HELP / f"{node}.md").read_text()
+        for picture in pictures_of(HELP / f"{node}.md"):
+            assert download(f"{any_comfy.url}/extensions/{pack}/docs/{picture}") == (HELP / picture).read_bytes()
 
 
 def download(url: str) -> bytes:

@@ -83,7 +83,7 @@ def _option(recipe: Recipe) -> io.DynamicCombo.Option:
         )
         widgets.append(io.Float.Input("error", default=0.0, min=0.0, max=1.0, step=0.01, optional=True, tooltip=tip))
     if recipe.quick is not None:
-        tip = "Steps after which it looks again for the blocks to keep; looking costs about as much as a dense step. 0: once a run."
+        tip = "Steps after which it looks again for the blocks to keep. Looking takes time, which is on the node's line. 0: once a run."
         widgets.append(io.Int.Input("search_every", default=0, min=0, max=100, optional=True, tooltip=tip))
     return io.DynamicCombo.Option(recipe.name, widgets)
 
@@ -129,8 +129,8 @@ class SparseAttention(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip="Share of the blocks that the method chooses. What it always keeps (text, first frame, a block's own) comes on top; "
-                    "the density on the node's line counts both. Lower is faster. 1 = dense: with native precision the result is then "
-                    "exactly that of ComfyUI alone.",
+                    "the density on the node's line counts both. Lower is faster. 1, with an error of 0, is dense: with native precision the result "
+                    "is then exactly that of ComfyUI alone.",
                 ),
                 io.Combo.Input(
                     "precision",
