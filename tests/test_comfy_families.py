@@ -82,7 +82,7 @@ def test_few_steps_are_noticed(result):
 
 def test_accelerate_asks_for_the_error_of_its_mode(result):
     report = result["accelerate"]
-    assert (report["method"], report["asked_error"]) == ("tessera", 0.15)
+    assert (report["method"], report["asked_error"]) == ("tessera", 0.12)
     assert report["asked_density"] == 0.5, "the density of runs that are too short to look, as gentle with few steps"
 
 

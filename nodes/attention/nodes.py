@@ -17,7 +17,7 @@ from ..comfy import described
 from .host import last_report, patch_attention
 
 CATEGORY = "Tessera/attention"
-MODES = {"quality": (0.03, 0.5), "balanced": (0.08, 0.3), "fast": (0.15, 0.2)}
+MODES = {"quality": (0.03, 0.5), "balanced": (0.06, 0.3), "fast": (0.12, 0.2)}
 """Mode -> (error of a call, density of runs that are too short to look for what keeps it)."""
 
 
