@@ -30,8 +30,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tessera.kernels import gpu, reference, selftest
 from tessera.kernels.attention import attention
-from tessera.kernels.block_mask import BlockMask, num_blocks
-from tessera.kernels.sparsity import TokenGrid, get, prepare, sparse_attention
+from tessera.kernels.block_mask import BlockMask, PooledTail, num_blocks
+from tessera.kernels.sparsity import Arrangement, Recipe, TokenGrid, get, prepare, sparse_attention, with_tail
 from tessera.kernels.triton_backend import IMPLEMENTATIONS, compile_table
 
 CUDA = torch.device("cuda")
@@ -45,6 +45,8 @@ SHAPES = {
 DENSITIES = (0.5, 0.3, 0.2, 0.1)
 PRECISIONS = ("native", "int8")
 RECIPE = "rainfusion2"
+GRANULES = (128, 32)
+TAIL = PooledTail(4)
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
 SDPA_TOLERANCE = 0.01
 CONFIGS = [
@@ -67,7 +69,9 @@ class Call:
     function: Callable[[], tuple[Tensor, BlockMask | None]]
     tolerance: float
     density: float = 1.0
+    tail: PooledTail | None = None
     order: Tensor | None = None  # token order that the mask refers to
+    work: float = 1.0  # density, and what the tail adds to it
     times: list[float] = field(default_factory=list)  # milliseconds
     error: float = 0.0
 
@@ -93,34 +97,41 @@ def calls_for(grid: TokenGrid, heads: int, q: Tensor, k: Tensor, v: Tensor) -> l
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v), None
 
-    def ours(precision: str, mask: BlockMask | None) -> tuple[Tensor, BlockMask | None]:
-        return attention(q, k, v, block_mask=mask, precision=precision), mask
+    def ours(precision: str, mask: BlockMask | None, tail: PooledTail | None = None) -> tuple[Tensor, BlockMask | None]:
+        return attention(q, k, v, block_mask=mask, precision=precision, tail=tail), mask
 
     tolerances = {implementation.precision: implementation.tolerance for implementation in IMPLEMENTATIONS}
     for name, backend in SDPA.items():
         calls.append(Call(f"torch {name}", lambda backend=backend: sdpa(backend), SDPA_TOLERANCE))
     for precision in PRECISIONS:
         calls.append(Call(f"dense {precision}", lambda precision=precision: ours(precision, None), tolerances[precision]))
-    recipe = get(RECIPE)
-    arrangement = prepare(recipe, grid, CUDA)
-    forced = arrangement.forced.pairs.float().mean().item()
+    recipes = get(RECIPE), with_tail(get(RECIPE))
+    arrangements = [prepare(recipe, grid, CUDA) for recipe in recipes]
     for density in DENSITIES:
-        masks = {blocks: random_mask(heads, grid.seq_len, density, blocks) for blocks in ((128, 128), (128, 64))}
+        masks = {blocks: random_mask(heads, grid.seq_len, density, blocks) for blocks in ((128, 128), (128, 64), GRANULES)}
         for precision in PRECISIONS:
             tolerance = tolerances[precision]
             for blocks, mask in masks.items():
                 name = f"sparse {precision} {blocks[0]}x{blocks[1]}"
                 calls.append(Call(name, lambda precision=precision, mask=mask: ours(precision, mask), tolerance, density))
+            name = f"sparse {precision} {GRANULES[0]}x{GRANULES[1]} + tail"
+            calls.append(Call(name, lambda precision=precision, mask=masks[GRANULES]: ours(precision, mask, TAIL), tolerance, density, TAIL))
+            for recipe, arrangement in zip(recipes, arrangements, strict=True):
+                # Of all pairs `density` are kept, those that the recipe keeps anyway among them.
+                forced = arrangement.forced.pairs.float().mean().item()
+                own = max((density - forced) / (1 - forced), 0.0)
 
-            # Of all pairs `density` are kept, those that the recipe keeps anyway among them.
-            def whole(precision: str = precision, own: float = max((density - forced) / (1 - forced), 0.0)) -> tuple[Tensor, BlockMask]:
-                return sparse_attention(recipe, arrangement, q, k, v, density=own, precision=precision)
+                def whole(
+                    precision: str = precision, own: float = own, recipe: Recipe = recipe, arrangement: Arrangement = arrangement
+                ) -> tuple[Tensor, BlockMask]:
+                    return sparse_attention(recipe, arrangement, q, k, v, density=own, precision=precision)
 
-            calls.append(Call(f"whole call {precision} {RECIPE}", whole, tolerance, density, arrangement.order))
+                name = f"whole call {precision} {RECIPE}" + (" + tail" if arrangement.tail else "")
+                calls.append(Call(name, whole, tolerance, density, arrangement.tail, arrangement.order))
     return calls
 
 
-def relative_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> float:
+def relative_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, tail: PooledTail | None = None) -> float:
     """sum |out - float64| / sum |float64| over the first, the middle and the last query block of the first and the last head."""
     block = 128 if mask is None else mask.block_m
     last = num_blocks(q.shape[2], block) - 1
@@ -130,7 +141,7 @@ def relative_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask
         for index in (0, last // 2, last):
             rows = slice(index * block, (index + 1) * block)
             some = None if mask is None else BlockMask(mask.indices[:, one, index, None], mask.counts[:, one, index, None], block, mask.block_n)
-            exact, _ = reference.attention(q[:, one, rows], k[:, one], v[:, one], block_mask=some)
+            exact, _ = reference.attention(q[:, one, rows], k[:, one], v[:, one], block_mask=some, tail=tail)
             difference += float((out[:, one, rows] - exact).abs().sum())
             magnitude += float(exact.abs().sum())
     return difference / magnitude
@@ -145,8 +156,9 @@ def verify(calls: list[Call], q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Cal
             out, mask = call.function()
             if mask is not None:
                 call.density = mask.density(k.shape[2]).item()
+                call.work = call.density + (0.0 if call.tail is None else call.tail.density(mask, k.shape[2]).item())
             tensors = (out, q, k, v) if call.order is None else tuple(x.index_select(2, call.order) for x in (out, q, k, v))
-            call.error = relative_error(*tensors, mask)
+            call.error = relative_error(*tensors, mask, call.tail)
         except Exception as error:  # a backend that torch lacks here, no implementation, too little memory: the others go on
             wrong[label] = str(error).strip().splitlines()[0][:300]
             continue
@@ -215,12 +227,14 @@ def report_shape(name: str, grid: TokenGrid, heads: int, deadline: float) -> tup
             "what": call.name,
             "density": round(call.density, 4),
             "median_ms": round(median, 3),
-            "tflops": round(flops * call.density / median / 1e9, 1),
+            "work": round(call.work, 4),
+            "tflops": round(flops * call.work / median / 1e9, 1),
             "times_faster_than_torch": round(torch_times[best] / median, 2) if best else None,
             "relative_error": round(call.error, 5),
         }
         rows.append(row)
-        print(f"{name}: {call.name:34s} density {call.density:.2f} {median:9.2f} ms {row['tflops']:7.1f} TFLOP/s  {row['times_faster_than_torch']}x")
+        share = f"density {call.density:.2f} work {call.work:.2f}"
+        print(f"{name}: {call.name:40s} {share} {median:9.2f} ms {row['tflops']:7.1f} TFLOP/s  {row['times_faster_than_torch']}x")
     for label, reason in wrong.items():
         print(f"{name}: {label}: NOT MEASURED: {reason}")
     ours_right = all(label.startswith("torch ") for label in wrong)

@@ -2,7 +2,7 @@
 
 Kernels are compiled on the user's machine, by the compiler and driver that are installed there, for a GPU that may never
 have been tried: a kernel that fails or computes noise is found here, not in somebody's pictures. The problem is hostile on
-purpose: odd lengths, ragged blocks, empty rows, a key bias, outlier channels, and keys with a large common component.
+purpose: odd lengths, ragged blocks, granules with a pooled tail, empty rows, a key bias, outlier channels, and keys with a large common component.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, gpu, reference
-from .block_mask import BlockMask, num_blocks
+from .block_mask import BlockMask, PooledTail, num_blocks
 
 LSE_TOLERANCE = 0.1
 """Largest difference in natural-log units. INT8, the coarsest, stays below half of it here."""
@@ -39,11 +39,11 @@ def ensure(implementation: dispatch.Implementation, device: torch.device) -> boo
 
 
 def failure(implementation: dispatch.Implementation, device: torch.device) -> str | None:
-    """Run the test. None if it passes, else the reason in words. Both head sizes that have a kernel configuration are run."""
+    """Run the test. None if it passes, else the reason in words. Both head sizes that have a kernel configuration are run, and a tail."""
     try:
         run = implementation.load()
-        for head_dim, blocks in ((128, (128, 64)), (64, None)):
-            reason = _compare(run, implementation, device, head_dim, blocks)
+        for head_dim, blocks, tail in ((128, (128, 64), None), (64, None, None), (128, (128, 32), PooledTail(4))):
+            reason = _compare(run, implementation, device, head_dim, blocks, tail)
             if reason is not None:
                 return f"self-test failed on {gpu.of(device).name}: {reason}"
     except Exception as error:  # a compiler, a driver, a kernel: whatever fails must not take the user's run with it
@@ -57,6 +57,7 @@ def _compare(
     device: torch.device,
     head_dim: int,
     blocks: tuple[int, int] | None,
+    tail: PooledTail | None,
 ) -> str | None:
     q, k, v, key_bias = (tensor.to(device) for tensor in _problem(head_dim, implementation.self_test_dtype))
     mask = None
@@ -67,9 +68,9 @@ def _compare(
         kept[:, 0, 0] = False
         mask = BlockMask.from_dense(kept.to(device), *blocks)
     scale = head_dim**-0.5
-    out, lse = run(q, k, v, mask, key_bias, scale, True)
+    out, lse = run(q, k, v, mask, key_bias, scale, True, *([] if tail is None else [tail]))
     assert lse is not None
-    expected, expected_lse = reference.attention(q, k, v, block_mask=mask, key_bias=key_bias, scale=scale)
+    expected, expected_lse = reference.attention(q, k, v, block_mask=mask, key_bias=key_bias, scale=scale, tail=tail)
     empty = expected_lse == -torch.inf
     if not bool(torch.isfinite(out).all()):
         return "the output is not finite"

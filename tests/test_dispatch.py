@@ -139,13 +139,13 @@ def test_a_precision_asks_only_its_own(on_gpu) -> None:
     [
         ({"device": torch.device("cpu")}, "int8", "needs an NVIDIA GPU with CUDA; the tensors are on cpu"),
         ({"head_dim": 160}, "native", "head_dim 160 > 128"),
-        ({"blocks": (128, 48)}, "int8", "block_n 48 is not a power of two >= 16"),
+        ({"blocks": (128, 48)}, "int8", "block_n 48 is not a power of two >= 8"),
         ({"blocks": (8, 64)}, "native", "block_m 8 is not a power of two >= 16"),
         ({"dtype": torch.float32}, "native", "torch.float32 is not taken"),
         ({"dtype": torch.bfloat16}, "fp16", "overflow"),
         ({"dtype": torch.float64}, "int8", "torch.float64 is not taken"),
         ({"requires_grad": True}, "int8", "no gradients"),
-        ({"blocks": (128, 32), "tail": PooledTail(4)}, "native", "no pooled tail yet; the torch backend has it"),
+        ({"blocks": (128, 4)}, "native", "block_n 4 is not a power of two >= 8"),
     ],
 )
 def test_refusals_are_sentences(on_gpu, monkeypatch: pytest.MonkeyPatch, changes: dict, precision: str, said: str) -> None:
@@ -154,11 +154,12 @@ def test_refusals_are_sentences(on_gpu, monkeypatch: pytest.MonkeyPatch, changes
     assert said in refusals(problem(**changes), precision)
 
 
-def test_a_tail_goes_to_the_torch_backend(on_gpu) -> None:
+@pytest.mark.parametrize("granule", [8, 16, 32, 128])
+def test_granules_and_tails_are_taken(on_gpu, granule: int) -> None:
     on_gpu((9, 0))
-    asked = problem(blocks=(128, 32), tail=PooledTail(4))
-    assert explain(asked).implementation.name == explain(asked, "native").implementation.name == "torch/native"
-    assert explain(asked, "int8").implementation is None
+    for tail in (None, PooledTail(4)):
+        asked = problem(blocks=(128, granule), tail=tail)
+        assert [explain(asked, precision).implementation.name for precision in ("int8", "native")] == ["triton/int8", "triton/native"]
 
 
 def test_odd_sizes_are_not_refused(on_gpu) -> None:
@@ -220,13 +221,13 @@ class Fake:
         self.row = Implementation("fake", precision, limits, lambda: self.run, **declared)
         dispatch._implementations.insert(0, self.row)
 
-    def run(self, q, k, v, block_mask, key_bias, scale, return_lse):
+    def run(self, q, k, v, block_mask, key_bias, scale, return_lse, tail=None):
         self.calls += 1
-        return self.function(q, k, v, block_mask, key_bias, scale)
+        return self.function(q, k, v, block_mask, key_bias, scale, tail)
 
 
-def exact(q, k, v, block_mask, key_bias, scale):
-    out, lse = reference.attention(q, k, v, block_mask=block_mask, key_bias=key_bias, scale=scale)
+def exact(q, k, v, block_mask, key_bias, scale, tail=None):
+    out, lse = reference.attention(q, k, v, block_mask=block_mask, key_bias=key_bias, scale=scale, tail=tail)
     return out.to(q.dtype), lse.float()
 
 
@@ -245,8 +246,12 @@ def wrong_lse(*arguments):
     return out, lse + 1
 
 
-def full_rows(q, k, v, block_mask, key_bias, scale):
+def full_rows(q, k, v, block_mask, key_bias, scale, tail):
     return exact(q, k, v, None, key_bias, scale)
+
+
+def no_tail(q, k, v, block_mask, key_bias, scale, tail):
+    return exact(q, k, v, block_mask, key_bias, scale)
 
 
 def crash(*arguments):
@@ -258,7 +263,7 @@ def test_a_correct_implementation_is_tested_once() -> None:
     q = torch.randn(1, 1, 30, 16)
     for _ in range(3):
         torch.testing.assert_close(attention(q, q, q), reference.attention(q, q, q)[0].float())
-    assert fake.calls == 3 + 2, "three calls, and the two problems of one self-test"
+    assert fake.calls == 3 + 3, "three calls, and the three problems of one self-test"
 
 
 @pytest.mark.parametrize(
@@ -268,6 +273,7 @@ def test_a_correct_implementation_is_tested_once() -> None:
         (not_finite, "not finite"),
         (wrong_lse, "log-sum-exp is off by 1.0"),
         (full_rows, "do not give zeros"),
+        (no_tail, "do not give zeros"),
         (crash, "RuntimeError: PassManager::run failed"),
     ],
 )
@@ -315,7 +321,7 @@ def test_the_self_test_runs_in_the_declared_dtype(on_gpu) -> None:
     cpu = torch.device("cpu")
     selftest.failure(Fake(note).row, cpu)
     selftest.failure(Fake(note, self_test_dtype=torch.float32).row, cpu)
-    assert seen == [torch.bfloat16] * 2 + [torch.float32] * 2
+    assert seen == [torch.bfloat16] * 3 + [torch.float32] * 3
     on_gpu((9, 0))
     for row in triton_backend.IMPLEMENTATIONS:
         assert row.refuse(problem(dtype=row.self_test_dtype)) is None, "an implementation is tested on what it takes"

@@ -7,7 +7,7 @@ import torch
 
 from tessera.kernels import backends, dispatch, quantize, reference, selftest
 from tessera.kernels.attention import attention, describe, explain
-from tessera.kernels.block_mask import BlockMask, num_blocks
+from tessera.kernels.block_mask import BlockMask, PooledTail, num_blocks
 from tessera.kernels.triton_backend import IMPLEMENTATIONS
 
 pytestmark = pytest.mark.gpu
@@ -47,11 +47,17 @@ def test_self_test(implementation: dispatch.Implementation) -> None:
     ("head_dim", "blocks"),
     [
         *((head_dim, None) for head_dim in (40, 64, 128)),
-        *((64, (16, 16)), (96, (64, 32)), (64, (128, 64)), (128, (128, 64)), (128, (128, 128)), (72, (256, 256))),
+        *((64, (16, 16)), (128, (128, 8)), (128, (128, 32)), (64, (32, 8)), (96, (64, 32))),
+        *((64, (128, 64)), (128, (128, 64)), (128, (128, 128)), (72, (256, 256))),
     ],
     ids=str,
 )
-def test_every_implementation_equals_float64(head_dim: int, blocks: tuple[int, int] | None, precision: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("tail", [None, PooledTail(4)], ids=["drop", "tail"])
+def test_every_implementation_equals_float64(
+    head_dim: int, blocks: tuple[int, int] | None, precision: str, dtype: torch.dtype, tail: PooledTail | None
+) -> None:
+    if tail is not None and blocks is None:
+        pytest.skip("a tail needs a mask")
     backends.register_all()
     q, v = normal(2, 4, 611, head_dim, dtype=dtype), normal(2, 2, 777, head_dim, dtype=dtype)
     k = normal(2, 2, 777, head_dim, dtype=dtype) + 4 * normal(1, 2, 1, head_dim, dtype=dtype)
@@ -62,14 +68,14 @@ def test_every_implementation_equals_float64(head_dim: int, blocks: tuple[int, i
         kept = torch.rand(1, 4, num_blocks(611, blocks[0]), num_blocks(777, blocks[1]), device=CUDA) < 0.4
         kept[:, 1, 0] = False
         mask = BlockMask.from_dense(kept, *blocks)
-    problem = describe(q, k, v, block_mask=mask, key_bias=key_bias)
-    expected, expected_lse = reference.attention(q, k, v, block_mask=mask, key_bias=key_bias)
+    problem = describe(q, k, v, block_mask=mask, key_bias=key_bias, tail=tail)
+    expected, expected_lse = reference.attention(q, k, v, block_mask=mask, key_bias=key_bias, tail=tail)
     ran = 0
     for implementation in dispatch.implementations():
         if implementation.precision != precision or implementation.refuse(problem):
             continue
         ran += 1
-        out, lse = implementation.load()(q, k, v, mask, key_bias, head_dim**-0.5, True)
+        out, lse = implementation.load()(q, k, v, mask, key_bias, head_dim**-0.5, True, *([] if tail is None else [tail]))
         empty = expected_lse == -torch.inf
         assert torch.isfinite(out).all() and (out[empty] == 0).all()
         assert relative_error(out, expected) < TOLERANCE[precision], implementation.name
@@ -89,10 +95,11 @@ def test_auto_takes_int8_on_a_tensor_core_gpu() -> None:
 
 
 def test_quantization_kernels_equal_plain_torch() -> None:
-    from tessera.kernels.triton_backend.quantize import quantize_qk
+    from tessera.kernels.triton_backend import quantize as kernels
 
     q, k = normal(2, 4, 333, 96), normal(2, 2, 555, 96) + 5
-    q8, k8, q_scale, k_scale, _ = quantize_qk(q, k, 0.1, False)
+    q8, q_scale, _ = kernels.quantize_q(q, 0.1, None)
+    k8, k_scale = kernels.quantize_k(k, quantize.key_mean(k))
     for numbers, scale, (expected, expected_scale) in (
         (q8, q_scale, quantize.quantize_q(q, 0.1)),
         (k8, k_scale, quantize.quantize_k(k, quantize.key_mean(k))),
@@ -115,15 +122,16 @@ def test_more_than_two_billion_elements_in_q(precision: str) -> None:
     assert relative_error(out[:, 3:, -200:], expected) < TOLERANCE[precision]
 
 
+@pytest.mark.parametrize("granule", [64, 8])
 @pytest.mark.parametrize("precision", ["native", "int8"])
-def test_tokens_that_are_far_apart(precision: str) -> None:
+def test_tokens_that_are_far_apart(precision: str, granule: int) -> None:
     """The keys' offsets within one head pass 2^31 elements."""
     skip_without(8)
     stride = 2**23
     around = torch.empty(300, stride, device=CUDA, dtype=torch.bfloat16)
     q, k, v = (around[:, 128 * i : 128 * (i + 1)].copy_(normal(300, 128))[None, None] for i in range(3))
     assert 299 * k.stride(2) > 2**31
-    mask = BlockMask.from_dense(torch.rand(1, 1, 3, 5, device=CUDA) < 0.8, 128, 64)
+    mask = BlockMask.from_dense(torch.rand(1, 1, 3, num_blocks(300, granule), device=CUDA) < 0.8, 128, granule)
     expected, _ = reference.attention(q, k, v, block_mask=mask)
     assert relative_error(attention(q, k, v, block_mask=mask, precision=precision), expected) < TOLERANCE[precision]
 
@@ -142,11 +150,13 @@ def test_compiled_equals_eager(backend: str) -> None:
     torch.testing.assert_close(function(q, k, v), attention(q, k, v, precision="int8") * 2)
 
 
-def test_inside_a_cuda_graph() -> None:
+@pytest.mark.parametrize("tail", [None, PooledTail(4)], ids=["dense", "tail"])
+def test_inside_a_cuda_graph(tail: PooledTail | None) -> None:
     q, k, v = (normal(1, 2, 300, 64) for _ in range(3))
-    expected = attention(q, k, v, precision="int8")
+    mask = None if tail is None else BlockMask.from_dense(torch.rand(1, 2, 3, 10, device=CUDA) < 0.4, 128, 32)
+    expected = attention(q, k, v, block_mask=mask, precision="int8", tail=tail)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = attention(q, k, v, precision="int8")
+        out = attention(q, k, v, block_mask=mask, precision="int8", tail=tail)
     graph.replay()
     torch.testing.assert_close(out, expected)

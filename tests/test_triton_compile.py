@@ -22,7 +22,7 @@ if interpreting():
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from tessera.kernels.triton_backend import attention, quantize  # noqa: E402
+from tessera.kernels.triton_backend import attention, quantize, tail  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -58,6 +58,10 @@ def compile_attention(entry: Entry, capability: tuple[int, int]):
         types["key_bias"] = "*fp32"
     if entry.lse:
         types["lse"] = "*fp32"
+    if entry.tail:
+        types |= {"tail_indices": "*i32", "tail_counts": "*i32", "pooled_k": f"*{operand}", "pooled_v": f"*{entry.pv}", "pooled_bias": "*fp32"}
+        if entry.qk == "int8":
+            types["pooled_scale"] = "*fp32"
     unit = 16 if entry.head_dim % 16 == 0 else 8
     config = entry.config(capability)
     constants = compile_table.attention_constants(entry.head_dim, entry.blocks, entry.qk, config, unit)
@@ -120,5 +124,15 @@ def test_quantization(head_dim: int, capability: tuple[int, int], tmp_path: Path
     q_types = {"q": "*bf16", **outputs, **numbers, "scale": "fp32"}
     lse_types = {**q_types, "mean": "*fp32", "lse_shift": "*fp32"}
     k_types = {"k": "*bf16", "mean": "*fp32", **outputs, **numbers}
-    for kernel, types in ((quantize.quantize_q_kernel, q_types), (quantize.quantize_q_kernel, lse_types), (quantize.quantize_k_kernel, k_types)):
+    pooled_types = {**k_types, "k": "*fp32"}
+    q_kernel, k_kernel = quantize.quantize_q_kernel, quantize.quantize_k_kernel
+    for kernel, types in ((q_kernel, q_types), (q_kernel, lse_types), (k_kernel, k_types), (k_kernel, pooled_types)):
         check(compile_kernel(kernel, types, constants, capability, num_warps=4, num_stages=3), capability, tmp_path)
+
+
+@pytest.mark.parametrize("coarse", [1, 4, 16])
+@pytest.mark.parametrize("capability", ARCHITECTURES, ids=lambda capability: "sm_{}{}".format(*capability))
+def test_the_list_of_a_tail(coarse: int, capability: tuple[int, int], tmp_path: Path) -> None:
+    types = {"kept": "*u8", "indices": "*i32", "counts": "*i32", **dict.fromkeys(tail.RUNTIME_NUMBERS, "i32")}
+    compiled = compile_kernel(tail.list_tail_kernel, types, compile_table.list_constants(coarse), capability, num_warps=4, num_stages=3)
+    check(compiled, capability, tmp_path)

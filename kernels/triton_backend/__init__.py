@@ -18,8 +18,11 @@ from .compile_table import MAX_HEAD_DIM
 
 __all__ = ["IMPLEMENTATIONS", "interpreting"]
 
-MIN_BLOCK = 16
-"""Tensor cores take no fewer queries or keys at a time."""
+MIN_BLOCK_M = 16
+"""Tensor cores take no fewer queries at a time."""
+
+MIN_BLOCK_N = 8
+"""The finest granule that is tested. Shorter ones are gathered as well as any, but each costs an id and a row address."""
 
 
 def interpreting() -> bool:
@@ -47,14 +50,10 @@ def _head_dim(problem: Problem) -> str | None:
 
 
 def _blocks(problem: Problem) -> str | None:
-    for side, block in zip(("block_m", "block_n"), problem.blocks or (), strict=False):
-        if block < MIN_BLOCK or block & (block - 1):
-            return f"{side} {block} is not a power of two >= {MIN_BLOCK}"
+    for side, block, least in zip(("block_m", "block_n"), problem.blocks or (), (MIN_BLOCK_M, MIN_BLOCK_N), strict=False):
+        if block < least or block & (block - 1):
+            return f"{side} {block} is not a power of two >= {least}"
     return None
-
-
-def _no_tail(problem: Problem) -> str | None:
-    return None if problem.tail is None else "no pooled tail yet; the torch backend has it"
 
 
 @cache
@@ -93,7 +92,7 @@ def _implementation(
     qk: str = "native",
     pv: str = "native",
 ) -> Implementation:
-    limits = (_device, _forward_only, partial(_dtype, taken=dtypes, advice=advice), _head_dim, _blocks, _no_tail, _triton)
+    limits = (_device, _forward_only, partial(_dtype, taken=dtypes, advice=advice), _head_dim, _blocks, _triton)
     # Those that cast are tested on what they cast.
     dtype = torch.bfloat16 if pv == "native" else torch.float32
     return Implementation("triton", precision, limits, partial(_load, qk, pv), tolerance, dtype, qk=qk, pv=pv)

@@ -38,22 +38,28 @@ def padded_head_dim(head_dim: int, qk: str) -> int:
 
 
 def config_for(
-    head_dim: int, blocks: tuple[int, int] | None, *, qk: str = "native", extras: bool = False, capability: tuple[int, int] | None = None
+    head_dim: int,
+    blocks: tuple[int, int] | None,
+    *,
+    qk: str = "native",
+    extras: bool = False,
+    tail: bool = False,
+    capability: tuple[int, int] | None = None,
 ) -> Config:
     """The configuration of an attention call with `qk` operands; `blocks` is the block mask's (block_m, block_n), None for dense.
 
-    128 x 64 tiles are FlashAttention-2's. With head_dim 128 such a tile needs 8 warps (4 spill registers); smaller ones keep
-    4 busy. Three stages of 64 keys fill 96 KiB of shared memory with K and V of head_dim 128, and the smallest architecture
-    of the table has 99. No entry depends on the length, and nothing is tuned at run time.
+    128 x 64 tiles are FlashAttention-2's. With head_dim 128, or where rows are gathered (granules, shorter than a tile, and tails), such a tile
+    needs 8 warps (4 spill registers); smaller ones keep 4 busy. Three stages of 64 keys fill 96 KiB of shared memory with K and V of head_dim
+    128, and the smallest architecture of the table has 99. No entry depends on the length, and nothing is tuned at run time.
 
     Hopper has entries of its own for head_dim 65 to 128, measured on an H200 (`tiles` in bench/results/gpu_attention_nvidia_h200_*.json):
     tiles of 128 keys take 10 to 12 % less time than 64, and with INT8 sparse calls 4 warps take 21 % less than 8. extras: the call has a
-    key bias or returns lse, with which 4 warps spill.
+    key bias or returns lse, with which 4 warps spill. Where rows are gathered nothing is measured, and the general entry is kept.
     """
-    block_m, block_n = blocks or (128, 64)
-    block_m, block_n = min(block_m, 128), min(block_n, K_BLOCK)
-    num_warps = 8 if block_m == 128 and head_dim > 64 else 4
-    if capability == HOPPER and num_warps == 8:
+    block_m, block_n = min(blocks[0], 128) if blocks else 128, K_BLOCK
+    gathered = tail or (blocks is not None and blocks[1] < block_n)
+    num_warps = 8 if block_m == 128 and (head_dim > 64 or gathered) else 4
+    if capability == HOPPER and num_warps == 8 and not gathered:
         if qk != "int8":
             block_n = 128 if blocks is None or blocks[1] % 128 == 0 else block_n
         elif blocks is not None and not extras:
@@ -82,6 +88,12 @@ def quantize_constants(head_dim: int, stride_unit: int) -> dict[str, int]:
     return {"HEAD_DIM": head_dim, "D": padded_head_dim(head_dim, "int8"), "ROWS": K_BLOCK, "STRIDE_UNIT": stride_unit}
 
 
+def list_constants(coarse: int) -> dict[str, int]:
+    """The compile-time constants of `list_tail_kernel` for coarse blocks of so many key blocks: it looks at 1024 blocks at a time."""
+    padded = 1 << (coarse - 1).bit_length()
+    return {"COARSE": coarse, "PADDED": padded, "GROUP": max(1024 // padded, 1)}
+
+
 @dataclass(frozen=True)
 class Entry:
     """One variant of the attention kernel that is dispatched. qk, pv: Triton's names of the types of its operands, or "int8"."""
@@ -92,19 +104,21 @@ class Entry:
     blocks: tuple[int, int] | None
     key_bias: bool = False
     lse: bool = False
+    tail: bool = False
 
     @property
     def name(self) -> str:
         shape = "dense" if self.blocks is None else f"sparse{self.blocks[0]}x{self.blocks[1]}"
-        extras = ("-bias" if self.key_bias else "") + ("-lse" if self.lse else "")
+        extras = ("-bias" if self.key_bias else "") + ("-lse" if self.lse else "") + ("-tail" if self.tail else "")
         return f"{'-'.join(dict.fromkeys((self.qk, self.pv)))}-d{self.head_dim}-{shape}{extras}"
 
     def config(self, capability: tuple[int, int]) -> Config:
-        return config_for(self.head_dim, self.blocks, qk=self.qk, extras=self.key_bias or self.lse, capability=capability)
+        extras = self.key_bias or self.lse
+        return config_for(self.head_dim, self.blocks, qk=self.qk, extras=extras, tail=self.tail, capability=capability)
 
 
 def entries() -> Iterator[Entry]:
-    """The variants that models use: both head sizes, dense and sparse, each precision; then the smallest tiles and padding."""
+    """The variants that models use: both head sizes, dense and sparse, each precision; granules and tails; then the smallest tiles and padding."""
     for head_dim in (64, 128):
         for blocks in (None, (128, 64), (128, 128)):
             yield Entry("bf16", "bf16", head_dim, blocks)
@@ -112,6 +126,15 @@ def entries() -> Iterator[Entry]:
         yield Entry("int8", "fp16", head_dim, (64, 64))
         yield Entry("fp16", "fp16", head_dim, None, key_bias=True, lse=True)
     yield Entry("int8", "bf16", 128, (128, 64), key_bias=True, lse=True)
+    for head_dim in (64, 128):
+        for qk in ("bf16", "int8"):
+            for blocks in ((128, 8), (128, 32), (32, 8)):
+                yield Entry(qk, "bf16", head_dim, blocks, tail=True)
+            yield Entry(qk, "bf16", head_dim, (128, 32))
+            yield Entry(qk, "bf16", head_dim, (128, 32), key_bias=True, lse=True, tail=True)
+        yield Entry("fp16", "fp16", head_dim, (64, 16), tail=True)
+    yield Entry("int8", "bf16", 128, (128, 64), tail=True)
+    yield Entry("bf16", "bf16", 128, (128, 128), tail=True)
     yield Entry("bf16", "bf16", 128, (16, 16))
     yield Entry("int8", "bf16", 128, (32, 32))
     yield Entry("fp16", "fp16", 96, (128, 64))

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..quantize import LOG2E, TINY, key_mean
+from ..quantize import LOG2E, TINY
 from .common import locate, stride_units
 from .compile_table import quantize_constants
 
@@ -106,29 +106,35 @@ def quantize_k_kernel(
     _store_rows(quantized, x / block_scale, first, head_of_all, tokens, D, ROWS)
 
 
-def quantize_qk(q: Tensor, k: Tensor, scale: float, with_lse_shift: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """INT8 q and k with their scales, as `kernels.quantize.quantize_q` and `quantize_k` define them.
+def quantize_q(q: Tensor, scale: float, mean: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """INT8 q with its scales, as `kernels.quantize.quantize_q` defines them.
 
-    q: `(batch, heads, q_len, head_dim)`, k: `(batch, kv_heads, k_len, head_dim)`, floating point, last dimension contiguous.
-    Returns int8 q and k, contiguous, whose rows are padded with zeros to D = `padded_head_dim(head_dim, "int8")`; float32
-    scales `(batch, heads, q_len)` and `(batch, kv_heads, key blocks)`; and, if with_lse_shift, what must be added to the
-    natural-log lse of the smoothed scores: float32 `(batch, heads, q_len)`.
+    q: `(batch, heads, q_len, head_dim)`, floating point, last dimension contiguous. mean: `key_mean(k)`, where the lse is wanted.
+    Returns int8 q, contiguous, whose rows are padded with zeros to D = `padded_head_dim(head_dim, "int8")`; float32 scales `(batch, heads, q_len)`;
+    and with a mean what must be added to the natural-log lse of the smoothed scores, float32 `(batch, heads, q_len)`.
     """
     batch, heads, q_len, head_dim = q.shape
-    kv_heads, k_len = k.shape[1:3]
-    q_unit, q_strides = stride_units(q)
-    k_unit, k_strides = stride_units(k)
-    q_constants, k_constants = quantize_constants(head_dim, q_unit), quantize_constants(head_dim, k_unit)
-    rows, padded = q_constants["ROWS"], q_constants["D"]
-    mean = key_mean(k)
-
-    q8 = torch.empty((batch, heads, q_len, padded), dtype=torch.int8, device=q.device)
+    unit, strides = stride_units(q)
+    constants = quantize_constants(head_dim, unit)
+    q8 = torch.empty((batch, heads, q_len, constants["D"]), dtype=torch.int8, device=q.device)
     q_scale = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
-    lse_shift = torch.empty_like(q_scale) if with_lse_shift else None
-    quantize_q_kernel[(triton.cdiv(q_len, rows) * heads * batch,)](
-        q, mean if with_lse_shift else None, q8, q_scale, lse_shift, *q_strides, heads, heads // kv_heads, q_len, scale, **q_constants
-    )
-    k8 = torch.empty((batch, kv_heads, k_len, padded), dtype=torch.int8, device=k.device)
-    k_scale = torch.empty((batch, kv_heads, triton.cdiv(k_len, rows)), dtype=torch.float32, device=k.device)
-    quantize_k_kernel[(k_scale.numel(),)](k, mean, k8, k_scale, *k_strides, kv_heads, k_len, **k_constants)
-    return q8, k8, q_scale, k_scale, lse_shift
+    lse_shift = None if mean is None else torch.empty_like(q_scale)
+    group = 1 if mean is None else heads // mean.shape[1]
+    programs = triton.cdiv(q_len, constants["ROWS"]) * heads * batch
+    quantize_q_kernel[(programs,)](q, mean, q8, q_scale, lse_shift, *strides, heads, group, q_len, scale, **constants)
+    return q8, q_scale, lse_shift
+
+
+def quantize_k(k: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """INT8 k with its scales, as `kernels.quantize.quantize_k` defines them.
+
+    k: `(batch, kv_heads, k_len, head_dim)`, floating point, last dimension contiguous; mean: float32 `(batch, kv_heads, head_dim)`, contiguous.
+    Returns int8 k, contiguous, its rows padded as those of q; float32 scales `(batch, kv_heads, key blocks)`.
+    """
+    batch, heads, k_len, head_dim = k.shape
+    unit, strides = stride_units(k)
+    constants = quantize_constants(head_dim, unit)
+    k8 = torch.empty((batch, heads, k_len, constants["D"]), dtype=torch.int8, device=k.device)
+    k_scale = torch.empty((batch, heads, triton.cdiv(k_len, constants["ROWS"])), dtype=torch.float32, device=k.device)
+    quantize_k_kernel[(k_scale.numel(),)](k, mean, k8, k_scale, *strides, heads, k_len, **constants)
+    return k8, k_scale
