@@ -160,3 +160,16 @@ def test_inside_a_cuda_graph(tail: PooledTail | None) -> None:
         out = attention(q, k, v, block_mask=mask, precision="int8", tail=tail)
     graph.replay()
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize(("block", "granule", "head_dim"), [(128, 32, 128), (128, 32, 64), (32, 8, 64)])
+def test_costs_of_the_tail_are_those_of_plain_torch(block: int, granule: int, head_dim: int) -> None:
+    from tessera.kernels.sparsity import exact
+    from tessera.kernels.sparsity.tokens import Tokens
+
+    q, k, v = normal(1, 4, 1000, head_dim), normal(1, 2, 1000, head_dim), normal(1, 2, 1000, head_dim)
+    bias = normal(1, 1000).float()
+    found = exact.error(Tokens(q, k, v, None, bias, block, granule, head_dim**-0.5))
+    expected = exact.error(Tokens(q.float().cpu(), k.float().cpu(), v.float().cpu(), None, bias.cpu(), block, granule, head_dim**-0.5))
+    for costs, right in zip(found, expected, strict=True):
+        assert ((costs.cpu() - right).norm() / right.norm()).item() < 2e-2

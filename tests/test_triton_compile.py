@@ -22,7 +22,7 @@ if interpreting():
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from tessera.kernels.triton_backend import attention, quantize, tail  # noqa: E402
+from tessera.kernels.triton_backend import attention, quantize, tail, tail_costs  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -113,6 +113,20 @@ def test_attention(entry: Entry, capability: tuple[int, int], tmp_path: Path) ->
 def test_key_loads_through_the_list_are_pipelined(entry: Entry) -> None:
     """On Ampere asynchronous copies bring K and V while the tensor cores work, although the address depends on the list."""
     assert "cp.async.cg.shared.global" in compile_attention(entry, (8, 0)).asm["ptx"]
+
+
+@pytest.mark.parametrize(("head_dim", "block", "granule"), [(128, 128, 32), (64, 32, 8)])
+@pytest.mark.parametrize("capability", ARCHITECTURES, ids=lambda capability: "sm_{}{}".format(*capability))
+def test_tail_error(head_dim: int, block: int, granule: int, capability: tuple[int, int], tmp_path: Path) -> None:
+    types = dict.fromkeys(("q", "out", "k", "around", "pooled_k", "pooled_v"), "*bf16")
+    types |= dict.fromkeys(("lse", "shown", "key_bias", "pooled_bias", "shares", "errors"), "*fp32")
+    types |= {"scale": "fp32", **dict.fromkeys(tail_costs.RUNTIME_NUMBERS, "i32")}
+    coarse = {name: kind for name, kind in types.items() if name not in ("around", "shares", "granules")} | {"v": "*bf16", "blocks": "i32"}
+    for kernel, kinds, finest in ((tail_costs.tail_error_kernel, types, granule), (tail_costs.coarse_error_kernel, coarse, None)):
+        constants = tail_costs.constants(head_dim, block, finest)
+        compiled = compile_kernel(kernel, kinds, constants, capability, num_warps=tail_costs.WARPS, num_stages=1)
+        assert re.search(r"mma\.sync|wgmma|tcgen05\.mma", compiled.asm["ptx"])
+        check(compiled, capability, tmp_path)
 
 
 @pytest.mark.parametrize("head_dim", [40, 64, 128])

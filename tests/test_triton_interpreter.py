@@ -16,9 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tessera.kernels import dispatch, quantize, reference, selftest
+from tessera.kernels import dispatch, quantize, reference, selftest, triton_backend
 from tessera.kernels.attention import attention
 from tessera.kernels.block_mask import BlockMask, PooledTail, num_blocks
+from tessera.kernels.sparsity import exact
+from tessera.kernels.sparsity.tokens import Tokens
 from tessera.kernels.triton_backend import IMPLEMENTATIONS, interpreting
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -365,3 +367,23 @@ def test_quantization_kernels_equal_plain_torch(head_dim: int) -> None:
         assert (numbers[..., :head_dim] == expected).float().mean() > 0.999
         assert not numbers[..., head_dim:].any()
     torch.testing.assert_close(lse_shift, scale * (q * mean.repeat_interleave(2, 1)[:, :, None]).sum(-1))
+
+
+@inside
+@pytest.mark.parametrize(("tokens", "block", "granule", "head_dim"), [(200, 128, 32, 64), (70, 16, 8, 40), (100, 32, 8, 128), (130, 64, 64, 16)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_costs_of_the_tail_are_those_of_plain_torch(tokens: int, block: int, granule: int, head_dim: int, dtype: torch.dtype, poisoned: None) -> None:
+    """GQA, ragged ends, hidden and weighed keys, rows that only fill a block; what torch computes is held against float64 in test_tail_error.py."""
+    q = torch.randn(2, 4, tokens, head_dim).to(dtype)
+    k, v = torch.randn(2, 2, 2, tokens, head_dim).to(dtype)
+    bias = torch.randn(2, tokens)
+    bias[1, 5:40] = -torch.inf
+    shown = (torch.arange(tokens) % 7 != 3).float()
+    call = Tokens(q, k, v, shown.log()[None], bias, block, granule, head_dim**-0.5)
+    assert triton_backend.runs_on(q.device)
+    found = exact.error(call)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_backend, "runs_on", lambda device: False)
+        expected = exact.error(call)
+    for costs, right in zip(found, expected, strict=True):
+        assert costs.shape == right.shape and ((costs - right).norm() / right.norm()).item() < (2e-2 if dtype != torch.float16 else 2e-3)

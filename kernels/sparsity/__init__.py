@@ -1,6 +1,6 @@
 """Sparse methods as recipes of exchangeable parts. `recipes.py` lists the papers."""
 
-from .exact import sampled_error
+from .exact import affordable, sampled_error
 from .grid import TokenGrid
 from .plan import Arrangement, choose, describe, prepare, sparse_attention
 from .recipes import RECIPES, Recipe, Setting, get, with_tail
@@ -11,6 +11,7 @@ __all__ = [
     "Recipe",
     "Setting",
     "TokenGrid",
+    "affordable",
     "choose",
     "describe",
     "get",

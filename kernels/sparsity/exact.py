@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import as_bias
+from .. import triton_backend
+from ..attention import as_bias, attention
 from .tokens import Tokens
 
 PIECE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
@@ -28,6 +29,11 @@ def mass(tokens: Tokens) -> Tensor:
     return found
 
 
+def affordable(device: torch.device) -> bool:
+    """Whether `error` costs a few dense calls there: on a CPU, and on a GPU by its kernel alone, because torch would write out every score."""
+    return device.type == "cpu" or triton_backend.runs_on(device)
+
+
 def error(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
     """What it costs to leave key blocks to a pooled key, those of a granule and those of a block's size, and |o|^2 of all queries.
 
@@ -36,6 +42,8 @@ def error(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
     block, p the exact weights, w the mean of its values and T the weight of its pooled key.
     """
     shape, device = tokens.shape, tokens.q.device
+    if triton_backend.runs_on(device) and tokens.q.shape[-1] <= triton_backend.MAX_HEAD_DIM:
+        return _error_by_kernel(tokens)
     fine_means, coarse_means = tokens.pooled_keys(tokens.granule), tokens.pooled_keys(tokens.block)
     fine = torch.empty(shape, dtype=torch.float32, device=device)
     coarse = torch.empty(*shape[:3], coarse_means[0].shape[2], dtype=torch.float32, device=device)
@@ -54,6 +62,15 @@ def error(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
             pooled = large.weights(piece)
             over = piece.p.unflatten(0, (-1, tokens.block)).sum(1).sub_(pooled)
             piece.store(coarse, sums.sub_(large.values[..., None] * pooled[:, None]).sub_(over[:, None] * out).square_().sum(1) * share)
+    return fine, coarse, energy
+
+
+def _error_by_kernel(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse = attention(tokens.q, tokens.k, tokens.v, key_bias=tokens.key_bias, scale=tokens.scale, precision="native", return_lse=True)
+    shown = torch.ones(tokens.q.shape[2], device=out.device) if tokens.query_bias is None else tokens.query_bias[0].exp()
+    call = tokens.q, tokens.k, tokens.v, out, lse, shown, tokens.key_bias, tokens.scale, tokens.block
+    energy = (out.float().square().sum(-1) * shown).sum((1, 2))
+    fine, coarse = triton_backend.tail_error(*call, tokens.granule)
     return fine, coarse, energy
 
 

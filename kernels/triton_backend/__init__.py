@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from .. import gpu
 from ..dispatch import Implementation, Problem, Run
 from .compile_table import MAX_HEAD_DIM
 
-__all__ = ["IMPLEMENTATIONS", "interpreting"]
+__all__ = ["IMPLEMENTATIONS", "MAX_HEAD_DIM", "interpreting", "runs_on", "tail_error"]
 
 MIN_BLOCK_M = 16
 """Tensor cores take no fewer queries at a time."""
@@ -31,10 +32,10 @@ def interpreting() -> bool:
 
 
 def _device(problem: Problem) -> str | None:
-    gpu = problem.gpu
-    if gpu.capability is None:
+    found = problem.gpu
+    if found.capability is None:
         return None if interpreting() else f"needs an NVIDIA GPU with CUDA; the tensors are on {problem.device.type}"
-    return None if gpu.capability >= (8, 0) else f"GPU is {gpu.name}: Triton's tensor-core code needs sm_80 (Ampere) or newer"
+    return None if found.capability >= (8, 0) else f"GPU is {found.name}: Triton's tensor-core code needs sm_80 (Ampere) or newer"
 
 
 def _forward_only(problem: Problem) -> str | None:
@@ -77,6 +78,18 @@ def _module() -> Any:
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _HALVES = _FLOATS[:2]
+
+
+def tail_error(*call: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `tail_costs.tail_error`, for devices that `runs_on`."""
+    costs: tuple[torch.Tensor, torch.Tensor] = import_module(".tail_costs", __package__).tail_error(*call)
+    return costs
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether this backend's kernels run there, attention or not."""
+    capability = gpu.of(device).capability
+    return (interpreting() if capability is None else capability >= (8, 0)) and _triton_problem() is None
 
 
 @cache

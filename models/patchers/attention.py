@@ -19,7 +19,7 @@ from torch import Tensor
 from ...kernels import attention as kernel
 from ...kernels import dispatch
 from ...kernels.block_mask import num_blocks
-from ...kernels.sparsity import Arrangement, TokenGrid, describe, prepare, sampled_error, sparse_attention
+from ...kernels.sparsity import Arrangement, TokenGrid, affordable, describe, prepare, sampled_error, sparse_attention
 from ..families import TokenSpans
 from .report import HOST, QUANTIZED, SPARSE, AttentionReport, CallRecord, ModelCallRecord, clock
 from .search import LOOK, Key, Masks, Search, guard_rows
@@ -132,6 +132,9 @@ class AttentionPatch:
 
     def begin(self, call: ModelCall) -> None:
         """Announce a model call. Steps are counted by distinct sigma, so that any sampler and any split of CFG counts alike."""
+        if self._search is not None and not affordable(call.device):
+            self._search = None
+            self.report.notes["to look exactly takes Triton on a GPU: blocks are chosen by their means"] += 1
         if call.sigma not in self._sigmas:
             self._sigmas.append(call.sigma)
         if call.sigma != self._sigma:
@@ -328,7 +331,8 @@ class AttentionPatch:
         found, recipe = self.masks.get(key), self.recipe
         if found is None and recipe.quick is not None:
             recipe = replace(recipe, estimate=recipe.quick)
-            self.report.notes["too few sparse steps to look exactly: blocks are chosen by their means"] += 1
+            if self._search is not None:
+                self.report.notes["too few sparse steps to look exactly: blocks are chosen by their means"] += 1
         mask = None if found is None else found.mask(q.device)
         settings = self.settings
         out, used = sparse_attention(
