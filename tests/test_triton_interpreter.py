@@ -370,8 +370,8 @@ def test_quantization_kernels_equal_plain_torch(head_dim: int) -> None:
 
 
 @inside
-@pytest.mark.parametrize(("tokens", "block", "granule", "head_dim"), [(200, 128, 32, 64), (70, 16, 8, 40), (100, 32, 8, 128), (130, 64, 64, 16)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("tokens", "block", "granule", "head_dim"), [(70, 16, 8, 40), (100, 64, 32, 128), (130, 64, 64, 16)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_costs_of_the_tail_are_those_of_plain_torch(tokens: int, block: int, granule: int, head_dim: int, dtype: torch.dtype, poisoned: None) -> None:
     """GQA, ragged ends, hidden and weighed keys, rows that only fill a block; what torch computes is held against float64 in test_tail_error.py."""
     q = torch.randn(2, 4, tokens, head_dim).to(dtype)
