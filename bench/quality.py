@@ -143,6 +143,8 @@ def sparse_cases(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     cases = []
     methods = heads.methods()
+    if unknown := set(options.methods or ()) - set(methods):
+        sys.exit(f"bench/quality.py: methods {', '.join(sorted(unknown))} are not known; use some of {', '.join(methods)}")
     for method in options.methods or methods:
         for density in DENSITIES[methods[method].compensate == "pooled_tail"]:
             cases.append({"method": method, "mode": density, "changes": {**spelled(method), **SPARSE, "density": density}})

@@ -333,9 +333,9 @@ def test_dense_quantized_where_the_gpu_has_it(monkeypatch):
     """With an INT8 backend that takes the call, short sequences run dense through it; at native precision the host keeps them."""
     calls = []
 
-    def run_int8(q, k, v, block_mask, key_bias, scale, return_lse):
+    def run_int8(q, k, v, block_mask, key_bias, scale, return_lse, tail=None):
         calls.append(block_mask)
-        out, lse = reference.attention(q, k, v, block_mask=block_mask, key_bias=key_bias, scale=scale)
+        out, lse = reference.attention(q, k, v, block_mask=block_mask, key_bias=key_bias, scale=scale, tail=tail)
         return out.to(q.dtype), lse.float() if return_lse else None
 
     patcher.kernel.explain(dispatch.Problem(torch.device("cpu"), torch.float32, 1, 1, 1, 1, 16))  # fills the registry
@@ -368,8 +368,8 @@ def test_the_probe_asks_what_the_kernel_is_asked(monkeypatch, grad):
     def no_grad(problem):
         return "the kernels compute no gradients" if problem.requires_grad else None
 
-    def run_int8(q, k, v, block_mask, key_bias, scale, return_lse):
-        out, lse = reference.attention(q, k, v, block_mask=block_mask, key_bias=key_bias, scale=scale)
+    def run_int8(q, k, v, block_mask, key_bias, scale, return_lse, tail=None):
+        out, lse = reference.attention(q, k, v, block_mask=block_mask, key_bias=key_bias, scale=scale, tail=tail)
         return out.to(q.dtype), lse.float() if return_lse else None
 
     patcher.kernel.explain(dispatch.Problem(torch.device("cpu"), torch.float32, 1, 1, 1, 1, 16))  # fills the registry

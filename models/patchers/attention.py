@@ -111,7 +111,8 @@ class AttentionPatch:
                     start = 0.0
                     self._dense_steps = 1 if first < 0.5 / whole else 0
                     self.density = max(self.density, 0.5)
-                    self.report.notes[f"{whole} steps: one dense step, density at least 0.5"] += 1
+                    floor = "" if settings.error is not None else ", density at least 0.5"
+                    self.report.notes[f"{whole} steps: one dense step{floor}"] += 1
             self._sigma_window = (percent_to_sigma(settings.end_percent), percent_to_sigma(start) if start > 0.0 else math.inf)
         self.report.density, self.report.error, self.report.mask_bytes = self.density, settings.error, self.masks.peak
         self._search: Search | None = None

@@ -205,7 +205,7 @@ def _cost_and_error(report: dict[str, Any]) -> Iterator[str]:
         goal = f"predicted {report['predicted_error']:.1%}" if report["asked_error"] is None else f"asked {report['asked_error']:.0%}"
         yield f"error {report['error']:.1%}, {goal}"
     if report["searches"]:
-        sizes = {where: f"{size / 1e6:.1f} MB" for where, size in report["mask_bytes"].items()}
+        sizes = {where: f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB" for where, size in report["mask_bytes"].items()}
         spilled = f" and {sizes['host']} in host memory" if report["mask_bytes"]["host"] else ""
         yield f"{report['searches']} calls looked at in {report['search_seconds']:.2f} s, masks {sizes['device']}{spilled}"
 
