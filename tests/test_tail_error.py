@@ -115,15 +115,15 @@ def test_equal_keys_and_values_in_a_block_cost_nothing():
 
 
 @quick
-@given(st.integers(0, 999), st.sampled_from([1, 2, 4]), st.floats(0.0, 2.0))
-def test_a_threshold_over_two_levels_is_the_best_choice(seed, ratio, level):
+@given(st.integers(0, 999), st.sampled_from([1, 2, 4]), st.integers(1, 4), st.floats(0.0, 2.0))
+def test_a_threshold_over_two_levels_is_the_best_choice(seed, ratio, blocks, level):
     """Of all choices (a coarse block dropped as a whole, or any of its granules but one at least), by trying each."""
     generator = torch.Generator().manual_seed(seed)
-    fine = torch.rand(4 * ratio - (seed % ratio), generator=generator)
-    coarse = 3 * torch.rand(4, generator=generator)
-    worth = measure.two_level(fine, coarse)
+    fine = torch.rand(blocks * ratio - (seed % ratio), generator=generator)
+    coarse = 3 * torch.rand(blocks, generator=generator)
+    worth = measure.two_level(fine, coarse, ratio)
     assert worth.shape == fine.shape and (worth >= 0).all()
-    for block in range(4):
+    for block in range(blocks):
         inside = slice(block * ratio, (block + 1) * ratio)
         costs, gains = fine[inside].tolist(), worth[inside].tolist()
         assert sum(gains) == pytest.approx(coarse[block].item(), abs=1e-5), "nothing kept costs what the coarse pooled key costs"

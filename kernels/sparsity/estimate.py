@@ -77,7 +77,9 @@ def tail_error(tokens: Tokens, settings: Mapping[str, float]) -> Scores:
     Ours; the formulas are at `exact.error` and `exact.two_level`. Costs three products of q.k's size, and one pass of exponentials.
     """
     fine, coarse, energy = exact.error(tokens)
-    return exact.two_level(fine, coarse) / energy.clamp(min=torch.finfo(torch.float32).tiny)[:, None, None, None], None
+    return exact.two_level(fine, coarse, tokens.block // tokens.granule) / energy.clamp(min=torch.finfo(torch.float32).tiny)[
+        :, None, None, None
+    ], None
 
 
 def _pooled_logits(tokens: Tokens) -> Tensor:

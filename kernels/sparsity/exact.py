@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import triton_backend
+from .. import dispatch, triton_backend
 from ..attention import as_bias, attention
 from .tokens import Tokens
 
@@ -66,7 +66,8 @@ def error(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _error_by_kernel(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-    out, lse = attention(tokens.q, tokens.k, tokens.v, key_bias=tokens.key_bias, scale=tokens.scale, precision="native", return_lse=True)
+    precision = "auto" if dispatch.forced.get() else "native"  # one that is forced is the only one that can be asked
+    out, lse = attention(tokens.q, tokens.k, tokens.v, key_bias=tokens.key_bias, scale=tokens.scale, precision=precision, return_lse=True)
     shown = torch.ones(tokens.q.shape[2], device=out.device) if tokens.query_bias is None else tokens.query_bias[0].exp()
     call = tokens.q, tokens.k, tokens.v, out, lse, shown, tokens.key_bias, tokens.scale, tokens.block
     energy = (out.float().square().sum(-1) * shown).sum((1, 2))
@@ -74,15 +75,14 @@ def _error_by_kernel(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
     return fine, coarse, energy
 
 
-def two_level(fine: Tensor, coarse: Tensor) -> Tensor:
+def two_level(fine: Tensor, coarse: Tensor, ratio: int) -> Tensor:
     """What each granule adds to the error when it is dropped, where all of its coarse block dropped has one pooled key in place of its own each.
 
-    fine `(..., granules)`, coarse `(..., coarse blocks)`, as `error` gives them; the result is like fine. Of a coarse block one may drop all,
-    at its coarse cost, or all but the dearest, at their fine costs. The first to be kept is worth what it takes off the coarse cost; where the
-    next ones are worth more, they can only come together, and each counts as their mean. So costs of what is dropped add up, and a threshold
-    over them is the best choice at every level of it (the lower convex hull of cost over pairs).
+    fine `(..., granules)`, coarse `(..., coarse blocks)` of `ratio` granules, as `error` gives them; the result is like fine. Of a coarse block one
+    may drop all, at its coarse cost, or all but the dearest, at their fine costs. The first to be kept is worth what it takes off the coarse
+    cost; where the next ones are worth more, they can only come together, and each counts as their mean. So costs of what is dropped add up, and
+    a threshold over them is the best choice at every level of it (the lower convex hull of cost over pairs).
     """
-    ratio = -(-fine.shape[-1] // coarse.shape[-1])
     groups = F.pad(fine, (0, coarse.shape[-1] * ratio - fine.shape[-1])).unflatten(-1, (-1, ratio))
     costs, order = groups.sort(-1, descending=True)
     worth = torch.cat([(coarse[..., None] - costs[..., 1:].sum(-1, keepdim=True)), costs[..., 1:]], -1)
