@@ -7,8 +7,9 @@ import torch
 
 from tessera.kernels import reference
 from tessera.kernels.block_mask import BlockMask
-from tessera.kernels.sparsity import TokenGrid, get, prepare, sampled_error
+from tessera.kernels.sparsity import TokenGrid, affordable, exact, get, prepare, sampled_error
 from tessera.models.families import TokenSpans
+from tessera.models.patchers import attention as patcher
 from tessera.models.patchers import search
 from tessera.models.patchers.attention import AttentionPatch, ModelCall
 from tessera.models.patchers.report import HOST, SPARSE, summary
@@ -255,6 +256,19 @@ def test_scores_that_are_not_finite_keep_nothing():
     outs = run(patch, at={2: broken, 3: broken})
     assert story(patch) == "DDLLLSSSSS" and outs[-1].isfinite().all()
     assert patch.report.notes["non-finite scores at layer 0: they are looked at again at the next step"] == 2
+
+
+def test_a_gpu_whose_kernel_does_not_work_chooses_by_means_and_says_so(monkeypatch):
+    """Of a compiler or driver that fails the first call is told, not the user's run."""
+    monkeypatch.setattr(exact.triton_backend, "runs_on", lambda device: device.type == "cuda")
+    monkeypatch.setattr(exact, "_error_by_kernel", lambda tokens: 1 / 0)
+    exact._kernel_works.cache_clear()
+    assert not affordable(torch.device("cuda")) and affordable(torch.device("cpu"))
+    exact._kernel_works.cache_clear()
+    monkeypatch.setattr(patcher, "affordable", lambda device: False)
+    patch = patch_of(start_percent=0.0)
+    run(patch, 3)
+    assert story(patch) == "SSS" and any("nothing can be looked at exactly" in note for note in patch.report.notes)
 
 
 # what is kept

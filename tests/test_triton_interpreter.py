@@ -383,7 +383,7 @@ def test_costs_of_the_tail_are_those_of_plain_torch(tokens: int, block: int, gra
     assert triton_backend.runs_on(q.device)
     found = exact.error(call)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_backend, "runs_on", lambda device: False)
+        patch.setattr(exact, "_kernel_works", lambda device: False)
         expected = exact.error(call)
     for costs, right in zip(found, expected, strict=True):
         assert costs.shape == right.shape and ((costs - right).norm() / right.norm()).item() < (2e-2 if dtype != torch.float16 else 2e-3)

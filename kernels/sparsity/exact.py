@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,9 @@ from .tokens import Tokens
 
 PIECE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 """Of the score matrix at a time; a few tensors of that size are alive at once, on a CPU in its cache."""
+
+KERNEL_TOLERANCE = 0.02
+"""Of costs on a GPU, as a share of all: operands are halves there. The interpreter's are 0.0003 off in float16, 0.01 in bfloat16."""
 
 
 def mass(tokens: Tokens) -> Tensor:
@@ -31,7 +35,29 @@ def mass(tokens: Tokens) -> Tensor:
 
 def affordable(device: torch.device) -> bool:
     """Whether `error` costs a few dense calls there: on a CPU, and on a GPU by its kernel alone, because torch would write out every score."""
-    return device.type == "cpu" or triton_backend.runs_on(device)
+    return device.type == "cpu" or _kernel_works(device)
+
+
+@cache
+def _kernel_works(device: torch.device) -> bool:
+    """Whether the kernel is there, and on a GPU, where it is compiled, computes what plain torch does: tried once a process."""
+    if not triton_backend.runs_on(device) or device.type == "cpu":
+        return triton_backend.runs_on(device)
+    try:
+        return all(_agrees(device, head_dim) for head_dim in (64, 128))
+    except Exception:  # a compiler, a driver, a kernel: whatever fails must not take the user's run with it
+        return False
+
+
+def _agrees(device: torch.device, head_dim: int) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 300, head_dim, generator=generator, dtype=torch.float16)
+    bias = torch.randn(1, 300, generator=generator)
+    bias[:, 5:80] = -torch.inf
+    expected = error(Tokens(q, k[:, :1], v[:, :1], None, bias, 128, 32, head_dim**-0.5))
+    q, k, v = (x.to(device) for x in (q, k, v))
+    found = _error_by_kernel(Tokens(q, k[:, :1], v[:, :1], None, bias.to(device), 128, 32, head_dim**-0.5))
+    return all(((costs.cpu() - right).norm() / right.norm()).item() < KERNEL_TOLERANCE for costs, right in zip(found, expected, strict=True))
 
 
 def error(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,7 +68,7 @@ def error(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
     block, p the exact weights, w the mean of its values and T the weight of its pooled key.
     """
     shape, device = tokens.shape, tokens.q.device
-    if triton_backend.runs_on(device) and tokens.q.shape[-1] <= triton_backend.MAX_HEAD_DIM:
+    if _kernel_works(device) and tokens.q.shape[-1] <= triton_backend.MAX_HEAD_DIM:
         return _error_by_kernel(tokens)
     fine_means, coarse_means = tokens.pooled_keys(tokens.granule), tokens.pooled_keys(tokens.block)
     fine = torch.empty(shape, dtype=torch.float32, device=device)

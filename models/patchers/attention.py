@@ -135,7 +135,7 @@ class AttentionPatch:
         """Announce a model call. Steps are counted by distinct sigma, so that any sampler and any split of CFG counts alike."""
         if self._search is not None and not affordable(call.device):
             self._search = None
-            self.report.notes["to look exactly takes Triton on a GPU: blocks are chosen by their means"] += 1
+            self.report.notes["on this device nothing can be looked at exactly (that takes Triton on a GPU): blocks are chosen by their means"] += 1
         if call.sigma not in self._sigmas:
             self._sigmas.append(call.sigma)
         if call.sigma != self._sigma:
