@@ -1,5 +1,6 @@
 """When a run looks for its blocks, what it keeps of them, and what the guard finds. The patcher on its own, no host needed."""
 
+import json
 import math
 
 import pytest
@@ -156,7 +157,7 @@ def test_an_error_that_takes_nearly_all_pairs_runs_dense():
     patch = patch_of(error=1e-4)
     run(patch)
     assert story(patch) == "DDL" + "D" * 7
-    assert "an error of 0% takes nearly all pairs (7)" in summary(patch.report.as_dict())
+    assert "an error of 0.01% takes nearly all pairs (7)" in summary(patch.report.as_dict())
 
 
 def test_every_kind_of_call_has_its_own_mask():
@@ -269,6 +270,15 @@ def test_a_gpu_whose_kernel_does_not_work_chooses_by_means_and_says_so(monkeypat
     patch = patch_of(start_percent=0.0)
     run(patch, 3)
     assert story(patch) == "SSS" and any("nothing can be looked at exactly" in note for note in patch.report.notes)
+
+
+def test_an_output_of_zeros_has_no_error():
+    q, k, v = smooth()
+    patch = patch_of()
+    run(patch, at=dict.fromkeys(range(10), (q, k, torch.zeros_like(v))))
+    report = patch.report.as_dict()
+    assert report["calls"][SPARSE] == 7 and report["error"] is None and report["errors"] == []
+    json.dumps(report, allow_nan=False)
 
 
 # what is kept

@@ -180,7 +180,7 @@ class AttentionPatch:
                 self.report.notes[f"non-finite output at layer {layer} ({precision}): the model call was done again dense"] += 1
                 return True
             for (record, key, _), measured in zip(call.guards, numbers[len(call.checks) :], strict=True):
-                record.error = measured
+                record.error = measured if math.isfinite(measured) else None  # of an output of zeros there is no relative error
                 if self._search is not None:
                     self._search.observe(key, measured)
         self.report.model_calls.append(ModelCallRecord(call.start, clock(call.device), self.report.records[call.before[0] :]))

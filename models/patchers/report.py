@@ -202,7 +202,7 @@ def _cost_and_error(report: dict[str, Any]) -> Iterator[str]:
         with_tail = f", work {report['work']:.2f} with its tail" if report["work"] > report["density"] else ""
         yield f"density {report['density']:.2f}{with_tail} (overall {report['overall_work']:.2f})"
     if report["error"] is not None:
-        goal = f"predicted {report['predicted_error']:.1%}" if report["asked_error"] is None else f"asked {report['asked_error']:.0%}"
+        goal = f"predicted {report['predicted_error']:.1%}" if report["asked_error"] is None else f"asked {100 * report['asked_error']:g}%"
         yield f"error {report['error']:.1%}, {goal}"
     if report["searches"]:
         sizes = {where: f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB" for where, size in report["mask_bytes"].items()}

@@ -131,7 +131,7 @@ class Search:
         if stale and self.pays(sigma):
             return LOOK, "looked at exactly, for the steps that follow"
         if found is not None and found.dense:
-            return HOST, f"an error of {self._settings.error:.0%} takes nearly all pairs"
+            return HOST, f"an error of {100 * found.target:g}% takes nearly all pairs"
         return SPARSE, None
 
     def look(
