@@ -133,6 +133,28 @@ def test_density_is_not_rounded_or_capped(density):
     assert report_of(sparse(kept=round(density * 1000), pairs=1000)).as_dict()["density"] == pytest.approx(density)
 
 
+def test_a_run_that_was_stopped_after_a_look_waits_for_it():
+    """On a GPU a time is read only when the device is that far; nothing came after the look that would be waited for."""
+
+    class Event:
+        reached = 0
+
+        def __init__(self, place):
+            self.place = place
+
+        def synchronize(self):
+            Event.reached = max(Event.reached, self.place)
+
+        def elapsed_time(self, end):
+            assert end.place <= Event.reached, "not ready"
+            return 1e3 * (end.place - self.place)
+
+    call = dense()
+    call.start, call.end = Event(1), Event(2)
+    call.search = call.end, Event(5)
+    assert report_of(call).as_dict()["search_seconds"] == 3.0
+
+
 def test_an_empty_run_has_no_shares():
     report = report_of().as_dict()
     assert (report["density"], report["overall_density"], report["sparse_share_in_window"], report["main_reason"]) == (None,) * 4

@@ -114,7 +114,8 @@ class AttentionReport:
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, ready for JSON. Shares and densities are None where there was no call to take them from."""
         records = self.records
-        for end in [part.end for part in records[-1:]] + [part.end for part in self.model_calls[-1:]]:
+        looks = [record.search[1] for record in records[-1:] if record.search is not None]
+        for end in [part.end for part in records[-1:]] + looks + [part.end for part in self.model_calls[-1:]]:
             if not isinstance(end, float):
                 end.synchronize()
         densities, loads = _densities(records)
